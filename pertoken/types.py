@@ -1,0 +1,202 @@
+"""The data of token-level reinforcement learning, in the order in which a token meets it.
+
+    Item -> Completion -> Episode -> TokenBatch -> PolicyOutput, TokenRewards -> Credit -> TokenLoss
+
+One convention holds for every per-token field: **the cell `[b, t]` speaks of token `t` itself**: its
+log-prob given the tokens before it, the value of the state *before* it was chosen, its reward, its advantage.
+The shift from logits at `t-1` to token `t` happens in `policy/scoring.py` and nowhere else.
+
+Fields are 0 / False where they do not apply. Column 0 is never an action. Padding is on the right.
+Letters in shapes: B rows, T tokens, V vocabulary, N prompts, G samples per prompt (B = N * G),
+A actions (the number of True cells of `action_mask`, listed row by row).
+
+Each stage returns a new type, so credit before rewards cannot be written; nothing is mutated.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from pertoken.sampling import Controls
+
+Message = Mapping[str, str]
+"""One turn of a chat: `{"role": "user", "content": "..."}`."""
+
+StopReason = Literal["eos", "stop_string", "length", "context"]
+"""Why a completion ended. `eos` and `stop_string` terminate the episode; `length` (token budget) and
+`context` (the model's window is full) truncate it: it did not end, it was cut off."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One problem: what the model is asked, and what is known about a good answer."""
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    answer: str | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of the data row, for rewards that need them (e.g. `source`)."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine returns for one sample: token ids in, token ids out; no text."""
+
+    tokens: list[int]
+    """Sampled ids, the end-of-sequence token included if it was sampled; never re-tokenised or edited."""
+    logprobs: list[float]
+    """Log-prob of each token under the processed distribution that it was really drawn from (nats)."""
+    stop: StopReason
+    support: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+    """Kept set of each draw as packed bits `[len(tokens), ceil(V / 8)]` (`numpy.packbits`, big-endian bit
+    order), or None when no control truncates the distribution (top-k, top-p, min-p off)."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `[start, stop)` of an episode that one side wrote."""
+
+    start: int
+    stop: int
+    role: Literal["prompt", "action", "observation"]
+    turn: int
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One finished (or cut off) sample: ragged, plain Python, one line of JSON; what the report shows."""
+
+    id: str
+    item: Item
+    group: int
+    """Samples of the same prompt in one step share this number and have identical prompt ids."""
+    tokens: list[int]
+    """Exactly what the model saw and sampled."""
+    action_mask: list[bool]
+    logprobs: list[float]
+    """Log-prob at sampling time of each action; 0.0 elsewhere. Same length as `tokens`."""
+    env_rewards: list[float]
+    spans: list[Span]
+    stop: StopReason
+    policy_version: tuple[int, int]
+    """Version of the weights that sampled the first and the last action."""
+    info: dict[str, Any] = field(default_factory=dict)
+    support: np.ndarray[Any, np.dtype[np.uint8]] | None = field(default=None, repr=False, compare=False)
+    """Kept sets of the actions, as in `Completion.support`; lives in memory only, never in the run folder."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.tokens), len(self.action_mask), len(self.logprobs), len(self.env_rewards)}
+        if len(lengths) != 1:
+            raise ValueError(f"episode {self.id}: tokens, action_mask, logprobs, env_rewards differ in length: {lengths}")
+
+    @property
+    def terminated(self) -> bool:
+        """True if the episode ended by itself; False if it was cut off (truncated)."""
+        return self.stop in ("eos", "stop_string")
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens before the first action (all of them if there is no action)."""
+        return self.action_mask.index(True) if any(self.action_mask) else len(self.tokens)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Episodes as right-padded tensors."""
+
+    tokens: Int[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    action_mask: Bool[Tensor, "B T"]
+    """True where the policy chose the token. Built from lengths, never from token ids."""
+    sample_logprobs: Float[Tensor, "B T"]
+    env_rewards: Float[Tensor, "B T"]
+    turn: Int[Tensor, "B T"]
+    group: Int[Tensor, " B"]
+    terminated: Bool[Tensor, " B"]
+    episode_ids: tuple[str, ...]
+    controls: Controls = field(default_factory=Controls)
+    """The controls that the tokens were drawn with: scoring reproduces their distribution."""
+    support: UInt8[Tensor, "A V8"] | None = None
+    """Kept sets of the actions (packed bits, see `Completion.support`), row by row."""
+
+    def __post_init__(self) -> None:
+        if bool((self.action_mask & ~self.attention_mask).any()):
+            raise ValueError("an action lies on padding: action_mask must be a subset of attention_mask")
+        if bool(self.action_mask[:, :1].any()):
+            raise ValueError("column 0 cannot be an action: the first token has no prefix to be chosen from")
+        if self.support is not None and self.support.shape[0] != int(self.action_mask.sum()):
+            raise ValueError(f"support has {self.support.shape[0]} rows for {int(self.action_mask.sum())} actions")
+
+    @property
+    def num_actions(self) -> int:
+        return int(self.action_mask.sum())
+
+    def rows(self, index: Int[Tensor, " R"]) -> "TokenBatch":
+        """The batch made of the rows `index`, in that order."""
+        support = None
+        if self.support is not None:
+            per_row = torch.split(self.support, self.action_mask.sum(1).tolist())
+            support = torch.cat([per_row[i] for i in index.tolist()]) if len(index) else self.support[:0]
+        return TokenBatch(
+            **{f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in _NOT_BY_ROW},
+            episode_ids=tuple(self.episode_ids[i] for i in index.tolist()),
+            controls=self.controls,
+            support=support,
+        )
+
+
+_NOT_BY_ROW = ("episode_ids", "controls", "support")
+
+
+@dataclass(frozen=True)
+class TokenRewards:
+    """Reward of every token: named parts, already weighted, that sum to the total."""
+
+    total: Float[Tensor, "B T"]
+    parts: dict[str, Float[Tensor, "B T"]]
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """One scoring pass (of the old, the new or the reference policy) at the actions of a batch."""
+
+    logprobs: Float[Tensor, "B T"]
+    """Under the processed distribution that the sampling controls define (nats)."""
+    entropy: Float[Tensor, "B T"]
+    """Of the same distribution (nats)."""
+    values: Float[Tensor, "B T"] | None = None
+    """Value of the state before the token was chosen; None without a value head."""
+    bootstrap: Float[Tensor, " B"] | None = None
+    """Value of the state after the last token: what a truncated episode is still worth."""
+
+    def rows(self, index: Int[Tensor, " R"]) -> "PolicyOutput":
+        """The output of the rows `index`, in that order."""
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PolicyOutput(**{name: None if cell is None else cell[index] for name, cell in picked.items()})
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What the update makes of the rewards: each action's advantage, and the critic's targets."""
+
+    advantages: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"] | None = None
+    """Regression target of the value head; None when the estimator has no critic."""
+
+    def rows(self, index: Int[Tensor, " R"]) -> "Credit":
+        """The credit of the rows `index`, in that order."""
+        return Credit(self.advantages[index], None if self.returns is None else self.returns[index])
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A loss that is not yet reduced: the trainer aggregates it, the report colours it."""
+
+    per_token: Float[Tensor, "B T"]
+    aux: dict[str, Float[Tensor, "B T"]] = field(default_factory=dict)
+    """Detached per-token figures by name: ratio, clipped, kl ..."""
