@@ -1,0 +1,99 @@
+"""Ragged episodes to padded tensors, and batches to minibatches with their global denominators."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pertoken.sampling import Controls
+from pertoken.types import Credit, Episode, PolicyOutput, TokenBatch
+
+
+def to_batch(episodes: Sequence[Episode], controls: Controls, *, pad_id: int = 0, device: str = "cpu") -> TokenBatch:
+    """Episodes as right-padded tensors. Masks come from lengths and roles; token ids are never searched."""
+    width = max(len(e.tokens) for e in episodes)
+
+    def padded(rows: list[list[int]] | list[list[bool]] | list[list[float]], fill: float, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype, device=device)
+
+    turns = [[0] * len(e.tokens) for e in episodes]
+    for row, episode in zip(turns, episodes, strict=True):
+        for span in episode.spans:
+            row[span.start : span.stop] = [span.turn] * (span.stop - span.start)
+    support = None
+    if controls.sampling.truncates and not controls.sampling.greedy:
+        kept = [e.support for e in episodes if any(e.action_mask)]
+        if any(k is None for k in kept):
+            raise ValueError(
+                "top-k, top-p or min-p is on, but an episode brings no kept sets, so the distribution that its tokens "
+                "were drawn from cannot be rebuilt. Episodes read from a file can only be scored without truncation."
+            )
+        support = torch.from_numpy(np.concatenate(kept)) if kept else None  # type: ignore[arg-type]
+    return TokenBatch(
+        tokens=padded([e.tokens for e in episodes], pad_id, torch.long),
+        attention_mask=padded([[True] * len(e.tokens) for e in episodes], False, torch.bool),
+        action_mask=padded([e.action_mask for e in episodes], False, torch.bool),
+        sample_logprobs=padded([e.logprobs for e in episodes], 0.0, torch.float32),
+        env_rewards=padded([e.env_rewards for e in episodes], 0.0, torch.float32),
+        turn=padded(turns, 0, torch.long),
+        group=torch.tensor([e.group for e in episodes], device=device),
+        terminated=torch.tensor([e.terminated for e in episodes], device=device),
+        episode_ids=tuple(e.id for e in episodes),
+        controls=controls,
+        support=support,
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch: rows that go through the model together, and what their loss is divided by."""
+
+    batch: TokenBatch
+    old: PolicyOutput
+    ref: PolicyOutput | None
+    credit: Credit
+    num_actions: int
+    """Actions of the whole optimiser step (not of this part): the global denominator."""
+    num_rows: int
+    """Rows of the whole optimiser step."""
+    last_of_step: bool
+    """True when the optimiser steps after this part."""
+
+
+def minibatches(
+    batch: TokenBatch,
+    old: PolicyOutput,
+    ref: PolicyOutput | None,
+    credit: Credit,
+    *,
+    epochs: int,
+    num_minibatches: int,
+    rows_per_micro_batch: int,
+    seed: int,
+) -> Iterator[Part]:
+    """`epochs` passes over the batch in `num_minibatches` optimiser steps each, each in micro-batches.
+
+    Groups stay whole wherever their size allows, since the rows of a group share the computation of their
+    prompt. Every row is used exactly once per epoch; the order is a function of `seed` and epoch.
+    """
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        groups = [torch.nonzero(batch.group.cpu() == g).squeeze(1) for g in batch.group.unique().tolist()]
+        order = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()])
+        for rows in order.tensor_split(num_minibatches):
+            if not len(rows):
+                continue
+            num_actions = int(batch.action_mask[rows].sum())
+            pieces = rows.split(rows_per_micro_batch)
+            for k, piece in enumerate(pieces):
+                yield Part(
+                    batch=batch.rows(piece),
+                    old=old.rows(piece),
+                    ref=None if ref is None else ref.rows(piece),
+                    credit=credit.rows(piece),
+                    num_actions=num_actions,
+                    num_rows=len(rows),
+                    last_of_step=k == len(pieces) - 1,
+                )

