@@ -1,0 +1,47 @@
+"""The read-only view of a run folder: finished, live, copied or a stranger's."""
+
+from pathlib import Path
+
+from pertoken.tracking.files import Number, Row, read_bytes, read_rows
+from pertoken.tracking.runlog import episodes_path, evaluation_path, read_run, step_of
+
+
+class RunReader:
+    """Reads a run folder. Each call looks at the disk again, so a live run is seen as it is now.
+
+    A file that is not there yet reads as empty, and the last line that a live run is just writing is left out.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.run()  # a folder that is no run is refused at once
+
+    def run(self) -> Row:
+        """`run.json`: status, seed, versions, times."""
+        return read_run(self.folder)
+
+    def config_text(self) -> str:
+        """`config.yaml` as it stands."""
+        return read_bytes(self.folder / "config.yaml").decode(errors="replace")
+
+    def metrics(self) -> dict[str, list[Number | None]]:
+        """`metrics.jsonl` by column, all of one length; None where a row lacks the name or was not finite."""
+        rows = read_rows(self.folder / "metrics.jsonl")[0]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    def evaluations(self) -> list[Row]:
+        """The rows of `evaluations.jsonl`, oldest first."""
+        return read_rows(self.folder / "evaluations.jsonl")[0]
+
+    def evaluation_items(self, step: int, split: str) -> list[Row]:
+        """The held-out items of one evaluation, with the model's outputs."""
+        return read_rows(evaluation_path(self.folder, step, split))[0]
+
+    def episode_steps(self) -> list[int]:
+        """The steps whose episodes were kept, in order."""
+        return sorted(step for path in (self.folder / "episodes").glob("*.jsonl") if (step := step_of(path)) >= 0)
+
+    def episodes(self, step: int) -> list[Row]:
+        """The episodes of one step."""
+        return read_rows(episodes_path(self.folder, step))[0]
