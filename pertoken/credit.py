@@ -1,0 +1,373 @@
+"""Rewards of tokens `r[b, t]` -> advantages of tokens `A[b, t]`: pure functions.
+
+Time is counted in a row's actions: prompt, tool and padding cells take no time, so gamma discounts what the
+policy did and not how long a tool replied. The cell `[b, t]` speaks of token `t` itself; results are 0 where
+`action_mask` is False.
+
+What lies in masked cells of `values` and `advantages` is never read, NaN included. Rewards are different: a
+reward that nobody can earn is a mistake upstream, so a finite nonzero reward on a masked cell raises
+`ValueError` (move it to the last action before it). NaN and infinity there are taken for padding garbage.
+
+Group ids are arbitrary integers, rows of a group need not be neighbours. Statistics are those of the rows
+that are passed: call these functions on the whole batch, before it is split for the update.
+
+Estimators map rewards to advantages:
+
+| function | baseline | exact policy gradient? (held by tests/test_exact_gradient.py) |
+|---|---|---|
+| `reward_to_go` | none | yes |
+| `gae` | the critic | with lam = 1 for any critic; with any lam for the true value function |
+| `leave_one_out` | return of the other rows | yes |
+| `leave_one_out_process` | return-to-go of the other rows at the same action | yes |
+| `group_relative` | mean of the group, the row included | times (G-1)/G; no with `scale_by_std` |
+| `group_process` | mean over the group's scored tokens | no |
+
+Transforms `(advantages, action_mask, group) -> advantages` can be chained: `whiten`, `scale_only`,
+`center_by_group`, `clip`.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def reward_to_go(
+    rewards: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    *,
+    gamma: float,
+    bootstrap: Float[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B T"]:
+    """Discounted sum of the rewards from each action on.
+
+        G_k = r_k + gamma * G_{k+1}          G_K = bootstrap
+
+    k counts a row's K actions. `bootstrap` is what the state after the last action is still worth
+    (`bootstrap_values`); None means nothing, for terminated and truncated rows alike.
+    Williams 1992, https://doi.org/10.1007/BF00992696; Sutton et al. 2000 for dropping past rewards.
+
+    >>> mask = torch.tensor([[False, True, False, True]])  # prompt, action, tool, action
+    >>> reward_to_go(torch.tensor([[0.0, 1.0, 0.0, 2.0]]), mask, gamma=0.5)
+    tensor([[0., 2., 0., 2.]])
+    """
+    rewards = _earned(rewards, action_mask)
+    return _discounted_sum(
+        rewards, action_mask, gamma, rewards.new_zeros(len(rewards)) if bootstrap is None else bootstrap
+    )
+
+
+def gae(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    bootstrap: Float[Tensor, " B"],
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Generalised advantage estimates, and the critic's regression targets A + V.
+
+        delta_k = r_k + gamma * V_{k+1} - V_k          A_k = delta_k + gamma * lam * A_{k+1}
+
+    k counts a row's K actions, so V_{k+1} is the value at the row's next action, however long a tool replied
+    in between. V_K is `bootstrap`: 0 if the row ended by itself, the critic's value of the cut-off state if
+    it was truncated (`bootstrap_values`). lam = 1 gives A + V = reward-to-go; lam = 0 the TD error.
+    Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16.
+
+    >>> one = torch.ones(1, 2)
+    >>> gae(torch.tensor([[0.0, 1.0]]), 0.5 * one, one.bool(), torch.zeros(1), gamma=1.0, lam=1.0)[0]
+    tensor([[0.5000, 0.5000]])
+    """
+    rewards, values = _earned(rewards, action_mask), torch.where(action_mask, values, 0.0)
+    next_values = torch.cat([values, bootstrap[:, None]], 1).gather(1, _next_action(action_mask))
+    deltas = rewards + gamma * next_values - values
+    advantages = _discounted_sum(deltas, action_mask, gamma * lam, torch.zeros_like(bootstrap))
+    return advantages, torch.where(action_mask, advantages + values, 0.0)
+
+
+def bootstrap_values(terminated: Bool[Tensor, " B"], values_after_last: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """What each row is still worth after its last action: 0 if it ended by itself, V if it was cut off.
+
+    Pardo et al. 2018, Time limits in reinforcement learning, https://arxiv.org/abs/1712.00378.
+
+    >>> bootstrap_values(torch.tensor([True, False]), torch.tensor([0.5, 0.5]))
+    tensor([0.0000, 0.5000])
+    """
+    return torch.where(terminated, 0.0, values_after_last)
+
+
+def discount_weights(
+    action_mask: Bool[Tensor, "B T"], gamma: float, *, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "B T"]:
+    """gamma^k at the k-th action (k from 0): the factor that the discounted objective's gradient carries.
+
+        grad E[sum_k gamma^k r_k] = E[sum_k gamma^k * grad(log pi_k) * A_k]
+
+    Practice drops it (late tokens would hardly learn); what is left for gamma < 1 is then not the gradient
+    of the discounted return. Nota & Thomas 2020, https://arxiv.org/abs/1906.07073.
+
+    >>> discount_weights(torch.tensor([[False, True, False, True]]), 0.5)
+    tensor([[0.0000, 1.0000, 0.0000, 0.5000]])
+    """
+    return torch.where(action_mask, gamma ** _action_index(action_mask).to(dtype), 0.0)
+
+
+def group_relative(
+    rewards: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    group: Int[Tensor, " B"],
+    *,
+    scale_by_std: bool,
+    eps: float = 1e-4,
+) -> Float[Tensor, "B T"]:
+    """Each row's total reward against its group, given to every action of the row.
+
+        A_i = R_i - mean_g R          divided by (std_g R + eps) if `scale_by_std`; std with G - 1
+
+    Equal totals, and a group of one, give exactly 0. *When* within the row a reward fell is lost: see
+    `has_token_level_rewards`, and `leave_one_out_process` for the estimator that keeps it.
+    GRPO: Shao et al. 2024, https://arxiv.org/abs/2402.03300, sec. 4.1.2. Without the std, Dr. GRPO: Liu et
+    al. 2025, https://arxiv.org/abs/2503.20783.
+
+    >>> rewards, group = torch.tensor([[0.0, 3.0], [1.0, 0.0]]), torch.tensor([7, 7])
+    >>> group_relative(rewards, torch.ones(2, 2).bool(), group, scale_by_std=False)
+    tensor([[ 1.,  1.],
+            [-1., -1.]])
+    """
+    totals = _earned(rewards, action_mask).sum(1, keepdim=True)
+    centered, variance = _moments(totals, torch.ones_like(totals, dtype=torch.bool), group, unbiased=True)
+    return torch.where(
+        action_mask, _divide(centered, variance.sqrt() + eps, variance) if scale_by_std else centered, 0.0
+    )
+
+
+def group_process(
+    rewards: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    group: Int[Tensor, " B"],
+    *,
+    gamma: float,
+    scale_by_std: bool,
+    eps: float = 1e-4,
+    scored: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T"]:
+    """Rewards of scored tokens normalised over the group's scored tokens, then summed to go.
+
+        n_t = r_t - mean_g r  [/ (std_g r + eps)]  where scored, else 0          A_k = n_k + gamma * A_{k+1}
+
+    Only scored tokens enter mean and std; otherwise the zeros of the tokens that nobody judged would drown
+    them. `scored` defaults to `rewards != 0`, which cannot tell a judged 0 from no judgement: pass the mask
+    if a score can be 0. It is not an unbiased gradient: how many centred terms a token collects depends on
+    the length of its own row. A group with fewer than two scored tokens gives 0.
+    Shao et al. 2024, https://arxiv.org/abs/2402.03300, sec. 4.1.3 (process supervision).
+
+    >>> rewards, group = torch.tensor([[1.0, 0.0, 3.0], [0.0, 2.0, 0.0]]), torch.tensor([7, 7])
+    >>> group_process(rewards, torch.ones(2, 3).bool(), group, gamma=1.0, scale_by_std=False)
+    tensor([[0., 1., 1.],
+            [0., 0., 0.]])
+    """
+    rewards = _earned(rewards, action_mask)
+    scored = action_mask & (rewards != 0 if scored is None else scored)
+    centered, variance = _moments(rewards, scored, group, unbiased=True)
+    normalised = _divide(centered, variance.sqrt() + eps, variance) if scale_by_std else centered
+    return reward_to_go(normalised, action_mask, gamma=gamma)
+
+
+def leave_one_out(
+    rewards: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"], group: Int[Tensor, " B"]
+) -> Float[Tensor, "B T"]:
+    """Each row's total reward minus the mean total of the *other* rows of its group, at every action.
+
+        A_i = R_i - sum_{j != i} R_j / (G - 1) = G / (G - 1) * (R_i - mean_g R)
+
+    Unbiased, since the baseline of a row does not depend on the row. A group of one has no others: its
+    baseline is 0 and A = R (plain REINFORCE), unlike `group_relative`, where it learns nothing.
+    RLOO: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740; Kool et al. 2019.
+
+    >>> rewards, group = torch.tensor([[0.0, 3.0], [1.0, 0.0]]), torch.tensor([7, 7])
+    >>> leave_one_out(rewards, torch.ones(2, 2).bool(), group)
+    tensor([[ 2.,  2.],
+            [-2., -2.]])
+    """
+    totals = _earned(rewards, action_mask).sum(1, keepdim=True)
+    return torch.where(action_mask, _minus_mean_of_others(totals, group), 0.0)
+
+
+def leave_one_out_process(
+    rewards: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"], group: Int[Tensor, " B"], *, gamma: float
+) -> Float[Tensor, "B T"]:
+    """Reward-to-go of each action minus the other rows' mean reward-to-go at the same action index.
+
+        A_ik = G_ik - sum_{j != i} G_jk / (G - 1)          G_ik = r_ik + gamma * G_i,k+1
+
+    k counts actions, so rows whose tool replies differ in length are still compared action by action. A row
+    that is over stays in an absorbing state without reward: G_jk = 0 beyond its end, which keeps the divisor
+    G - 1 for all k. Unbiased, since the baseline of a row depends on the other rows only. A group of one
+    has baseline 0: A = G. With one reward at the end of equally long rows and gamma = 1 this is RLOO.
+
+    >>> rewards, group = torch.tensor([[1.0, 3.0], [1.0, 0.0]]), torch.tensor([7, 7])
+    >>> leave_one_out_process(rewards, torch.ones(2, 2).bool(), group, gamma=1.0)
+    tensor([[ 3.,  3.],
+            [-3., -3.]])
+    """
+    returns, index = reward_to_go(rewards, action_mask, gamma=gamma), _action_index(action_mask)
+    # scatter_add: masked cells share an index with an action, and add their 0 to it
+    by_action = torch.zeros_like(returns).scatter_add(1, index, returns)
+    return torch.where(action_mask, _minus_mean_of_others(by_action, group).gather(1, index), 0.0)
+
+
+def has_token_level_rewards(rewards: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> bool:
+    """True if some action other than its row's last carries a reward.
+
+    Outcome estimators (`group_relative`, `leave_one_out`) sum such rewards over the row and thereby lose
+    which token earned them: ask this first, and tell the user.
+
+    >>> has_token_level_rewards(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[True, True, False]]))
+    False
+    """
+    is_last = action_mask & (_next_action(action_mask) == action_mask.shape[1])
+    return bool((_earned(rewards, action_mask)[~is_last] != 0).any())
+
+
+def whiten(
+    advantages: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    group: Int[Tensor, " B"],
+    *,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+) -> Float[Tensor, "B T"]:
+    """Advantages with mean 0 and variance 1 over all actions of the batch, whatever their group.
+
+        (A - mean) / sqrt(var + eps)          var divided by n - 1 if `unbiased`, else by n
+
+    Fewer than two actions, or no spread, give exactly 0.
+
+    >>> mask, group = torch.tensor([[True, True, False]]), torch.tensor([0])
+    >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), mask, group, unbiased=False)
+    tensor([[-1.,  1.,  0.]])
+    """
+    centered, variance = _moments(advantages, action_mask, torch.zeros_like(group), unbiased=unbiased)
+    return torch.where(action_mask, _divide(centered, (variance + eps).sqrt(), variance), 0.0)
+
+
+def scale_only(
+    advantages: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    group: Int[Tensor, " B"],
+    *,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+) -> Float[Tensor, "B T"]:
+    """Advantages divided by their standard deviation over all actions of the batch; signs are kept.
+
+        A / sqrt(var + eps)          var about the mean, divided by n - 1 if `unbiased`, else by n
+
+    For advantages that already have a baseline. Fewer than two actions, or no spread, leave no scale to
+    divide by and give exactly 0, as in `whiten`.
+
+    >>> mask, group = torch.tensor([[True, True, False]]), torch.tensor([0])
+    >>> scale_only(torch.tensor([[1.0, 3.0, 9.0]]), mask, group, unbiased=False)
+    tensor([[1., 3., 0.]])
+    """
+    _, variance = _moments(advantages, action_mask, torch.zeros_like(group), unbiased=unbiased)
+    return torch.where(action_mask, _divide(advantages, (variance + eps).sqrt(), variance), 0.0)
+
+
+def center_by_group(
+    advantages: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"], group: Int[Tensor, " B"]
+) -> Float[Tensor, "B T"]:
+    """Advantages minus the mean over all actions of their group; long rows weigh more in it.
+
+    >>> center_by_group(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), torch.ones(2, 2).bool(), torch.tensor([4, 9]))
+    tensor([[-1.,  1.],
+            [ 0.,  0.]])
+    """
+    return _moments(advantages, action_mask, group, unbiased=True)[0]
+
+
+def clip(
+    advantages: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"], group: Int[Tensor, " B"], *, limit: float
+) -> Float[Tensor, "B T"]:
+    """Advantages confined to [-limit, limit].
+
+    This clips what is left after the baseline. To bound raw rewards, do it where they are made.
+
+    >>> clip(torch.tensor([[-3.0, 0.5]]), torch.ones(1, 2).bool(), torch.zeros(1).int(), limit=1.0)
+    tensor([[-1.0000,  0.5000]])
+    """
+    return torch.where(action_mask, advantages.clamp(-limit, limit), 0.0)
+
+
+def _earned(rewards: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """`rewards` with masked cells set to 0; raises if a finite reward would be lost by that."""
+    lost = ~action_mask & rewards.isfinite() & (rewards != 0)
+    if bool(lost.any()):
+        row, column = lost.nonzero()[0].tolist()
+        raise ValueError(
+            f"rewards: {int(lost.sum())} nonzero cells where action_mask is False, first at row {row}, token {column} "
+            f"({rewards[row, column].item():g}); no action can earn them: move each to the last action before it"
+        )
+    return torch.where(action_mask, rewards, 0.0)
+
+
+def _discounted_sum(
+    x: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"], decay: float, tail: Float[Tensor, " B"]
+) -> Float[Tensor, "B T"]:
+    """S_k = x_k + decay * S_{k+1} over a row's actions, S_K = tail; 0 at masked cells."""
+    sums, running = torch.zeros_like(x), tail
+    for t in reversed(range(x.shape[1])):
+        running = torch.where(action_mask[:, t], x[:, t] + decay * running, running)
+        sums[:, t] = torch.where(action_mask[:, t], running, 0.0)
+    return sums
+
+
+def _next_action(action_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Column of the first action after each cell; T where none follows."""
+    width = action_mask.shape[1]
+    columns = torch.where(action_mask, torch.arange(width, device=action_mask.device), width)
+    from_here_on = columns.flip(1).cummin(1).values.flip(1)
+    return torch.cat([from_here_on[:, 1:], torch.full_like(columns[:, :1], width)], 1)
+
+
+def _action_index(action_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """How many actions of the row precede each action; meaningless but in range at masked cells."""
+    return (action_mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _moments(
+    x: Float[Tensor, "B W"], counted: Bool[Tensor, "B W"], group: Int[Tensor, " B"], *, unbiased: bool
+) -> tuple[Float[Tensor, "B W"], Float[Tensor, "B 1"]]:
+    """`x` minus the mean over its group's counted cells (0 elsewhere), and the group's variance, row by row."""
+    count = _over_group(counted.to(x.dtype).sum(1, keepdim=True), group, "sum")
+    # Shifted by the group's own minimum first: equal numbers then have mean 0 without rounding.
+    lowest = _over_group(torch.where(counted, x, torch.inf).amin(1, keepdim=True), group, "amin")
+    shifted = torch.where(counted, x - lowest, 0.0)
+    mean = _over_group(shifted.sum(1, keepdim=True), group, "sum") / count.clamp_min(1)
+    centered = torch.where(counted, shifted - mean, 0.0)
+    squares = _over_group(centered.square().sum(1, keepdim=True), group, "sum")
+    return centered, squares / (count - 1 if unbiased else count).clamp_min(1)
+
+
+def _divide(
+    x: Float[Tensor, "B W"], scale: Float[Tensor, "B 1"], variance: Float[Tensor, "B 1"]
+) -> Float[Tensor, "B W"]:
+    """x / scale, and exactly 0 where there was no spread."""
+    return torch.where(variance > 0, x / scale, 0.0)
+
+
+def _minus_mean_of_others(x: Float[Tensor, "B W"], group: Int[Tensor, " B"]) -> Float[Tensor, "B W"]:
+    """Each row minus the mean of the other rows of its group, column by column; itself if there are none."""
+    size = _over_group(torch.ones_like(x[:, :1]), group, "sum")
+    shifted = x - _over_group(x, group, "amin")  # as in `_moments`: equal rows give exactly 0
+    others = (_over_group(shifted, group, "sum") - shifted) / (size - 1).clamp_min(1)
+    return torch.where(size > 1, shifted - others, x)
+
+
+def _over_group(x: Float[Tensor, "B W"], group: Int[Tensor, " B"], how: Literal["sum", "amin"]) -> Float[Tensor, "B W"]:
+    """For each row, the sum or the minimum over the rows of its group, column by column."""
+    ids, slot = torch.unique(group, return_inverse=True)
+    start = x.new_zeros(len(ids), x.shape[1])
+    return start.scatter_reduce(0, slot[:, None].expand_as(x), x, how, include_self=False)[slot]
