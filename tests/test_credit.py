@@ -1,0 +1,432 @@
+"""Estimators and transforms: hand numbers, identities, invariances, and the traps other systems fell into."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pertoken import credit
+
+# The worked row of the design notes: prompt, prompt, action, action, tool, action, action, padding.
+MASK = torch.tensor([[False, False, True, True, False, True, True, False]])
+REWARDS = torch.tensor([[0, 0, 0, 0.5, 0, 0, 1.0, 0]], dtype=torch.float64)
+VALUES = torch.tensor([[0, 0, 0.2, 0.3, 0, 0.4, 0.5, 0]], dtype=torch.float64)
+NOTHING = torch.zeros(1, dtype=torch.float64)
+
+
+def f64(numbers: object) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def equal(got: Tensor, expected: object, atol: float = 1e-12) -> None:
+    expected = expected if isinstance(expected, Tensor) else f64(expected)
+    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+
+def random_rows(seed: int, rows: int = 6, width: int = 9) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rewards (0 at masked cells), values, action mask with holes, groups of mixed size in mixed order."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, width, generator=g) < 0.6
+    mask[:, 0] = False
+    rewards = torch.where(mask, torch.randn(rows, width, generator=g, dtype=torch.float64), 0.0)
+    values = torch.randn(rows, width, generator=g, dtype=torch.float64)
+    group = torch.tensor([-7, 10**9, 3])[torch.randint(3, (rows,), generator=g)]
+    return rewards, values, mask, group
+
+
+# Every function of the module as (rewards, values, mask, group) -> [B, T], for the invariances all must have.
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "reward_to_go": lambda r, v, m, g: credit.reward_to_go(r, m, gamma=0.9),
+    "gae advantages": lambda r, v, m, g: credit.gae(r, v, m, r.new_full((len(r),), 0.3), gamma=0.9, lam=0.8)[0],
+    "gae returns": lambda r, v, m, g: credit.gae(r, v, m, r.new_full((len(r),), 0.3), gamma=0.9, lam=0.8)[1],
+    "group_relative": lambda r, v, m, g: credit.group_relative(r, m, g, scale_by_std=True),
+    "group_relative centred": lambda r, v, m, g: credit.group_relative(r, m, g, scale_by_std=False),
+    "group_process": lambda r, v, m, g: credit.group_process(r, m, g, gamma=0.9, scale_by_std=True),
+    "leave_one_out": lambda r, v, m, g: credit.leave_one_out(r, m, g),
+    "leave_one_out_process": lambda r, v, m, g: credit.leave_one_out_process(r, m, g, gamma=0.9),
+    "whiten": lambda r, v, m, g: credit.whiten(v, m, g),
+    "scale_only": lambda r, v, m, g: credit.scale_only(v, m, g),
+    "center_by_group": lambda r, v, m, g: credit.center_by_group(v, m, g),
+    "clip": lambda r, v, m, g: credit.clip(v, m, g, limit=0.5),
+}
+every_function = pytest.mark.parametrize("function", ESTIMATORS.values(), ids=ESTIMATORS.keys())
+
+
+# --- hand numbers -----------------------------------------------------------------------------------------
+
+
+def test_reward_to_go_of_the_worked_row() -> None:
+    equal(credit.reward_to_go(REWARDS, MASK, gamma=0.9), [[0, 0, 1.179, 1.31, 0, 0.9, 1.0, 0]])
+
+
+def test_gae_of_the_worked_row_terminated() -> None:
+    advantages, returns = credit.gae(REWARDS, VALUES, MASK, NOTHING, gamma=0.9, lam=0.5)
+    equal(advantages, [[0, 0, 0.3776875, 0.68375, 0, 0.275, 0.5, 0]])
+    equal(returns, [[0, 0, 0.5776875, 0.98375, 0, 0.675, 1.0, 0]])
+
+
+def test_gae_of_the_worked_row_truncated() -> None:
+    bootstrap = credit.bootstrap_values(torch.tensor([False]), f64([0.6]))
+    advantages, _ = credit.gae(REWARDS, VALUES, MASK, bootstrap, gamma=0.9, lam=0.5)
+    equal(advantages, [[0, 0, 0.4268950, 0.7931, 0, 0.518, 1.04, 0]])
+
+
+def test_reward_to_go_with_a_bootstrap() -> None:
+    got = credit.reward_to_go(REWARDS, MASK, gamma=0.5, bootstrap=f64([2.0]))
+    equal(got, [[0, 0, 0.5 * (0.5 + 0.5), 0.5 + 0.5 * 1.0, 0, 1.0, 2.0, 0]])
+
+
+def test_bootstrap_values_ignore_garbage_of_terminated_rows() -> None:
+    got = credit.bootstrap_values(torch.tensor([True, False]), f64([torch.nan, 0.6]))
+    equal(got, [0.0, 0.6])
+
+
+def test_discount_weights_count_actions() -> None:
+    equal(credit.discount_weights(MASK, 0.9, dtype=torch.float64), [[0, 0, 1, 0.9, 0, 0.81, 0.729, 0]])
+
+
+def test_group_estimators_by_hand() -> None:
+    # Totals 1, 3 | 5; the first row acts at columns 1 and 3 with a tool between.
+    mask = torch.tensor([[False, True, False, True], [False, True, True, False], [False, True, False, False]])
+    rewards, group = f64([[0, 0.5, 0, 0.5], [0, 1, 2, 0], [0, 5, 0, 0]]), torch.tensor([8, 8, 2])
+    equal(credit.group_relative(rewards, mask, group, scale_by_std=False), [[0, -1, 0, -1], [0, 1, 1, 0], [0, 0, 0, 0]])
+    scaled = 1 / (2**0.5 + 0.1)
+    equal(
+        credit.group_relative(rewards, mask, group, scale_by_std=True, eps=0.1),
+        [[0, -scaled, 0, -scaled], [0, scaled, scaled, 0], [0, 0, 0, 0]],
+    )
+    equal(credit.leave_one_out(rewards, mask, group), [[0, -2, 0, -2], [0, 2, 2, 0], [0, 5, 0, 0]])
+
+
+def test_leave_one_out_process_compares_the_same_action_not_the_same_column() -> None:
+    # G = [1, .5] at columns 1, 3 and [3, 2] at columns 1, 2: the second actions face each other.
+    mask = torch.tensor([[False, True, False, True], [False, True, True, False]])
+    rewards, group = f64([[0, 0.5, 0, 0.5], [0, 1, 2, 0]]), torch.tensor([0, 0])
+    got = credit.leave_one_out_process(rewards, mask, group, gamma=1.0)
+    equal(got, [[0, 1 - 3, 0, 0.5 - 2], [0, 3 - 1, 2 - 0.5, 0]])
+
+
+def test_leave_one_out_process_counts_finished_rows_as_zero() -> None:
+    # Row 0 is over after one action, so at k = 1 the others' mean for row 1 is (0 + 4) / 2.
+    mask = torch.tensor([[True, False], [True, True], [True, True]])
+    rewards, group = f64([[6, 0], [0, 2], [0, 4]]), torch.tensor([0, 0, 0])
+    got = credit.leave_one_out_process(rewards, mask, group, gamma=1.0)
+    equal(got, [[6 - 3, 0], [2 - 5, 2 - 2], [4 - 4, 4 - 1]])
+
+
+def test_group_process_by_hand_with_a_hole() -> None:
+    # Scored 1, 3 and 2 over the group: mean 2, unbiased std 1.
+    mask = torch.tensor([[True, False, True, True], [True, True, True, False]])
+    rewards, group = f64([[1, 0, 0, 3], [0, 2, 0, 0]]), torch.tensor([5, 5])
+    got = credit.group_process(rewards, mask, group, gamma=0.5, scale_by_std=True, eps=1.0)
+    equal(got, [[-0.5 + 0.25 * 0.5, 0, 0.25, 0.5], [0, 0, 0, 0]])
+
+
+def test_group_process_takes_a_judged_zero_as_a_score_only_if_told() -> None:
+    mask, rewards, group = torch.ones(1, 3, dtype=torch.bool), f64([[0, 2, 4]]), torch.tensor([0])
+    default = credit.group_process(rewards, mask, group, gamma=1.0, scale_by_std=False)
+    equal(default, [[0, 0, 1]])
+    told = credit.group_process(rewards, mask, group, gamma=1.0, scale_by_std=False, scored=mask)
+    equal(told, [[0, 2, 2]])
+
+
+def test_transforms_by_hand() -> None:
+    advantages, group = f64([[1, 99, 3], [5, 7, 99]]), torch.tensor([1, 2])
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    unit = 5**0.5  # population std of 1, 3, 5, 7
+    equal(credit.whiten(advantages, mask, group, unbiased=False, eps=0.0), f64([[-3, 0, -1], [1, 3, 0]]) / unit)
+    equal(credit.whiten(advantages, mask, group, eps=0.0), f64([[-3, 0, -1], [1, 3, 0]]) / (20 / 3) ** 0.5)
+    equal(credit.scale_only(advantages, mask, group, unbiased=False, eps=0.0), f64([[1, 0, 3], [5, 7, 0]]) / unit)
+    equal(credit.center_by_group(advantages, mask, group), [[-1, 0, 1], [-1, 1, 0]])
+    equal(credit.clip(advantages, mask, group, limit=4.0), [[1, 0, 3], [4, 4, 0]])
+
+
+# --- identities -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_gae_with_lambda_1_gives_reward_to_go(gamma: float) -> None:
+    rewards, values, mask, _ = random_rows(0)
+    bootstrap = values[:, 0]
+    advantages, returns = credit.gae(rewards, values, mask, bootstrap, gamma=gamma, lam=1.0)
+    expected = credit.reward_to_go(rewards, mask, gamma=gamma, bootstrap=bootstrap)
+    equal(returns, expected)
+    equal(advantages, torch.where(mask, expected - values, 0.0))
+
+
+def test_gae_with_lambda_0_gives_the_td_error() -> None:
+    advantages, _ = credit.gae(REWARDS, VALUES, MASK, f64([0.6]), gamma=0.9, lam=0.0)
+    expected = [0.9 * 0.3 - 0.2, 0.5 + 0.9 * 0.4 - 0.3, 0.9 * 0.5 - 0.4, 1.0 + 0.9 * 0.6 - 0.5]
+    equal(advantages[MASK], expected)
+
+
+def test_gae_without_critic_and_discount_is_reward_to_go() -> None:
+    rewards, values, mask, _ = random_rows(1)
+    zero = torch.zeros_like(values)
+    equal(
+        credit.gae(rewards, zero, mask, zero[:, 0], gamma=1.0, lam=1.0)[0],
+        credit.reward_to_go(rewards, mask, gamma=1.0),
+    )
+
+
+def test_bootstrap_equals_adding_the_discounted_value_to_the_last_reward() -> None:
+    moved = REWARDS.clone()
+    moved[0, 6] += 0.9 * 0.6
+    truncated = credit.gae(REWARDS, VALUES, MASK, f64([0.6]), gamma=0.9, lam=0.5)[0]
+    equal(truncated, credit.gae(moved, VALUES, MASK, NOTHING, gamma=0.9, lam=0.5)[0])
+
+
+def test_leave_one_out_is_the_scaled_group_mean_form() -> None:
+    rewards, _, mask, group = random_rows(2, rows=12)
+    size = (group[:, None] == group[None, :]).sum(1, keepdim=True).double()
+    assert bool((size > 1).all())
+    centred = credit.group_relative(rewards, mask, group, scale_by_std=False)
+    equal(credit.leave_one_out(rewards, mask, group), centred * size / (size - 1))
+
+
+def test_group_advantages_sum_to_zero() -> None:
+    rewards, _, _, group = random_rows(3, rows=12)
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    for advantages in (
+        credit.leave_one_out(rewards, mask, group),
+        credit.leave_one_out_process(rewards, mask, group, gamma=0.9),
+        credit.group_relative(rewards, mask, group, scale_by_std=True),
+    ):
+        for g in group.unique():
+            equal(advantages[group == g].sum(0), torch.zeros(rewards.shape[1], dtype=torch.float64))
+
+
+def test_process_form_with_one_final_reward_on_equal_lengths_is_rloo() -> None:
+    rewards, mask, group = torch.zeros(4, 5, dtype=torch.float64), torch.ones(4, 5, dtype=torch.bool), torch.zeros(4)
+    rewards[:, -1] = f64([1, 0, 0.5, 0.25])
+    group = group.long()
+    process = credit.leave_one_out_process(rewards, mask, group, gamma=1.0)
+    equal(process, credit.leave_one_out(rewards, mask, group))
+
+
+def test_a_group_of_one_has_no_baseline_when_left_out_and_no_signal_when_relative() -> None:
+    group = torch.tensor([3])
+    equal(credit.leave_one_out(REWARDS, MASK, group), torch.where(MASK, 1.5, 0.0).double())
+    equal(credit.leave_one_out_process(REWARDS, MASK, group, gamma=0.9), credit.reward_to_go(REWARDS, MASK, gamma=0.9))
+    for scale_by_std in (True, False):
+        equal(credit.group_relative(REWARDS, MASK, group, scale_by_std=scale_by_std), torch.zeros_like(REWARDS))
+
+
+def test_whiten_gives_mean_0_and_variance_1_over_actions() -> None:
+    _, values, mask, group = random_rows(4)
+    white = credit.whiten(values, mask, group, eps=0.0)[mask]
+    equal(white.mean(), 0.0)
+    equal(white.var(), 1.0)
+
+
+# --- invariances every function must have ------------------------------------------------------------------
+
+
+@every_function
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
+def test_garbage_in_masked_cells_changes_nothing(function: Callable[..., Tensor], garbage: float) -> None:
+    rewards, values, mask, group = random_rows(5)
+    clean = function(rewards, torch.where(mask, values, 0.0), mask, group)
+    dirty = function(torch.where(mask, rewards, garbage), torch.where(mask, values, garbage), mask, group)
+    equal(dirty, clean)
+    assert bool((clean[~mask] == 0).all())
+
+
+@every_function
+def test_appended_padding_changes_nothing(function: Callable[..., Tensor]) -> None:
+    rewards, values, mask, group = random_rows(6)
+    wider = [torch.cat([x, x.new_full((len(x), 3), fill)], 1) for x, fill in ((rewards, torch.nan), (values, 5.0))]
+    wider_mask = torch.cat([mask, mask.new_zeros(len(mask), 3)], 1)
+    equal(function(*wider, wider_mask, group)[:, :-3], function(rewards, values, mask, group))
+
+
+@every_function
+def test_a_tool_reply_of_any_length_takes_no_time(function: Callable[..., Tensor]) -> None:
+    rewards, values, mask, group = random_rows(7)
+
+    def with_gap(x: Tensor, fill: float) -> Tensor:
+        return torch.cat([x[:, :4], x.new_full((len(x), 5), fill), x[:, 4:]], 1)
+
+    got = function(with_gap(rewards, 0.0), with_gap(values, 9.0), with_gap(mask, False), group)
+    expected = function(rewards, values, mask, group)
+    equal(torch.cat([got[:, :4], got[:, 9:]], 1), expected)
+
+
+@every_function
+def test_row_order_changes_nothing(function: Callable[..., Tensor]) -> None:
+    rewards, values, mask, group = random_rows(8)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    got = function(rewards[order], values[order], mask[order], group[order])
+    equal(got, function(rewards, values, mask, group)[order])
+
+
+@every_function
+def test_group_names_change_nothing(function: Callable[..., Tensor]) -> None:
+    rewards, values, mask, group = random_rows(9)
+    renamed = torch.where(group == 3, -(2**60), group + 11)
+    equal(function(rewards, values, mask, renamed), function(rewards, values, mask, group))
+
+
+@every_function
+def test_rows_without_actions_give_zeros(function: Callable[..., Tensor]) -> None:
+    rewards, values, mask, group = random_rows(10)
+    nothing = torch.zeros_like(mask)
+    equal(function(torch.zeros_like(rewards), values, nothing, group), torch.zeros_like(rewards))
+
+
+@every_function
+def test_one_action_per_row_stays_finite(function: Callable[..., Tensor]) -> None:
+    rewards, values, _, group = random_rows(11)
+    mask = torch.zeros_like(rewards, dtype=torch.bool)
+    mask[:, 2] = True
+    assert bool(function(torch.where(mask, rewards, 0.0), values, mask, group).isfinite().all())
+
+
+@given(seed=st.integers(0, 10_000), gamma=st.floats(0.0, 1.0), lam=st.floats(0.0, 1.0))
+@settings(max_examples=30, deadline=None)
+def test_gae_equals_its_definition_row_by_row(seed: int, gamma: float, lam: float) -> None:
+    rewards, values, mask, _ = random_rows(seed, rows=2, width=6)
+    bootstrap = f64([0.7, 0.0])
+    advantages, _ = credit.gae(rewards, values, mask, bootstrap, gamma=gamma, lam=lam)
+    for b in range(2):
+        r, v = rewards[b][mask[b]].tolist(), [*values[b][mask[b]].tolist(), float(bootstrap[b])]
+        deltas = [r[k] + gamma * v[k + 1] - v[k] for k in range(len(r))]
+        expected = [sum((gamma * lam) ** (s - k) * deltas[s] for s in range(k, len(r))) for k in range(len(r))]
+        equal(advantages[b][mask[b]], f64(expected), atol=1e-10)
+
+
+# --- traps ------------------------------------------------------------------------------------------------
+
+REWARD_READERS = [name for name in ESTIMATORS if name not in ("whiten", "scale_only", "center_by_group", "clip")]
+
+
+@pytest.mark.parametrize("name", REWARD_READERS)
+@pytest.mark.parametrize("column", [0, 4, 7], ids=["prompt", "tool", "tail"])
+def test_trap_r1_reward_on_masked_cell_raises(name: str, column: int) -> None:
+    rewards = REWARDS.clone()
+    rewards[0, column] = 1.0
+    with pytest.raises(ValueError, match=rf"row 0, token {column} \(1\).*last action before it"):
+        ESTIMATORS[name](rewards, VALUES, MASK, torch.tensor([0]))
+
+
+def test_trap_r1_reward_in_equals_reward_credited() -> None:
+    rewards, _, mask, _ = random_rows(12)
+    to_go = credit.reward_to_go(rewards, mask, gamma=1.0)
+    first = mask & (mask.cumsum(1) == 1)
+    equal(to_go[first], rewards.sum(1)[mask.any(1)])
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_trap_r2_constant_value_is_no_advantage_across_any_holes(lam: float) -> None:
+    _, _, mask, _ = random_rows(13)
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    values = torch.where(mask, 0.8, 0.0).double()
+    advantages, _ = credit.gae(
+        torch.where(last, 0.8, 0.0).double(), values, mask, values.new_zeros(6), gamma=1.0, lam=lam
+    )
+    equal(advantages, torch.zeros_like(values))
+
+
+def test_trap_r3_pad_values_do_not_leak_into_gae() -> None:
+    dirty = torch.where(MASK, VALUES, 5.0)
+    expected = credit.gae(REWARDS, VALUES, MASK, NOTHING, gamma=1.0, lam=0.95)
+    for got, clean in zip(credit.gae(REWARDS, dirty, MASK, NOTHING, gamma=1.0, lam=0.95), expected, strict=True):
+        equal(got, clean)
+
+
+def test_trap_r4_reward_to_go_passes_a_hole() -> None:
+    mask = torch.tensor([[True, False, True]])
+    equal(credit.reward_to_go(f64([[0, 0, 1]]), mask, gamma=0.5), [[0.5, 0, 1]])
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_trap_r5_advantage_of_eos_is_reward_minus_value(padding: int) -> None:
+    mask = torch.tensor([[True, True, True] + [False] * padding])
+    rewards, values = f64([[0, 0, 1.0] + [0] * padding]), f64([[0.4, 0.1, 0.3] + [0.9] * padding])
+    advantages, _ = credit.gae(rewards, values, mask, NOTHING, gamma=0.99, lam=0.95)
+    assert advantages[0, 2].item() == 1.0 - 0.3
+
+
+def test_trap_10_truncated_and_terminated_differ_by_the_bootstrap_whatever_the_width() -> None:
+    rewards, values = REWARDS.repeat(2, 1), VALUES.repeat(2, 1)
+    bootstrap = credit.bootstrap_values(torch.tensor([True, False]), f64([0.6, 0.6]))
+    advantages, _ = credit.gae(rewards, values, MASK.repeat(2, 1), bootstrap, gamma=0.9, lam=1.0)
+    difference = (advantages[1] - advantages[0])[MASK[0]]
+    equal(difference, [0.6 * 0.9**4, 0.6 * 0.9**3, 0.6 * 0.9**2, 0.6 * 0.9])
+
+
+def test_trap_21_whitening_ignores_padding_and_keeps_its_sense() -> None:
+    advantages, mask = f64([[1, 3, 100, 100]]), torch.tensor([[True, True, False, False]])
+    group = torch.tensor([0])
+    equal(credit.whiten(advantages, mask, group, unbiased=False, eps=0.0), [[-1, 1, 0, 0]])
+    equal(credit.scale_only(advantages, mask, group, unbiased=False, eps=0.0), [[1, 3, 0, 0]])
+
+
+@pytest.mark.parametrize("transform", [credit.whiten, credit.scale_only])
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("num_actions", [0, 1])
+def test_trap_21_whitening_none_or_one_action_gives_zero(
+    transform: Callable[..., Tensor], unbiased: bool, num_actions: int
+) -> None:
+    advantages, mask = f64([[7.0, 8.0]]), torch.tensor([[num_actions > 0, False]])
+    equal(transform(advantages, mask, torch.tensor([0]), unbiased=unbiased, eps=0.0), [[0, 0]])
+
+
+def test_trap_23_no_estimator_clips_rewards_on_its_own() -> None:
+    mask, group = torch.ones(2, 1, dtype=torch.bool), torch.tensor([0, 0])
+    equal(credit.leave_one_out(f64([[1000], [0]]), mask, group), [[1000], [-1000]])
+
+
+def test_trap_32_interleaved_groups_stay_apart() -> None:
+    mask, group = torch.ones(4, 1, dtype=torch.bool), torch.tensor([5, -2, 5, -2])
+    got = credit.leave_one_out(f64([[1], [10], [3], [30]]), mask, group)
+    equal(got, [[-2], [-20], [2], [20]])
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1e6])
+@pytest.mark.parametrize("eps", [0.0, 1e-4])
+def test_trap_33_equal_rewards_give_exactly_zero(reward: float, eps: float) -> None:
+    # Three times 0.1 sums to 0.30000000000000004: a mean taken plainly would leave 1e-17, and eps=0 blow it up.
+    mask, group = torch.ones(3, 1, dtype=torch.bool), torch.tensor([4, 4, 4])
+    rewards = torch.full((3, 1), reward, dtype=torch.float64)
+    for advantages in (
+        credit.group_relative(rewards, mask, group, scale_by_std=True, eps=eps),
+        credit.group_relative(rewards, mask, group, scale_by_std=False),
+        credit.group_process(rewards, mask, group, gamma=1.0, scale_by_std=True, eps=eps, scored=mask),
+        credit.leave_one_out(rewards, mask, group),
+        credit.leave_one_out_process(rewards, mask, group, gamma=1.0),
+        credit.whiten(rewards, mask, group, eps=eps),
+        credit.scale_only(rewards, mask, group, eps=eps),
+        credit.center_by_group(rewards, mask, group),
+    ):
+        assert bool((advantages == 0).all())
+
+
+def test_trap_34_process_estimators_tell_where_a_reward_fell() -> None:
+    mask, group = torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 0])
+    early, late = f64([[1, 0, 0], [0, 0, 2]]), f64([[0, 0, 1], [0, 0, 2]])
+    relative = [credit.group_relative(r, mask, group, scale_by_std=True) for r in (early, late)]
+    equal(relative[0], relative[1])  # flattened, as documented
+    for process in (
+        lambda r: credit.group_process(r, mask, group, gamma=1.0, scale_by_std=True),
+        lambda r: credit.leave_one_out_process(r, mask, group, gamma=1.0),
+    ):
+        assert bool((process(early)[0] != process(late)[0]).any())
+    assert credit.has_token_level_rewards(early, mask)
+    assert not credit.has_token_level_rewards(late, mask)
+    assert not credit.has_token_level_rewards(f64([[0, 1, 0, 0]]), torch.tensor([[True, True, False, False]]))
+
+
+def test_trap_35_unscored_tokens_do_not_enter_group_statistics() -> None:
+    short = credit.group_process(
+        f64([[1.0], [3.0]]), torch.ones(2, 1, dtype=torch.bool), torch.tensor([0, 0]), gamma=1.0, scale_by_std=True
+    )
+    rewards = torch.zeros(2, 50, dtype=torch.float64)
+    rewards[:, -1] = f64([1.0, 3.0])
+    long = credit.group_process(
+        rewards, torch.ones(2, 50, dtype=torch.bool), torch.tensor([0, 0]), gamma=1.0, scale_by_std=True
+    )
+    equal(long, short.expand(2, 50))
