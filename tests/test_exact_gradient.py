@@ -1,0 +1,254 @@
+"""Estimators against the exact policy gradient, in worlds small enough to enumerate every sequence.
+
+The policy is a table of logits, one row per prefix; token 0 ends the sequence. A sequence that reaches the
+length limit without it is cut off (truncated). Each row of the batch looks like
+
+    prompt  action  tool  action  action  padding
+
+so that every check also holds across a hole. The mean of an estimator over all sequences (pairs, triples),
+weighted by their probabilities, must equal the gradient of the expected return that autograd finds.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from pertoken import credit
+from pertoken.objectives import policy_gradient
+
+EOS = 0
+EXACT = 1e-6
+
+
+@dataclass(frozen=True)
+class World:
+    logits: Tensor
+    """[prefixes, V], the parameters."""
+    logprobs: Tensor
+    """[S, T] of every sequence's actions, with gradient."""
+    action_mask: Tensor
+    rewards: Tensor
+    """[S, T] random reward of each (prefix, token)."""
+    values: Tensor
+    """[S, T] a critic that is simply wrong."""
+    true_values: Tensor
+    """[S, T] the value function of this policy (gamma 0.9, cut-off states worth `cut_off_value`)."""
+    terminated: Tensor
+    cut_off_value: Tensor
+    """[S] of the state after the last token."""
+
+    @property
+    def probability(self) -> Tensor:
+        """[S] of each sequence, with gradient."""
+        return self.logprobs.sum(1).exp()
+
+    def objective_gradient(self, gamma: float, *, bootstrapped: bool) -> Tensor:
+        """Exact gradient of E[sum_k gamma^k r_k (+ gamma^K V(cut-off state) where truncated)]."""
+        weights = credit.discount_weights(self.action_mask, gamma, dtype=torch.float64)
+        returns = (weights * self.rewards).sum(1)
+        if bootstrapped:
+            returns = returns + gamma ** self.action_mask.sum(1) * self.bootstrap
+        return torch.autograd.grad((self.probability * returns).sum(), self.logits, retain_graph=True)[0]
+
+    @property
+    def bootstrap(self) -> Tensor:
+        return credit.bootstrap_values(self.terminated, self.cut_off_value)
+
+    def estimator_gradient(self, advantages: Tensor, gamma: float = 1.0) -> Tensor:
+        """Mean over all sequences of -grad sum_t policy_gradient loss, with the gamma^k factor."""
+        weights = credit.discount_weights(self.action_mask, gamma, dtype=torch.float64)
+        loss = (policy_gradient(self.logprobs, advantages, self.action_mask) * weights).sum(1)
+        return torch.autograd.grad(-(self.probability.detach() * loss).sum(), self.logits, retain_graph=True)[0]
+
+    def group_gradient(self, assign: Callable[..., Tensor], size: int, gamma: float = 1.0) -> Tensor:
+        """The same for an estimator that compares `size` independent samples: mean over all tuples of sequences."""
+        members = torch.tensor(list(itertools.product(range(len(self.rewards)), repeat=size)))
+        rows, group = members.flatten(), torch.arange(len(members)).repeat_interleave(size)
+        mask = self.action_mask[rows]
+        advantages = assign(self.rewards[rows], mask, group)
+        weights = credit.discount_weights(mask, gamma, dtype=torch.float64)
+        loss = (policy_gradient(self.logprobs[rows], advantages, mask) * weights).sum(1)
+        probability = self.probability.detach()[members].prod(1)[group]
+        return torch.autograd.grad(-(probability * loss).sum() / size, self.logits, retain_graph=True)[0]
+
+
+@functools.cache
+def world(vocabulary: int = 5, length: int = 3, seed: int = 0) -> World:
+    g = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    others = range(1, vocabulary)
+    prefixes = [p for n in range(length) for p in itertools.product(others, repeat=n)]
+    sequences = [(*p, EOS) for p in prefixes] + list(itertools.product(others, repeat=length))
+    number = {p: i for i, p in enumerate(prefixes)}
+    logits = random(len(prefixes), vocabulary).requires_grad_()
+    reward_table, value_table = random(len(prefixes), vocabulary), random(len(prefixes))
+    cut_off_value = random(len(sequences))
+
+    columns = [1, *range(3, length + 2)]  # column 0 is the prompt, 2 a tool reply, the last one padding
+    shape = (len(sequences), length + 3)
+    prefix_of, token_of = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for s, tokens in enumerate(sequences):
+        for k, token in enumerate(tokens):
+            cell = s, columns[k]
+            prefix_of[cell], token_of[cell], mask[cell] = number[tokens[:k]], token, True
+
+    terminated = torch.tensor([tokens[-1] == EOS for tokens in sequences])
+    ends = {tokens: float(cut_off_value[i]) for i, tokens in enumerate(sequences) if tokens[-1] != EOS}
+    true_value = dict(ends)
+    for p in reversed(prefixes):
+        probs = logits[number[p]].detach().softmax(0)
+        later = torch.tensor([true_value.get((*p, v), 0.0) for v in range(vocabulary)], dtype=torch.float64)
+        true_value[p] = float((probs * (reward_table[number[p]] + 0.9 * later)).sum())
+    true_table = torch.tensor([true_value[p] for p in prefixes], dtype=torch.float64)
+
+    def at_actions(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0.0)
+
+    return World(
+        logits=logits,
+        logprobs=at_actions(logits.log_softmax(1)[prefix_of, token_of]),
+        action_mask=mask,
+        rewards=at_actions(reward_table[prefix_of, token_of]),
+        values=at_actions(value_table[prefix_of]),
+        true_values=at_actions(true_table[prefix_of]),
+        terminated=terminated,
+        cut_off_value=cut_off_value,
+    )
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def test_the_world_is_complete() -> None:
+    w = world()
+    assert len(w.rewards) == 85  # 1 + 4 + 16 that end, 64 that are cut off
+    assert int(w.terminated.sum()) == 21
+    assert float(w.probability.detach().sum()) == pytest.approx(1.0, abs=1e-12)
+    assert w.objective_gradient(1.0, bootstrapped=False).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("bootstrapped", [False, True])
+def test_reward_to_go_is_exact(gamma: float, bootstrapped: bool) -> None:
+    w = world()
+    bootstrap = w.bootstrap if bootstrapped else None
+    returns = credit.reward_to_go(w.rewards, w.action_mask, gamma=gamma, bootstrap=bootstrap)
+    assert (
+        distance(w.estimator_gradient(returns, gamma), w.objective_gradient(gamma, bootstrapped=bootstrapped)) < EXACT
+    )
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_gae_with_lambda_1_is_exact_for_any_critic(gamma: float) -> None:
+    w = world()
+    advantages, _ = credit.gae(w.rewards, w.values, w.action_mask, w.bootstrap, gamma=gamma, lam=1.0)
+    assert distance(w.estimator_gradient(advantages, gamma), w.objective_gradient(gamma, bootstrapped=True)) < EXACT
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95])
+def test_gae_with_the_true_critic_is_exact_for_any_lambda(lam: float) -> None:
+    w = world()
+    advantages, _ = credit.gae(w.rewards, w.true_values, w.action_mask, w.bootstrap, gamma=0.9, lam=lam)
+    assert distance(w.estimator_gradient(advantages, 0.9), w.objective_gradient(0.9, bootstrapped=True)) < EXACT
+
+
+def test_gae_with_a_wrong_critic_is_biased_below_lambda_1() -> None:
+    w = world()
+    advantages, _ = credit.gae(w.rewards, w.values, w.action_mask, w.bootstrap, gamma=0.9, lam=0.5)
+    assert distance(w.estimator_gradient(advantages, 0.9), w.objective_gradient(0.9, bootstrapped=True)) > 1e-2
+
+
+def test_treating_truncated_as_terminated_is_the_gradient_of_something_else() -> None:
+    w = world()
+    advantages, _ = credit.gae(w.rewards, w.values, w.action_mask, torch.zeros_like(w.bootstrap), gamma=1.0, lam=1.0)
+    got = w.estimator_gradient(advantages)
+    assert distance(got, w.objective_gradient(1.0, bootstrapped=True)) > 1e-2
+    assert distance(got, w.objective_gradient(1.0, bootstrapped=False)) < EXACT
+
+
+def test_without_the_discount_factor_the_discounted_gradient_is_missed() -> None:
+    w = world()
+    returns = credit.reward_to_go(w.rewards, w.action_mask, gamma=0.9)
+    exact = w.objective_gradient(0.9, bootstrapped=False)
+    assert distance(w.estimator_gradient(returns, gamma=0.9), exact) < EXACT
+    without = w.estimator_gradient(returns, gamma=1.0)
+    assert distance(without, exact) > 1e-3
+    # nor is it a longer step in the same direction
+    assert torch.cosine_similarity(without.flatten(), exact.flatten(), dim=0) < 0.9999
+
+
+def test_discount_over_tool_tokens_would_be_wrong() -> None:
+    """The trap of counting columns: the tool reply would discount the first action's return once more."""
+    w = world()
+    columns_as_time = credit.reward_to_go(w.rewards, torch.ones_like(w.action_mask), gamma=0.9)
+    got = w.estimator_gradient(torch.where(w.action_mask, columns_as_time, 0.0), 0.9)
+    assert distance(got, w.objective_gradient(0.9, bootstrapped=False)) > 1e-3
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["85 sequences, pairs", "15 sequences, triples"])
+class TestGroups:
+    """Pairs in the large world, triples in a small one."""
+
+    @staticmethod
+    def setting(small: bool) -> tuple[World, int]:
+        return (world(vocabulary=3, seed=1), 3) if small else (world(), 2)
+
+    def test_leave_one_out_is_exact(self, small: bool) -> None:
+        w, size = self.setting(small)
+        got = w.group_gradient(credit.leave_one_out, size)
+        assert distance(got, w.objective_gradient(1.0, bootstrapped=False)) < EXACT
+
+    @pytest.mark.parametrize("gamma", [1.0, 0.9])
+    def test_leave_one_out_process_is_exact(self, small: bool, gamma: float) -> None:
+        w, size = self.setting(small)
+        got = w.group_gradient(functools.partial(credit.leave_one_out_process, gamma=gamma), size, gamma)
+        assert distance(got, w.objective_gradient(gamma, bootstrapped=False)) < EXACT
+
+    def test_group_relative_without_std_is_exact_times_g_minus_1_over_g(self, small: bool) -> None:
+        w, size = self.setting(small)
+        got = w.group_gradient(functools.partial(credit.group_relative, scale_by_std=False), size)
+        assert distance(got, w.objective_gradient(1.0, bootstrapped=False) * (size - 1) / size) < EXACT
+
+    @pytest.mark.parametrize(
+        "biased",
+        [
+            functools.partial(credit.group_relative, scale_by_std=True),
+            functools.partial(credit.group_process, gamma=1.0, scale_by_std=False),
+        ],
+        ids=["group_relative with std", "group_process"],
+    )
+    def test_what_the_docs_call_biased_is_not_even_the_direction(
+        self, small: bool, biased: Callable[..., Tensor]
+    ) -> None:
+        w, size = self.setting(small)
+        got, exact = w.group_gradient(biased, size), w.objective_gradient(1.0, bootstrapped=False)
+        assert torch.cosine_similarity(got.flatten(), exact.flatten(), dim=0) < 0.999
+
+
+def test_leave_one_out_process_has_less_variance_than_leave_one_out() -> None:
+    """Why it is the default: both are exact, but it drops the rewards that came before the action."""
+    w = world(vocabulary=3, seed=1)
+    pairs = torch.tensor(list(itertools.product(range(len(w.rewards)), repeat=2)))
+    rows, group = pairs.flatten(), torch.arange(len(pairs)).repeat_interleave(2)
+    mask, probability = w.action_mask[rows], w.probability.detach()[pairs].prod(1)
+    each_cell = torch.eye(w.logprobs.numel(), dtype=torch.float64).view(-1, *w.logprobs.shape)
+    scores = torch.autograd.grad(w.logprobs, w.logits, each_cell, retain_graph=True, is_grads_batched=True)[0]
+    scores = scores.view(*w.logprobs.shape, -1)  # [S, T, parameters]
+
+    def variance(advantages: Tensor) -> float:
+        per_pair = (advantages[:, :, None] * scores[rows]).sum(1).view(len(pairs), 2, -1).mean(1)
+        mean = (probability[:, None] * per_pair).sum(0)
+        return float((probability[:, None] * (per_pair - mean).square()).sum())
+
+    process = credit.leave_one_out_process(w.rewards[rows], mask, group, gamma=1.0)
+    assert variance(process) < variance(credit.leave_one_out(w.rewards[rows], mask, group))
