@@ -1,1 +1,396 @@
-"""What a reward is, and how named parts become the reward of every token.  (contract; being written)"""
+"""What a reward is, and how named parts become the reward of every token.
+
+A reward maps a `Scene` (one scored batch) to a number for every cell of `[B, T]`. Most rewards look at one
+sample at a time and are written as a plain function of a `Sample`; a decorator lowers it:
+
+    @episode_reward   fn(sample) -> float               one number, on the last action or spread over all
+    @span_reward      fn(sample) -> list[ScoredSpan]    scored character ranges of `sample.text`
+    @token_reward     fn(sample) -> list[float]         one number per token of the completion
+
+`score` weighs and names the parts and puts all of it on actions. Nothing is ever dropped: what falls on a token
+that the policy did not choose moves to the last action before it.
+"""
+
+import functools
+import importlib
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from numbers import Real
+from typing import Any, Literal, Protocol, cast, overload, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pertoken.errors import ConfigError, RewardError, closest
+from pertoken.rewards.align import AlignedText, align, spread
+from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
+
+BUILT_IN = {
+    "rouge_l": "pertoken.rewards.metrics:RougeL",
+    "bleu": "pertoken.rewards.metrics:Bleu",
+    "repetition": "pertoken.rewards.rules:Repetition",
+    "length": "pertoken.rewards.rules:Length",
+    "kl": "pertoken.rewards.kl:KLToReference",
+}
+"""Names that a configuration may use, and where each reward lives."""
+
+ENTRY_POINTS = "pertoken.rewards"
+"""Entry-point group by which installed packages add names."""
+
+Place = Literal["last", "spread"]
+"""Where one number per sample goes: on the last action, or evenly on all of them."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the author of a reward sees: one completion and what is known about its problem."""
+
+    item: Item
+    tokens: list[int]
+    """Ids from the first action to the end of the row (replies of tools in between included)."""
+    action_mask: list[bool]
+    """True where the policy chose the token. Same length as `tokens`."""
+    aligned: AlignedText
+    """The text of `tokens` and the characters of each of them."""
+    stop: StopReason
+    step: int = 0
+    """Training step, for rewards that change over time."""
+
+    @property
+    def text(self) -> str:
+        """The completion, without special tokens."""
+        return self.aligned.text
+
+    @property
+    def reference(self) -> str | None:
+        return self.item.answer
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scored batch: all that a reward may look at."""
+
+    batch: TokenBatch
+    episodes: Sequence[Episode]
+    """One per row of the batch, in the same order."""
+    tokenizer: Any
+    old: PolicyOutput | None = None
+    ref: PolicyOutput | None = None
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        ids = tuple(episode.id for episode in self.episodes)
+        if ids != self.batch.episode_ids:
+            raise ValueError(
+                f"episodes {ids} are not the rows of the batch, {self.batch.episode_ids}: same order needed"
+            )
+
+    @functools.cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        """One sample per row; texts are decoded and aligned at the first use, once for all rewards."""
+        return tuple(self._sample(episode) for episode in self.episodes)
+
+    def _sample(self, episode: Episode) -> Sample:
+        start = episode.prompt_length
+        tokens = episode.tokens[start:]
+        return Sample(
+            item=episode.item,
+            tokens=tokens,
+            action_mask=episode.action_mask[start:],
+            aligned=align(tokens, self.tokenizer),
+            stop=episode.stop,
+            step=self.step,
+        )
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Anything that gives every token of a scene a number; 0.0 means "no opinion"."""
+
+    def __call__(self, scene: Scene) -> Float[Tensor, "B T"]: ...
+
+
+class SampleReward(ABC):
+    """A reward that looks at one sample at a time, so that it cannot depend on batch order or batch size."""
+
+    @property
+    def name(self) -> str:
+        """How error messages call it."""
+        return type(self).__name__
+
+    @abstractmethod
+    def token_values(self, sample: Sample) -> list[float]:
+        """One value per token of `sample.tokens`."""
+
+    def __call__(self, scene: Scene) -> Float[Tensor, "B T"]:
+        """The values of all samples in their rows, 0 elsewhere; in float64, so that sums stay exact."""
+        values = torch.zeros(scene.batch.tokens.shape, dtype=torch.float64)
+        for row, (episode, sample) in enumerate(zip(scene.episodes, scene.samples, strict=True)):
+            try:
+                per_token = self.token_values(sample)
+            except RewardError as error:
+                raise RewardError(f"reward {self.name!r}, {_where(episode)}: {error}") from error
+            except Exception as error:
+                cause = f"raised {type(error).__name__}: {error}"
+                raise RewardError(f"reward {self.name!r}, {_where(episode)}: {cause}") from error
+            start = episode.prompt_length
+            values[row, start : start + len(per_token)] = torch.tensor(per_token, dtype=torch.float64)
+        return values
+
+
+@dataclass(frozen=True)
+class ScoredSpan:
+    """A finding: characters `[start, stop)` of the text are worth `value`, and why."""
+
+    start: int
+    stop: int
+    value: float
+    message: str = ""
+
+
+class DecoratedReward(SampleReward):
+    """A plain function of a sample together with the way its result is placed on the tokens."""
+
+    def __init__(
+        self, fn: Callable[..., Any], place: Callable[[Any, Sample], list[float]], parameters: Mapping[str, Any] = {}
+    ) -> None:
+        self.fn = fn
+        """The undecorated function, for direct use and tests."""
+        self._place = place
+        self._parameters = dict(parameters)
+        functools.update_wrapper(self, fn)
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.fn, "__name__", type(self.fn).__name__))
+
+    def token_values(self, sample: Sample) -> list[float]:
+        return self._place(self.fn(sample, **self._parameters), sample)
+
+    def bind(self, **parameters: Any) -> "DecoratedReward":
+        """The same reward with keyword parameters of its function set."""
+        return DecoratedReward(self.fn, self._place, {**self._parameters, **parameters})
+
+
+@overload
+def episode_reward(fn: Callable[..., float]) -> DecoratedReward: ...
+@overload
+def episode_reward(*, place: Place = ...) -> Callable[[Callable[..., float]], DecoratedReward]: ...
+def episode_reward(fn: Callable[..., float] | None = None, *, place: Place = "last") -> Any:
+    """Make `fn(sample) -> float` a reward: the number goes to the last action, or evenly to all of them.
+
+    >>> @episode_reward(place="spread")
+    ... def brief(sample):
+    ...     return -0.01 * len(sample.text)
+    """
+    if place not in ("last", "spread"):
+        raise ConfigError(f"episode_reward: place is 'last' or 'spread', got {place!r}")
+
+    def decorate(function: Callable[..., float]) -> DecoratedReward:
+        return DecoratedReward(function, functools.partial(_place_number, place=place))
+
+    return decorate if fn is None else decorate(fn)
+
+
+def span_reward(fn: Callable[..., Sequence[ScoredSpan]]) -> DecoratedReward:
+    """Make `fn(sample) -> list[ScoredSpan]` a reward: each value is split evenly over the tokens of its range.
+
+    An empty range (something is missing here) is credited to the nearest token before it.
+    """
+    return DecoratedReward(fn, place_spans)
+
+
+def token_reward(fn: Callable[..., Sequence[float]]) -> DecoratedReward:
+    """Make `fn(sample) -> list[float]`, one number per token of `sample.tokens`, a reward."""
+    return DecoratedReward(fn, _place_list)
+
+
+def _place_number(value: Any, sample: Sample, place: Place) -> list[float]:
+    number = _number(value)
+    actions = [k for k, acts in enumerate(sample.action_mask) if acts]
+    chosen = actions if place == "spread" else actions[-1:]
+    if number and not chosen:
+        raise RewardError(f"returned {number}, but the row has no action to credit; return 0.0 for such samples")
+    values = [0.0] * len(sample.tokens)
+    for k in chosen:
+        values[k] = number / len(chosen)
+    return values
+
+
+def place_spans(spans: Any, sample: Sample) -> list[float]:
+    """One value per token: that of each span, split evenly over the tokens of its characters."""
+    values = [0.0] * len(sample.tokens)
+    if not isinstance(spans, Sequence) or isinstance(spans, str):
+        raise RewardError(f"returned {type(spans).__name__}, expected a list of ScoredSpan (empty if there is none)")
+    for span in spans:
+        if not isinstance(span, ScoredSpan):
+            raise RewardError(f"returned a list with {span!r} in it, expected ScoredSpan(start, stop, value) only")
+        if not 0 <= span.start <= span.stop <= len(sample.text):
+            raise RewardError(
+                f"{span} lies outside the text of {len(sample.text)} characters; expected 0 <= start <= stop <= "
+                f"{len(sample.text)}: count characters of sample.text, not bytes or tokens"
+            )
+        if span.value and not values:
+            raise RewardError(f"returned {span}, but the row has no action to credit; return [] for such samples")
+        for token, share in spread(sample.aligned, span.start, span.stop, _number(span.value)) if values else ():
+            values[token] += share
+    return values
+
+
+def _place_list(values: Any, sample: Sample) -> list[float]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise RewardError(f"returned {type(values).__name__}, expected a list of {len(sample.tokens)} numbers")
+    if len(values) != len(sample.tokens):
+        raise RewardError(
+            f"returned {len(values)} values, expected {len(sample.tokens)}: one per token of sample.tokens "
+            f"(end-of-sequence token included)"
+        )
+    return [_number(value) for value in values]
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, Real):
+        raise RewardError(
+            f"returned {value!r} ({type(value).__name__}), expected a number: 0.0 says 'no opinion', "
+            f"a tensor needs .item()"
+        )
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A reward as a task uses it: how much it counts, and the name of its part."""
+
+    reward: Reward
+    weight: float
+    name: str
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ConfigError(f"reward {self.name!r}: weight must be a finite number, got {self.weight}")
+
+
+def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:
+    """The reward of every token: weighted parts by name, all of it on actions, in the dtype of the batch.
+
+    What the environment paid is the part "env" (absent if it paid nothing). The total is the sum of the parts.
+    """
+    names = [part.name for part in rewards]
+    if len({"env", *names}) <= len(names):
+        raise ConfigError(f"rewards need different names, and 'env' is taken by the environment: got {names}")
+    env = scene.batch.env_rewards
+    parts = {"env": _credited("env", env, scene)} if bool(env.any()) else {}
+    for part in rewards:
+        parts[part.name] = part.weight * _credited(part.name, _evaluate(part, scene), scene)
+    total = torch.zeros_like(scene.batch.sample_logprobs)
+    for name, values in parts.items():
+        parts[name] = values.to(total)
+        total = total + parts[name]
+    return TokenRewards(total, parts)
+
+
+def move_to_actions(values: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """`values` with everything moved onto actions: to the last action before it, else to the first after it.
+
+    Row sums are kept, except in rows without any action, which become 0.
+
+    >>> mask = torch.tensor([[False, True, False, True, False]])
+    >>> move_to_actions(torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]]), mask)
+    tensor([[ 0.,  7.,  0., 24.,  0.]])
+    """
+    columns = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    before = torch.where(action_mask, columns, -1).cummax(1).values
+    first = action_mask.int().argmax(1, keepdim=True)
+    target = torch.where(before >= 0, before, first)
+    return torch.zeros_like(values).scatter_add(1, target, values) * action_mask
+
+
+def _credited(name: str, values: Float[Tensor, "B T"], scene: Scene) -> Float[Tensor, "B T"]:
+    """`values` checked and moved onto actions, in float64 on the CPU."""
+    exact, action_mask = values.detach().to("cpu", torch.float64), scene.batch.action_mask.cpu()
+    for row, column in (~exact.isfinite()).nonzero().tolist()[:1]:
+        raise RewardError(
+            f"reward {name!r}: {exact[row, column].item()} at token {column} of {_where(scene.episodes[row])}, "
+            f"expected finite numbers; return 0.0 where it has no opinion"
+        )
+    for row in (exact.any(1) & ~action_mask.any(1)).nonzero()[:1, 0].tolist():
+        raise RewardError(
+            f"reward {name!r}: {exact[row].sum().item()} for {_where(scene.episodes[row])}, which has no action "
+            f"to credit; expected 0 there"
+        )
+    moved = move_to_actions(exact, action_mask)
+    lost = (moved.sum(1) - exact.sum(1)).abs() > 1e-9 * (1 + exact.abs().sum(1))
+    assert not lost.any(), f"reward {name!r}: the sum changed on its way to the actions"
+    return moved
+
+
+def _evaluate(part: Weighted, scene: Scene) -> Float[Tensor, "B T"]:
+    """What the reward returns, if it is of the right type and shape; every fault names the reward."""
+    try:
+        values: Any = part.reward(scene)
+    except RewardError as error:
+        if str(error).startswith(f"reward {part.name!r}"):
+            raise
+        raise RewardError(f"reward {part.name!r}: {error}") from error
+    except Exception as error:
+        raise RewardError(f"reward {part.name!r} raised {type(error).__name__}: {error}") from error
+    expected = f"expected a floating-point tensor of shape {list(scene.batch.tokens.shape)}, one value per token"
+    if not isinstance(values, Tensor):
+        raise RewardError(f"reward {part.name!r} returned {type(values).__name__}, {expected}; see @episode_reward")
+    if values.shape != scene.batch.tokens.shape or not values.is_floating_point():
+        raise RewardError(f"reward {part.name!r} returned {values.dtype} of shape {list(values.shape)}, {expected}")
+    return values
+
+
+def _where(episode: Episode) -> str:
+    return f"episode {episode.id!r} (item {episode.item.id!r})"
+
+
+def resolve(name: str) -> Callable[..., Reward]:
+    """The factory of a reward by name: `resolve("rouge_l")(granularity="word")` is a reward.
+
+    name: a built-in reward, `module:attribute`, or a name that an installed package offers under the entry-point
+    group `pertoken.rewards`. A class is a factory as it stands; for anything else the factory binds keyword
+    parameters of the function, if it has any.
+    """
+    offered = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)} | BUILT_IN
+    path = name if ":" in name else offered.get(name)
+    if path is None:
+        raise ConfigError(f"unknown reward {name!r}: {closest(name, offered)}; your own is named module:function")
+    found = _load(path, name)
+    if not callable(found):
+        raise ConfigError(f"reward {name!r} is {type(found).__name__}, expected a decorated function or a class")
+    return cast("Callable[..., Reward]", found) if inspect.isclass(found) else functools.partial(_bind, name, found)
+
+
+def _load(path: str, name: str) -> Any:
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"reward {name!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); "
+            f"is its folder on PYTHONPATH?"
+        ) from error
+    if not hasattr(module, attribute):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(f"reward {name!r}: module {module_name!r} has no {attribute!r}; {closest(attribute, known)}")
+    return getattr(module, attribute)
+
+
+def _bind(name: str, reward: Any, /, **parameters: Any) -> Reward:
+    """`reward` with its keyword parameters set; unknown ones are a mistake in the configuration."""
+    try:
+        inspect.signature(reward).bind(None, **parameters)
+    except TypeError as error:
+        raise ConfigError(f"reward {name!r}: {error}; its signature is {inspect.signature(reward)}") from error
+    if isinstance(reward, DecoratedReward):
+        return reward.bind(**parameters)
+    bound: Reward = functools.partial(reward, **parameters) if parameters else reward
+    return bound
