@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from pertoken.sampling import Controls
@@ -15,7 +16,7 @@ def to_batch(episodes: Sequence[Episode], controls: Controls, *, pad_id: int = 0
     """Episodes as right-padded tensors. Masks come from lengths and roles; token ids are never searched."""
     width = max(len(e.tokens) for e in episodes)
 
-    def padded(rows: list[list[int]] | list[list[bool]] | list[list[float]], fill: float, dtype: torch.dtype) -> Tensor:
+    def padded(rows: Sequence[Sequence[int] | Sequence[float]], fill: int | float, dtype: torch.dtype) -> Tensor:
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype, device=device)
 
     turns = [[0] * len(e.tokens) for e in episodes]
@@ -50,6 +51,8 @@ def to_batch(episodes: Sequence[Episode], controls: Controls, *, pad_id: int = 0
 class Part:
     """A micro-batch: rows that go through the model together, and what their loss is divided by."""
 
+    rows: Int[Tensor, " R"]
+    """Where the part's rows are in the whole batch."""
     batch: TokenBatch
     old: PolicyOutput
     ref: PolicyOutput | None
@@ -89,6 +92,7 @@ def minibatches(
             pieces = rows.split(rows_per_micro_batch)
             for k, piece in enumerate(pieces):
                 yield Part(
+                    rows=piece,
                     batch=batch.rows(piece),
                     old=old.rows(piece),
                     ref=None if ref is None else ref.rows(piece),

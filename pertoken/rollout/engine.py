@@ -7,8 +7,8 @@ model's own `generation_config` is never consulted.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from pertoken.sampling import NO_TOKEN, Controls, draw, keep_set, processed_logi
 from pertoken.types import Completion, StopReason
 
 
+OnToken = Callable[[int, int, float, float], None]
+"""Hears of each token as it is drawn: index of its prompt, id, log-prob, entropy of the distribution (nats)."""
+
+
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Anything that turns prompts into completions under a known version of the weights."""
 
@@ -81,9 +86,14 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], controls: Controls, *, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        controls: Controls,
+        *,
+        seeds: Sequence[int],
+        on_token: OnToken | None = None,
     ) -> list[Completion]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`. `on_token` hears of each token at once."""
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         for prompt in prompts:
@@ -97,7 +107,8 @@ class HFEngine:
         done: dict[int, Completion] = {}
         for start in range(0, len(order), self._max_rows):
             part = order[start : start + self._max_rows]
-            batch = _Decoding(self, [list(prompts[i]) for i in part], controls, [seeds[i] for i in part])
+            tell = _renumbered(on_token, part) if on_token else None
+            batch = _Decoding(self, [list(prompts[i]) for i in part], controls, [seeds[i] for i in part], tell)
             done.update(zip(part, batch.run(), strict=True))
         return [done[i] for i in range(len(prompts))]
 
@@ -125,8 +136,15 @@ class HFEngine:
 class _Decoding:
     """One batch on its way from prompts to completions. Arrays over rows shrink as rows finish."""
 
-    def __init__(self, engine: HFEngine, prompts: list[list[int]], controls: Controls, seeds: list[int]) -> None:
-        self.engine, self.prompts, self.controls = engine, prompts, controls
+    def __init__(
+        self,
+        engine: HFEngine,
+        prompts: list[list[int]],
+        controls: Controls,
+        seeds: list[int],
+        tell: OnToken | None,
+    ) -> None:
+        self.engine, self.prompts, self.controls, self.tell = engine, prompts, controls, tell
         budget = controls.sampling.max_new_tokens
         self.uniforms = torch.stack([_uniforms(seed, budget) for seed in seeds]).to(engine.device)
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -196,6 +214,8 @@ class _Decoding:
             self.logprobs[b].append(logprob)
             if packed is not None:
                 self.support[b].append(packed[k])
+            if self.tell is not None:
+                self.tell(b, token, logprob, _entropy(logprobs[k]))
         return chosen
 
     def _stops(self, alive: Tensor, chosen: Tensor, ended: Tensor, position: Tensor) -> Bool[Tensor, " R"]:
@@ -217,6 +237,15 @@ class _Decoding:
         longest = max(map(len, self.controls.sampling.stop))
         tail = self.engine.decode(tokens[-(4 * longest + 4) :])
         return any(stop in tail for stop in self.controls.sampling.stop)
+
+
+def _renumbered(on_token: OnToken, places: list[int]) -> OnToken:
+    return lambda k, token, logprob, entropy: on_token(places[k], token, logprob, entropy)
+
+
+def _entropy(logprobs: Float[Tensor, " V"]) -> float:
+    probs = logprobs.exp()
+    return -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum().item()
 
 
 def _uniforms(seed: int, count: int) -> Float[Tensor, " T"]:

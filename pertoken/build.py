@@ -1,0 +1,186 @@
+"""From a configuration to the parts of a run: policy, task, rewards, engine, optimiser, evaluator."""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pertoken.config import ChatMessage, DocstringsTask, EvaluationConfig, RewardConfig, RunConfig, TaskConfig
+from pertoken.errors import ConfigError, TaskError, closest
+from pertoken.evaluation import Evaluator
+from pertoken.objectives import AdaptiveKL, FixedKL
+from pertoken.policy.checkpoint import load_checkpoint
+from pertoken.policy.model import Lora, Policy, ValueHead, load_model
+from pertoken.policy.scoring import head_logits
+from pertoken.rewards import Weighted, resolve
+from pertoken.rollout.collect import prompt_ids
+from pertoken.rollout.engine import HFEngine
+from pertoken.sampling import Controls
+from pertoken.tasks.base import ItemTask
+from pertoken.tasks.docstrings import load_docstring_task
+from pertoken.tasks.files import load_file_task
+from pertoken.trainer import Run
+from pertoken.types import Item
+
+
+def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
+    """All parts of the run that `config` describes, at its start or as `checkpoint` left them.
+
+    Everything that can be wrong with data, model or rewards is found here, before the first token.
+    """
+    task = build_task(config.task)
+    rewards = build_rewards(config.rewards)
+    policy = build_policy(config)
+    items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
+    if policy.layout == "padded":
+        notes.append("this model takes no shared-prompt mask: rows are computed one by one, which is slower")
+    needs_reference = config.kl.measure or config.kl.place != "off"
+    reference = policy.reference() if needs_reference else None
+    optimizer = build_optimizer(config, policy)
+    run = Run(
+        config=config,
+        policy=policy,
+        reference=reference,
+        engine=build_engine(policy, max_rows=config.rollout.max_rows),
+        controls=Controls.resolve(config.rollout.sampling, policy.tokenizer, policy.eos_ids),
+        items=items,
+        rewards=rewards,
+        kl=build_kl(config),
+        optimizer=optimizer,
+        evaluator=build_evaluator(config.evaluation, task, policy),
+        notes=notes,
+    )
+    if checkpoint is not None:
+        run.load_state_dict(load_checkpoint(checkpoint, policy, optimizer))
+        run.engine.load_weights(policy.trainable(), version=run.progress.step)
+    return run
+
+
+def build_policy(config: RunConfig) -> Policy:
+    """The policy with its value head and adapters; the seed makes their initial weights the same each time."""
+    settings = config.policy
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_model(settings.model, device=device)
+    head = None
+    if settings.value_head is not None:
+        head = ValueHead(model.config.get_text_config().hidden_size, detach_trunk=settings.value_head.detach_trunk)
+    return Policy(
+        model,
+        tokenizer,
+        precision=settings.precision,
+        lora=Lora(**settings.lora.model_dump()) if settings.lora else None,
+        value_head=head,
+        dropout=settings.dropout,
+    )
+
+
+def build_engine(policy: Policy, *, max_rows: int = 64) -> HFEngine:
+    """The rollout engine on the policy's own model, or on a bfloat16 copy of it where bfloat16 is in use."""
+    return HFEngine(
+        policy.model,
+        policy.tokenizer,
+        head_logits=head_logits,
+        dtype=policy.autocast_dtype,
+        max_rows=max_rows,
+        context_length=policy.context_length,
+    )
+
+
+def build_task(config: TaskConfig) -> ItemTask:
+    """The task that the configuration names, its data read and checked."""
+    if isinstance(config, DocstringsTask):
+        return load_docstring_task(**config.model_dump(exclude={"type"}))
+    prompt: Any = config.prompt
+    if not isinstance(prompt, str):
+        prompt = [message.model_dump() for message in config.prompt if isinstance(message, ChatMessage)]
+    return load_file_task(**(config.model_dump(exclude={"type"}) | {"prompt": prompt}))
+
+
+def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
+    """The weighted parts; parameters are checked against the fields of the reward."""
+    parts: list[Weighted] = []
+    for index, config in enumerate(configs):
+        factory = resolve(config.fn or config.name or "")
+        parameters = config.parameters
+        if is_dataclass(factory) and isinstance(factory, type):
+            known = [f.name for f in fields(factory)]
+            for name in parameters:
+                if name not in known:
+                    raise ConfigError(f"rewards.{index}.{name}: unknown parameter of {config.name or config.fn}; {closest(name, known)}")
+        name = config.name or str(config.fn).rpartition(":")[2]
+        if name in (part.name for part in parts):
+            raise ConfigError(f"rewards.{index}: a second part named {name!r}; give `fn` parts a `name` of their own")
+        try:
+            reward = factory(**parameters)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"rewards.{index} ({name}): {error}") from error
+        parts.append(Weighted(reward, config.weight, name))
+    return parts
+
+
+def build_kl(config: RunConfig) -> FixedKL | AdaptiveKL:
+    """The controller of the KL coefficient; the fixed one where no target is set."""
+    kl = config.kl
+    coefficient = 0.0 if kl.place == "off" else kl.coefficient
+    return FixedKL(coefficient) if kl.target is None else AdaptiveKL(coefficient, kl.target, kl.horizon)
+
+
+def build_optimizer(config: RunConfig, policy: Policy) -> torch.optim.Optimizer:
+    """AdamW: weight decay on matrices only, the value head at its own learning rate."""
+    update, head = config.update, config.policy.value_head
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in policy.trainable().items():
+        own = name.startswith("value_head.") and head is not None
+        rate = head.learning_rate if own and head is not None else update.learning_rate
+        decay = update.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "lr": rate, "peak_lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
+        betas=update.betas,
+        fused=True,
+    )
+
+
+def build_evaluator(config: EvaluationConfig, task: ItemTask, policy: Policy) -> Evaluator | None:
+    """The held-out evaluation, or None if it is turned off."""
+    if config.items == 0:
+        return None
+    items = task.items(config.split)[: config.items]
+    if not items:
+        raise TaskError(f"task {task.name}: the {config.split} split is empty; set evaluation.items=0 to go without")
+    _refuse_too_long(items, policy)
+    controls = Controls.resolve(config.sampling, policy.tokenizer, policy.eos_ids)
+    return Evaluator(items, controls, metric=config.metric, samples_shown=config.samples_shown)
+
+
+def _fitting(
+    task: ItemTask, split: str, policy: Policy, max_prompt_tokens: int | None
+) -> tuple[Sequence[Item], list[str]]:
+    """The items whose prompts are not longer than asked for, and a note on how many were left out."""
+    items = task.items(split)
+    if max_prompt_tokens is None:
+        _refuse_too_long(items, policy)
+        return items, []
+    limit = min(max_prompt_tokens, policy.context_length - 1)
+    fitting = [item for item in items if len(prompt_ids(item, policy.tokenizer)) <= limit]
+    if not fitting:
+        raise TaskError(f"task {task.name}: no {split} item has a prompt of at most {limit} tokens; raise the limit")
+    left_out = len(items) - len(fitting)
+    return fitting, [f"left out {left_out} of {len(items)} {split} items: prompt over {limit} tokens"] if left_out else []
+
+
+def _refuse_too_long(items: Sequence[Item], policy: Policy) -> None:
+    for item in items:
+        if isinstance(item.prompt, str) and len(item.prompt.encode()) + 8 < policy.context_length:
+            continue  # a token is at least one byte of text, and a tokenizer adds a few marks at most: it fits
+        length = len(prompt_ids(item, policy.tokenizer))
+        if length >= policy.context_length:
+            raise TaskError(
+                f"item {item.id}: its prompt has {length} tokens, and this model's context is {policy.context_length}. "
+                "Shorten the prompt template, or set rollout.max_prompt_tokens to leave such training items out."
+            )

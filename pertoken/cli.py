@@ -1,0 +1,255 @@
+"""The command line: train, evaluate, generate, report, config."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+# Loading bars of the libraries below would tear our own lines; read before they are imported.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from pertoken.config import RunConfig, explain, load_config
+from pertoken.errors import ConfigError, PertokenError
+
+app = typer.Typer(
+    name="pertoken",
+    help="Reinforcement learning of language models, one token at a time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True)
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells use it."""
+
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="CONFIG.yaml... [KEY=VALUE]...", help="YAML files, then overrides.")
+]
+
+
+def main() -> None:
+    """Entry point: named errors become one sentence on stderr and a non-zero exit code."""
+    try:
+        app()
+    except PertokenError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def train(
+    settings: Settings = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Train a policy. Ctrl-C finishes the step, saves, and says how to resume."""
+    if resume is not None:
+        if settings and any(not _is_override(s) for s in settings):
+            raise ConfigError("--resume takes its configuration from the run folder; only KEY=VALUE may follow")
+        config = load_config([resume / "config.yaml"], settings or [])
+    else:
+        config = _config(settings)
+    if dry_run:
+        out.print(config.to_yaml(), markup=False, end="")
+        return
+    from pertoken.run import train as run_training
+
+    with _interrupts() as interrupted, _StepDisplay(config) as display:
+        result = run_training(
+            config, resume=resume, on_step=display.step, on_note=display.note, interrupted=interrupted
+        )
+    out.print(f"\n{result.reason}; run folder: {result.folder}")
+    if result.table is not None:
+        _print_comparison(result.table)
+    if result.interrupted:
+        out.print(f"resume with: pertoken train --resume {result.folder}")
+        raise typer.Exit(INTERRUPTED)
+    out.print(f"model:  {result.folder / 'model'}\nreport: {result.report or 'not written (see above)'}")
+
+
+@app.command()
+def evaluate(
+    settings: Settings = None,
+    model: Annotated[str | None, typer.Option(help="Model, or run folder (its trained model).")] = None,
+    against: Annotated[str | None, typer.Option(help="Second model: same items, paired intervals.")] = None,
+    split: Annotated[str | None, typer.Option(help="validation or test.")] = None,
+    items: Annotated[int | None, typer.Option(help="How many held-out items.")] = None,
+) -> None:
+    """Measure held-out quality of a model on a task, beside the trivial baselines."""
+    from pertoken.run import evaluate as run_evaluation
+
+    overrides = [f"evaluation.split={split}"] if split else []
+    overrides += [f"evaluation.items={items}"] if items is not None else []
+    config = _config([*(settings or []), *overrides])
+    _print_comparison(run_evaluation(config, model=model, against=against))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads standard input.")],
+    settings: Settings = None,
+    model: Annotated[str | None, typer.Option(help="Model, or run folder (its trained model).")] = None,
+    by: Annotated[str, typer.Option(help="Colour tokens by: none, logprob, entropy, advantage.")] = "none",
+    answer: Annotated[str | None, typer.Option(help="Reference answer, for --by advantage.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Prompt as plain text, not as a chat message.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+) -> None:
+    """Generate text, token by token; `rollout.sampling.*` overrides set the sampling controls."""
+    from pertoken.run import Speaker
+
+    if by not in ("none", "logprob", "entropy", "advantage"):
+        raise ConfigError(f"--by {by}: expected none, logprob, entropy or advantage")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    speaker = Speaker(_config(settings), model=model, chat=not plain)
+    if by == "advantage":
+        for pieces, advantages, total in speaker.group(text, answer, seed=seed):
+            out.print(_coloured(pieces, advantages), Text(f"\n  reward {total:.3f}\n", style="dim"))
+        return
+    worst = 5.0  # nats: at and beyond this the colour is at its strongest
+
+    def show(piece: str, logprob: float, entropy: float) -> None:
+        value = {"none": 0.0, "logprob": logprob / worst, "entropy": -entropy / worst}[by]
+        out.print(Text(piece, style=_shade(value)), end="")
+
+    speaker.stream(text, seed=seed, on_piece=show)
+    out.print()
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write report.html, one self-contained page, from what a run folder holds."""
+    from pertoken.tracking.report import write_report
+
+    out.print(f"{write_report(folder)}")
+
+
+@app.command(name="config")
+def show_config(
+    settings: Settings = None,
+    explain_fields: Annotated[bool, typer.Option("--explain", help="Document each field instead.")] = False,
+) -> None:
+    """Print the resolved configuration as YAML, or (--explain) what each field means."""
+    if not explain_fields:
+        out.print(_config(settings).to_yaml(), markup=False, end="")
+        return
+    table = Table("field", "type", "default", "meaning", box=None, pad_edge=False)
+    for name, kind, default, meaning in explain():
+        style = "bold" if kind == "section" else ""
+        table.add_row(*(Text(cell, style=style) for cell in (name, kind, default, " ".join(meaning.split()))))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _is_override(setting: str) -> bool:
+    return "=" in setting and not Path(setting).exists()
+
+
+def _config(settings: Sequence[str] | None) -> RunConfig:
+    files = [s for s in settings or () if not _is_override(s)]
+    return load_config(files, [s for s in settings or () if _is_override(s)])
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or SIGTERM asks the loop to end after its step; a second Ctrl-C ends at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        Console(stderr=True).print("\n[yellow]finishing this step, then saving (again: stop at once)[/]")
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _StepDisplay:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._total = config.stop.steps
+        self._bar: Progress | None = None
+        if out.is_terminal:
+            self._bar = Progress(
+                BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
+                console=out,
+            )  # fmt: skip
+            self._task = self._bar.add_task("loading", total=self._total)
+
+    def __enter__(self) -> "_StepDisplay":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, report: Any, seconds: float) -> None:
+        m = report.metrics
+        line = f"reward {m['reward/total']:+.4f}"
+        if "kl/sequence" in m:
+            line += f"  KL {m['kl/sequence']:.3f}"
+        line += f"  length {m['completion/length']:.1f}  {m['tokens/per_second']:.0f} tok/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=report.step, description=line)
+            return
+        of = f"/{self._total}" if self._total else ""
+        left = ""
+        if self._total and report.step:
+            minutes, rest = divmod(int(seconds / report.step * (self._total - report.step)), 60)
+            left = f"  {minutes}:{rest:02d} left"
+        out.print(f"step {report.step}{of}  {line}{left}")
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(Text(text, style="dim"))
+        else:
+            out.print(text, markup=False)
+
+
+def _print_comparison(comparison: Any) -> None:
+    """A `Comparison` as a table: models, difference with interval, trivial baselines."""
+    table = Table(*comparison.columns, box=None, pad_edge=False)
+    for row in comparison.rows:
+        table.add_row(*row)
+    out.print()
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _shade(value: float) -> Style:
+    """Colour-blind-safe diverging background: orange for -1, none at 0, blue for +1."""
+    strength = min(1.0, abs(value))
+    if strength < 0.02:
+        return Style()
+    target = (38, 110, 190) if value > 0 else (200, 100, 20)
+    red, green, blue = (int(30 + (channel - 30) * strength) for channel in target)
+    return Style(bgcolor=f"rgb({red},{green},{blue})", color="white")
+
+
+def _coloured(pieces: Sequence[str], values: Sequence[float]) -> Text:
+    limit = max((abs(v) for v in values), default=0.0) or 1.0
+    text = Text()
+    for piece, value in zip(pieces, values, strict=True):
+        text.append(piece, _shade(value / limit))
+    return text

@@ -1,0 +1,604 @@
+"""The configuration of a run: typed, frozen, checked before anything is loaded.
+
+Values come from, later over earlier: the defaults here, YAML files from left to right, and `key.sub=value`
+pairs. `train(RunConfig(...))` in Python is the same path. Unknown keys are refused with the nearest known
+name; combinations that cannot work are refused with what to change.
+"""
+
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pertoken.errors import ConfigError, closest
+from pertoken.sampling import Sampling
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, unknown keys refused, fields documented by the text under them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters instead of all weights (extra `lora`)."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on adapter inputs; only active with policy.dropout."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get an adapter."""
+
+
+class ValueHeadConfig(Section):
+    """A critic: one value per token from the policy's own hidden states."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Learning rate of the head; the trunk keeps update.learning_rate."""
+    detach_trunk: bool = False
+    """Stop the gradient of the value loss at the trunk."""
+    coefficient: float = Field(default=0.1, ge=0)
+    """Weight of the value loss."""
+    clip: float | None = Field(default=0.2, gt=0)
+    """Clip range of the value around its old estimate; null is off."""
+
+
+class PolicyConfig(Section):
+    """The language model that is trained."""
+
+    model: str = "smollm2-135m-instruct"
+    """Embedded name, hub name, model folder, or .gguf file."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Matrix work in bfloat16 (master weights stay float32), or all in float32. auto: bfloat16 where it is fast."""
+    device: str = "auto"
+    """auto takes a GPU if there is one."""
+    lora: LoraConfig | None = None
+    """Adapters; null trains all weights."""
+    value_head: ValueHeadConfig | None = None
+    """Critic; needed by credit.type gae and by nothing else."""
+    dropout: bool = False
+    """Keep the model's dropout in the update pass. Off, log-probs of the same weights are always the same."""
+
+
+class DocstringsTask(Section):
+    """The embedded task: one-line summaries of the documentation of installed Python packages."""
+
+    type: Literal["docstrings"] = "docstrings"
+    packages: tuple[str, ...] | None = None
+    """Top-level packages to read; null takes the standard library and what pertoken depends on."""
+    num_train: int | None = Field(default=None, ge=1)
+    """At most this many training items."""
+    num_validation: int | None = Field(default=256, ge=1)
+    """At most this many validation items."""
+    num_test: int | None = Field(default=256, ge=1)
+    """At most this many test items."""
+    seed: int = 0
+    """Orders the items before they are cut."""
+
+
+class ChatMessage(Section):
+    """One message of a chat prompt; `content` is a template over the columns."""
+
+    role: Literal["system", "user", "assistant"]
+    """Who speaks."""
+    content: str
+    """Text with {column} places."""
+
+
+class FileTask(Section):
+    """Your own data: JSONL, JSON, CSV, TSV, Parquet, a folder of them, or a Hugging Face dataset."""
+
+    type: Literal["file"] = "file"
+    path: str | dict[Literal["train", "validation", "test"], str]
+    """A file, a folder, a hub name, or one path per split."""
+    prompt: str | tuple[ChatMessage, ...] = "{prompt}"
+    """Template over the columns, plain or as chat messages; double a brace to mean the brace."""
+    answer: str | None = "reference"
+    """Column with the reference answer (text or list of texts); null if there is none."""
+    id: str | None = None
+    """Column with a unique id; null numbers the rows."""
+    info: tuple[str, ...] = ()
+    """Further columns handed to rewards and baselines."""
+    max_bad_rows: int = Field(default=0, ge=0)
+    """Skip and list up to this many unusable rows; one more ends the run."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most this many items per split."""
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of train, validation, test where the data has no splits."""
+    seed: int = 0
+    """Decides which rows fall into which split."""
+
+
+class RolloutConfig(Section):
+    """What is sampled in each step."""
+
+    prompts_per_step: int = Field(default=8, ge=1)
+    """Distinct prompts per step."""
+    samples_per_prompt: int = Field(default=8, ge=1)
+    """Completions of each prompt: the group that baselines compare."""
+    sampling: Sampling = Sampling()
+    """Sampling controls; the update trains exactly the distribution that they define."""
+    max_rows: int = Field(default=64, ge=1)
+    """Most sequences decoded at once."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Leave out training items with longer prompts (counted and told); null keeps all."""
+
+
+class RewardConfig(BaseModel):
+    """One part of the reward. Keys beyond these are parameters of the reward itself."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    name: str | None = None
+    """Name of a built-in or installed reward; also names the part in logs."""
+    fn: str | None = None
+    """`module:function` of your own reward."""
+    weight: float = 1.0
+    """Factor of this part in the total."""
+
+    @model_validator(mode="after")
+    def _named(self) -> "RewardConfig":
+        if not (self.name or self.fn):
+            raise ValueError("a reward needs `name` (built-in) or `fn` (module:function)")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class KLConfig(Section):
+    """How far the policy may move from the reference (the model before training)."""
+
+    place: Literal["reward", "loss", "off"] = "reward"
+    """reward: each token pays coefficient * (log-prob - reference log-prob), the exact gradient of the sequence KL
+    with reward-to-go; loss: a per-token term in the loss; off: no penalty."""
+    coefficient: float = Field(default=0.05, ge=0)
+    """Weight of the penalty (its starting value if target is set)."""
+    target: float | None = Field(default=None, gt=0)
+    """Adapt the coefficient to keep the KL per sequence near this many nats; null keeps it fixed."""
+    horizon: int = Field(default=2000, ge=1)
+    """Sequences over which the adaptive coefficient moves; larger is slower."""
+    estimator: Literal["ratio_k3", "k2", "k3"] = "ratio_k3"
+    """Only for place: loss. ratio_k3 and k2 give the gradient of KL(policy || reference), k3 that of
+    KL(reference || policy)."""
+    measure: bool = True
+    """Score the reference even if no penalty needs it, to log the KL."""
+
+
+Normalize = Literal["none", "whiten", "scale"]
+
+
+class RewardToGo(Section):
+    """Credit each token with the discounted rewards from it on."""
+
+    type: Literal["reward_to_go"] = "reward_to_go"
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per action token."""
+    normalize: Normalize = "whiten"
+    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+
+
+class Gae(Section):
+    """Generalised advantage estimation with the value head."""
+
+    type: Literal["gae"] = "gae"
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per action token."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """1: unbiased, high variance; 0: one-step, as good as the critic."""
+    normalize: Normalize = "whiten"
+    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+
+
+class GroupRelative(Section):
+    """Row total minus the mean of its group, for every action of the row (GRPO)."""
+
+    type: Literal["group_relative"] = "group_relative"
+    scale_by_std: bool = True
+    """Divide by the group's standard deviation (GRPO); off is Dr. GRPO."""
+    normalize: Normalize = "none"
+    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+
+
+class GroupProcess(Section):
+    """Scored tokens normalised over the group, then summed to go (GRPO with process rewards)."""
+
+    type: Literal["group_process"] = "group_process"
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per action token."""
+    scale_by_std: bool = True
+    """Divide by the group's standard deviation of token rewards."""
+    normalize: Normalize = "none"
+    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+
+
+class LeaveOneOut(Section):
+    """Row total minus the mean of the other rows of its group (RLOO)."""
+
+    type: Literal["leave_one_out"] = "leave_one_out"
+    normalize: Normalize = "none"
+    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+
+
+class LeaveOneOutProcess(Section):
+    """Reward-to-go of each token minus the mean reward-to-go of the other rows at the same position."""
+
+    type: Literal["leave_one_out_process"] = "leave_one_out_process"
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per action token."""
+    normalize: Normalize = "none"
+    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+
+
+CreditConfig = Annotated[
+    RewardToGo | Gae | GroupRelative | GroupProcess | LeaveOneOut | LeaveOneOutProcess, Field(discriminator="type")
+]
+TaskConfig = Annotated[DocstringsTask | FileTask, Field(discriminator="type")]
+
+
+class ObjectiveConfig(Section):
+    """From advantages to the loss: ratio, surrogate, corrections, aggregation."""
+
+    surrogate: Literal["policy_gradient", "clipped"] = "clipped"
+    """policy_gradient: -log-prob * advantage; clipped: PPO's clipped ratio."""
+    level: Literal["token", "sequence", "sequence_token"] = "token"
+    """Ratio of each token; or the geometric mean over its row (GSPO), or that value with each token's own gradient
+    (GSPO-token), which keeps token-level credit."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """The ratio counts down to 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """The ratio counts up to 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bound on the loss of tokens with negative advantage, as a multiple of it; null is off."""
+    importance_cap: float | None = Field(default=2.0, gt=0)
+    """Weight tokens by min(training / sampling probability, cap), which corrects the drift of a bfloat16 rollout;
+    null is off."""
+    entropy_coefficient: float = 0.0
+    """Reward for a broad next-token distribution, in the loss."""
+    over: Literal["token", "sequence", "constant"] = "token"
+    """Average over all tokens, over sequences of their token means, or divide by rows * max_new_tokens."""
+
+
+class UpdateConfig(Section):
+    """How the loss moves the weights."""
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: stay, or fall to final_share of the peak at stop.steps."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the learning rate rises linearly to its peak."""
+    final_share: float = Field(default=0.1, ge=0, le=1)
+    """Share of the peak learning rate left at the last step (linear, cosine)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay on matrices."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's averaging factors."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the global gradient norm; null is off."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over each step's samples."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser steps per pass."""
+    rows_per_micro_batch: int = Field(default=16, ge=1)
+    """Rows per forward and backward; gradients add up to the same as in one piece."""
+    max_skipped: int = Field(default=5, ge=0)
+    """Updates with a non-finite loss or gradient are skipped; one more than this ends the run."""
+
+
+class StopConfig(Section):
+    """When to end; the first condition that holds. At least one must be set."""
+
+    steps: int | None = Field(default=None, ge=0)
+    """After this many steps."""
+    tokens: int | None = Field(default=None, ge=1)
+    """After this many generated tokens."""
+    seconds: float | None = Field(default=None, gt=0)
+    """After this much wall time of training."""
+    metric: float | None = None
+    """When the held-out evaluation.metric reaches this."""
+    patience: int | None = Field(default=None, ge=1)
+    """After this many evaluations without a new best."""
+    kl: float | None = Field(default=None, gt=0)
+    """When the mean KL per sequence to the reference exceeds this many nats."""
+
+
+class EvaluationConfig(Section):
+    """Held-out quality, before, during and after training, on the same items."""
+
+    split: Literal["validation", "test"] = "validation"
+    """Which split."""
+    items: int = Field(default=128, ge=0)
+    """How many items; 0 turns evaluation off."""
+    every: int | None = Field(default=None, ge=1)
+    """Also after every so many steps; null evaluates before and after only."""
+    metric: str = "rougeL"
+    """The metric that stop conditions, the verdict and the best checkpoint go by."""
+    sampling: Sampling = Sampling(temperature=0.0)
+    """How held-out answers are generated; greedy unless set."""
+    samples_shown: int = Field(default=12, ge=0)
+    """How many held-out answers go into the report token by token."""
+
+
+class CheckpointConfig(Section):
+    """What is kept to go on from."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Save after every so many steps; an interrupted run saves in any case."""
+    keep: int = Field(default=1, ge=1)
+    """How many of the newest to keep."""
+
+
+class LogConfig(Section):
+    """What is written down besides the figures of every step."""
+
+    episodes_every: int = Field(default=10, ge=1)
+    """Write the samples of every so many steps (and of the first and last) with all their token streams."""
+    episodes_per_step: int = Field(default=32, ge=0)
+    """How many samples of such a step."""
+
+
+class RunConfig(Section):
+    """Everything that a run depends on."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run folder."""
+    seed: int = Field(default=0, ge=0)
+    """Decides items, samples and minibatches."""
+    folder: str | None = None
+    """Run folder; null makes runs/<name>-<seed>."""
+    policy: PolicyConfig = PolicyConfig()
+    task: TaskConfig = DocstringsTask()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: tuple[RewardConfig, ...] = Field(default=(RewardConfig(name="rouge_l"),), min_length=1)
+    """Parts of the reward; each scores the tokens that it is about, and they add up."""
+    kl: KLConfig = KLConfig()
+    credit: CreditConfig = LeaveOneOutProcess()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    update: UpdateConfig = UpdateConfig()
+    stop: StopConfig = StopConfig(steps=100)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.folder or f"runs/{self.name}-{self.seed}")
+
+    @model_validator(mode="after")
+    def _can_work(self) -> "RunConfig":
+        for impossible, sentence in self._impossible():
+            if impossible:
+                raise ValueError(sentence)
+        return self
+
+    def _impossible(self) -> Iterable[tuple[bool, str]]:
+        rollout, credit, stop = self.rollout, self.credit, self.stop
+        group_credit = credit.type in ("group_relative", "group_process", "leave_one_out", "leave_one_out_process")
+        rows = rollout.prompts_per_step * rollout.samples_per_prompt
+        needs_evaluation = stop.metric is not None or stop.patience is not None
+        yield (
+            rollout.sampling.greedy,
+            "rollout.sampling.temperature is 0: a greedy token has no probability to learn from. Use a temperature "
+            "above 0 for training; evaluation.sampling may be greedy.",
+        )
+        yield (
+            credit.type == "gae" and self.policy.value_head is None,
+            "credit.type gae needs a critic: set policy.value_head (for its defaults: policy.value_head={}).",
+        )
+        yield (
+            credit.type != "gae" and self.policy.value_head is not None,
+            f"policy.value_head is set, but credit.type {credit.type} never asks it: use credit.type gae or drop it.",
+        )
+        yield (
+            group_credit and rollout.samples_per_prompt < 2,
+            f"credit.type {credit.type} compares the samples of a prompt: rollout.samples_per_prompt must be at least "
+            "2 (or use credit.type reward_to_go).",
+        )
+        yield (
+            self.update.minibatches > rows,
+            f"update.minibatches {self.update.minibatches} exceeds the {rows} samples of a step.",
+        )
+        yield (
+            all(value is None for value in stop.model_dump().values()),
+            "stop: nothing would end this run; set at least one of " + ", ".join(StopConfig.model_fields) + ".",
+        )
+        yield (
+            self.update.schedule != "constant" and stop.steps is None,
+            f"update.schedule {self.update.schedule} falls towards the last step: set stop.steps.",
+        )
+        yield (
+            needs_evaluation and (self.evaluation.items == 0 or self.evaluation.every is None),
+            "stop.metric and stop.patience go by evaluations during training: set evaluation.items and evaluation.every.",
+        )
+        yield (
+            stop.kl is not None and self.kl.place == "off" and not self.kl.measure,
+            "stop.kl needs the KL to be measured: set kl.measure=true.",
+        )
+        yield (
+            self.kl.target is not None and self.kl.place == "off",
+            "kl.target adapts a penalty, but kl.place is off: set kl.place to reward or loss.",
+        )
+
+    def to_yaml(self) -> str:
+        """This configuration as YAML, all defaults written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of YAML `files` (later over earlier) and `key.sub=value` overrides.
+
+    Raises ConfigError naming the file or key, what was expected, and the nearest known name.
+    """
+    merged: dict[str, Any] = RunConfig().model_dump(mode="json")
+    for file in files:
+        merged = _merge(merged, _read_yaml(Path(file)))
+    for override in overrides:
+        _set(merged, override)
+    return validate(merged)
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """`RunConfig(**values)` with every error in plain words, one line each."""
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(map(_in_words, error.errors())))) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f" {closest(str(path), near)}" if near else ""
+        raise ConfigError(f"no configuration file {str(path)!r}.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top, got {type(content).__name__}")
+    return content
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, section by section; a section of another `type` replaces the old one whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        same_type = isinstance(old, dict) and isinstance(value, dict) and old.get("type") == value.get("type", old.get("type"))
+        merged[key] = _merge(old, value) if same_type and isinstance(old, dict) else value
+    return merged
+
+
+def _set(target: Any, override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"{override!r}: expected key.sub=value, for instance update.learning_rate=1e-5")
+    *path, last = key.split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    for depth, name in enumerate(path):
+        if isinstance(target, list):
+            target = target[_index(target, name, key)]
+            continue
+        if not isinstance(target.get(name), dict | list):
+            target[name] = {}
+        target = target[name]
+        if not isinstance(target, dict | list):
+            raise ConfigError(f"{key}: {'.'.join(path[: depth + 1])} is not a section")
+    if isinstance(target, list):
+        target[_index(target, last, key)] = value
+    elif last == "type" and target.get("type") != value:
+        target.clear()  # the old type's fields mean nothing to the new one
+        target["type"] = value
+    else:
+        target[last] = value
+
+
+def _index(target: list[Any], name: str, key: str) -> int:
+    if not name.isdigit() or int(name) >= len(target):
+        raise ConfigError(f"{key}: {name!r} is not a place in a list of {len(target)}")
+    return int(name)
+
+
+def _in_words(error: Any) -> str:
+    """One pydantic error as `where: what, hint`."""
+    location = [part for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
+    section, path = _walk(location)
+    where = ".".join(path) or "config"
+    if error["type"] == "extra_forbidden":
+        known = section.model_fields if section is not None else {}
+        parent = ".".join(path[:-1])
+        return f"{where}: unknown key{f' in {parent}' if parent else ''}; {closest(path[-1], known)}"
+    if error["type"] == "value_error" and not path:
+        return str(error["ctx"]["error"])
+    return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"[:400]
+
+
+def _walk(location: Sequence[Any]) -> tuple[type[BaseModel] | None, list[str]]:
+    """The section that a pydantic location lies in, and the location without the tags of unions."""
+    section: type[BaseModel] | None = RunConfig
+    path: list[str] = []
+    options: list[type[BaseModel]] = []
+    for k, part in enumerate(location):
+        tagged = [m for m in options if _tag(m) == part]
+        if tagged:
+            section, options = tagged[0], []
+            continue
+        path.append(str(part))
+        field = section.model_fields.get(str(part)) if section is not None else None
+        if field is None:
+            if k < len(location) - 1 and not isinstance(part, int):
+                section = None
+            continue
+        options = _models_in(field.annotation)
+        if k < len(location) - 1:
+            section = options[0] if options else None
+    return section, path
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    return model.model_fields["type"].default if "type" in model.model_fields else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+
+
+def explain(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Every field as (dotted name, type, default, description), in the order of the configuration."""
+    rows = []
+    for name, field in model.model_fields.items():
+        sections = _models_in(field.annotation)
+        optional = type(None) in typing.get_args(field.annotation)
+        listed = typing.get_origin(field.annotation) is tuple
+        default = "(required)" if field.is_required() else _short(field.default)
+        if not sections or optional or listed or field.description:
+            rows.append((prefix + name, _type_name(field.annotation), default, field.description or ""))
+        for section in sections:
+            tag = _tag(section)
+            label = f"{prefix}{name}.0" if listed else prefix + name
+            if tag is not None:
+                rows.append((f"{label} (type: {tag})", "section", "", (section.__doc__ or "").split("\n")[0]))
+            elif not optional and not listed:
+                rows.append((label, "section", "", (section.__doc__ or "").split("\n")[0]))
+            rows += [row for row in explain(section, label + ".") if not row[0].endswith(".type")]
+    return rows
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, BaseModel) or (isinstance(value, tuple) and value and isinstance(value[0], BaseModel)):
+        return ""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        names = [_type_name(a) for a in typing.get_args(annotation)]
+        return " | ".join("null" if n == "NoneType" else n for n in names)
+    if typing.get_origin(annotation) is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (tuple, dict):
+        return "list" if typing.get_origin(annotation) is tuple else "map"
+    return {"str": "text", "bool": "true | false"}.get(annotation.__name__, annotation.__name__)

@@ -1,0 +1,135 @@
+"""Looking at a step: the figures that are logged, and the streams that colour each token.
+
+Every mean is over actions, with the mask of the loss. The names are explained in `tracking/glossary.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pertoken.credit import reward_to_go
+from pertoken.objectives import kl_per_token
+from pertoken.rewards.align import align
+from pertoken.tracking.runlog import episode_record
+from pertoken.types import Credit, Episode, PolicyOutput, TokenBatch, TokenRewards
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What the update saw: its figures, and the per-token streams of its last pass over the batch."""
+
+    metrics: dict[str, float]
+    streams: dict[str, Float[Tensor, "B T"]]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did: figures for the log, streams for the eye."""
+
+    step: int
+    metrics: dict[str, float]
+    episodes: Sequence[Episode]
+    streams: dict[str, Float[Tensor, "B T"]]
+
+
+def observe(
+    step: int,
+    episodes: Sequence[Episode],
+    batch: TokenBatch,
+    old: PolicyOutput,
+    ref: PolicyOutput | None,
+    rewards: TokenRewards,
+    credit: Credit,
+    updated: Updated,
+    extra: Mapping[str, float],
+) -> StepReport:
+    """The report of one step out of what its stages returned; `extra` are figures that they measured themselves."""
+    mask, count = batch.action_mask, max(batch.num_actions, 1)
+    streams = token_streams(batch, old, ref, rewards) | {"advantage": credit.advantages} | updated.streams
+    per_episode = {name: cells.sum().item() / len(episodes) for name, cells in streams.items() if "reward/" in name}
+    seconds = sum(value for name, value in extra.items() if name.startswith("time/"))
+    metrics = per_episode | {
+        "entropy": _mean(old.entropy, mask),
+        "advantage/mean": _mean(credit.advantages, mask),
+        "advantage/std": credit.advantages[mask].std().item() if count > 1 else 0.0,
+        "completion/length": batch.num_actions / len(episodes),
+        "completion/terminated_share": batch.terminated.float().mean().item(),
+        "tokens/generated": float(batch.num_actions),
+        "tokens/per_second": batch.num_actions / seconds if seconds else 0.0,
+    }
+    if ref is not None:
+        metrics |= {
+            "kl/reference": _mean(streams["kl"], mask),
+            "kl/sequence": streams["kl"].sum().item() / len(episodes),
+        }
+    if old.values is not None and credit.returns is not None:
+        error, returns = (credit.returns - old.values)[mask], credit.returns[mask]
+        metrics |= {
+            "value/error": error.square().mean().sqrt().item(),
+            "value/explained_variance": 1.0 - (error.var() / returns.var()).item() if returns.var() > 0 else 0.0,
+        }
+    return StepReport(step, metrics | updated.metrics | dict(extra), episodes, streams)
+
+
+def token_streams(
+    batch: TokenBatch, old: PolicyOutput, ref: PolicyOutput | None, rewards: TokenRewards
+) -> dict[str, Float[Tensor, "B T"]]:
+    """What is known of every action before any update, by name; 0 off actions."""
+    mask = batch.action_mask
+    streams = {f"reward/{name}": cells for name, cells in rewards.parts.items()}
+    streams |= {
+        "reward/total": rewards.total,
+        "return": reward_to_go(rewards.total, mask, gamma=1.0),
+        "logprob": batch.sample_logprobs,
+        "entropy": old.entropy,
+    }
+    if old.values is not None:
+        streams["value"] = old.values
+    if ref is not None:
+        streams |= {
+            "ref_logprob": ref.logprobs,
+            "kl": kl_per_token(old.logprobs, ref.logprobs, mask, estimator="k1"),
+        }
+    return streams
+
+
+def token_rows(
+    episodes: Sequence[Episode], streams: Mapping[str, Float[Tensor, "B T"]], tokenizer: Any
+) -> list[tuple[Episode, list[str], dict[str, list[float]]]]:
+    """Each episode with the text of each of its tokens and its own row of every stream."""
+    return [
+        (
+            episode,
+            token_pieces(episode.tokens, tokenizer),
+            {name: cells[row, : len(episode.tokens)].tolist() for name, cells in streams.items()},
+        )
+        for row, episode in enumerate(episodes)
+    ]
+
+
+def episode_records(
+    episodes: Sequence[Episode], streams: Mapping[str, Float[Tensor, "B T"]], tokenizer: Any, *, step: int
+) -> list[dict[str, Any]]:
+    """The lines of `episodes/<step>.jsonl`."""
+    return [episode_record(e, pieces, row, step=step) for e, pieces, row in token_rows(episodes, streams, tokenizer)]
+
+
+def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text that each token adds; special tokens show their name. A character that several tokens share comes
+    with the last of them, so the pieces of ordinary tokens join to the text."""
+    aligned, special, pieces, shown = align(ids, tokenizer), set(tokenizer.all_special_ids), [], 0
+    for token, end in zip(ids, aligned.completed(), strict=True):
+        if token in special:
+            pieces.append(str(tokenizer.convert_ids_to_tokens(token)))
+        else:
+            pieces.append(aligned.text[shown:end])
+            shown = end
+    return pieces
+
+
+def _mean(cells: Tensor, mask: Tensor) -> float:
+    return torch.where(mask, cells, 0.0).sum().item() / max(int(mask.sum()), 1)

@@ -1,0 +1,226 @@
+"""Whole jobs, as the command line and notebooks call them: train, evaluate, generate."""
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pertoken import build
+from pertoken.batching import to_batch
+from pertoken.config import DocstringsTask, RunConfig
+from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RunFolderError
+from pertoken.evaluation import Comparison, compare
+from pertoken.observe import StepReport, token_pieces
+from pertoken.policy.checkpoint import checkpoints
+from pertoken.policy.model import Policy
+from pertoken.rewards import Scene, score
+from pertoken.rewards.align import align
+from pertoken.rollout.collect import collect, prompt_ids, sample_seed
+from pertoken.sampling import Controls
+from pertoken.tracking.reader import RunReader
+from pertoken.tracking.report import write_report
+from pertoken.tracking.runlog import RunLog
+from pertoken.trainer import assign, checkpoint, loop
+from pertoken.types import Item
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended, and where its folder is."""
+
+    folder: Path
+    reason: str
+    interrupted: bool
+    table: Comparison | None
+    """Held-out quality before and after; None without evaluation or if the run was interrupted."""
+    report: Path | None
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: Path | None = None,
+    on_step: Callable[[StepReport, float], None] = lambda report, seconds: None,
+    on_note: Callable[[str], None] = lambda note: None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> RunResult:
+    """Train as `config` says, in its run folder; or go on with the run in `resume` from its last checkpoint.
+
+    `on_step` hears of each step, with the seconds of training so far; `on_note` of what a person should know.
+    Whatever happens, what was written stays: a named error or an interrupt leaves a run folder in order.
+    """
+    folder = resume or config.run_folder
+    saved = checkpoints(folder / "checkpoints")[-1:] if resume else []
+    if resume is None:
+        _refuse_occupied(folder)
+    run = build.build_run(config, checkpoint=saved[0] if saved else None)
+    command = shlex.join(["pertoken", *sys.argv[1:]])
+    if resume is None:
+        log = RunLog.create(folder, config_text=config.to_yaml(), seed=config.seed, about=_about(config), command=[command])
+    else:
+        log = RunLog.open(folder, step=run.progress.step, config_text=config.to_yaml())
+        run.notes += log.notes
+        run.notes.append(f"resumed after step {run.progress.step}")
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        for note in run.notes[told:]:
+            on_note(note)
+        told = len(run.notes)
+
+    def after_step(report: StepReport) -> None:
+        tell()
+        on_step(report, run.progress.seconds)
+
+    tell()
+    try:
+        reason = loop(run, log, on_step=after_step, interrupted=interrupted)
+        stopped_early = run.stop_reason() is None
+        if stopped_early:
+            checkpoint(run, log)
+        else:
+            _save_model(run.policy, log.folder / "model")
+        log.finish("interrupted" if stopped_early else "finished", reason)
+    except (PertokenError, KeyboardInterrupt) as error:
+        _mark_failed(log, error)
+        raise
+    table = None if stopped_early else comparison_in(log.folder, config.evaluation.split)
+    return RunResult(log.folder, reason, stopped_early, table, _write_report(log.folder, on_note))
+
+
+def comparison_in(folder: Path, split: str) -> Comparison | None:
+    """The first and the last evaluation of a run, as its folder holds them; None if there are not two."""
+    logged = [row for row in RunReader(folder).evaluations if row["split"] == split]
+    return compare(logged[0], logged[-1], ("before", "after")) if len(logged) > 1 else None
+
+
+def evaluate(config: RunConfig, *, model: str | None = None, against: str | None = None) -> Comparison:
+    """Held-out quality of `model` (default: `policy.model`) on the task of `config`; with `against`, of both.
+
+    A run folder stands for the model trained in it. The perplexity is under `policy.model` as configured.
+    """
+    names = [model or config.policy.model, *([against] if against else [])]
+    judge = build.build_policy(config)
+    task = build.build_task(config.task)
+    rows = []
+    for name in names:
+        policy = _policy(config, name)
+        evaluator = build.build_evaluator(config.evaluation, task, policy)
+        if evaluator is None:
+            raise ConfigError("evaluation.items is 0: there is nothing to evaluate")
+        result = evaluator(build.build_engine(policy, max_rows=config.rollout.max_rows), policy, judge.reference())
+        rows.append(result.logged())
+    return compare(rows[0], rows[1] if against else None, (names[0], names[-1]))
+
+
+class Speaker:
+    """A model to talk to: text in, pieces of text with figures out."""
+
+    def __init__(self, config: RunConfig, *, model: str | None = None, chat: bool = True) -> None:
+        self.config, self.chat = config, chat
+        self.policy = _policy(config, model or config.policy.model)
+        self.engine = build.build_engine(self.policy)
+        self.controls = Controls.resolve(config.rollout.sampling, self.policy.tokenizer, self.policy.eos_ids)
+
+    def _item(self, text: str, answer: str | None = None) -> Item:
+        chat = self.chat and bool(self.policy.tokenizer.chat_template)
+        return Item("prompt", ({"role": "user", "content": text},) if chat else text, answer)
+
+    def stream(
+        self, text: str, *, seed: int = 0, on_piece: Callable[[str, float, float], None]
+    ) -> str:
+        """Sample an answer; `on_piece(text, log-prob, entropy)` hears of each token as it is drawn."""
+        ids: list[int] = []
+        shown = 0
+
+        def token(index: int, token_id: int, logprob: float, entropy: float) -> None:
+            nonlocal shown
+            ids.append(token_id)
+            done = align(ids, self.policy.tokenizer)
+            end = done.completed()[-1] if not done.text.endswith("\ufffd") else shown
+            on_piece(done.text[shown:end], logprob, entropy)
+            shown = max(shown, end)
+
+        prompt = prompt_ids(self._item(text), self.policy.tokenizer)
+        self.engine.generate([prompt], self.controls, seeds=[sample_seed(seed, 0, text, 0)], on_token=token)
+        return align(ids, self.policy.tokenizer).text
+
+    def group(self, text: str, answer: str | None, *, seed: int = 0) -> Iterator[tuple[list[str], list[float], float]]:
+        """A group of samples, best first: pieces, advantages and total reward, by the configured rewards and credit."""
+        config, policy = self.config, self.policy
+        item = self._item(text, answer)
+        episodes = collect(
+            self.engine, [item], policy.tokenizer, self.controls,
+            samples_per_prompt=config.rollout.samples_per_prompt, run_seed=seed,
+        )  # fmt: skip
+        batch = to_batch(episodes, self.controls, device=str(policy.device))
+        old = policy.score(batch)
+        rewards = score(build.build_rewards(config.rewards), Scene(batch, episodes, policy.tokenizer, old, None))
+        credit = assign(config.credit, rewards, batch, old)
+        totals = rewards.total.sum(1)
+        for row in totals.argsort(descending=True).tolist():
+            start = episodes[row].prompt_length
+            pieces = token_pieces(episodes[row].tokens, policy.tokenizer)[start:]
+            advantages = credit.advantages[row, start : start + len(pieces)].tolist()
+            yield pieces, advantages, totals[row].item()
+
+
+def _policy(config: RunConfig, name: str) -> Policy:
+    """The policy of `config` with another model: a name, a file, or a run folder."""
+    folder = Path(name)
+    if (folder / "run.json").is_file():
+        if not (folder / "model").is_dir():
+            raise RunFolderError(f"{folder} holds no trained model yet: its run has not finished (resume it)")
+        name = str(folder / "model")
+    settings = config.policy.model_copy(update={"model": name, "lora": None, "value_head": None})
+    return build.build_policy(config.model_copy(update={"policy": settings}))
+
+
+def _about(config: RunConfig) -> dict[str, str | int | float]:
+    """The run in a few words, for the head of its report."""
+    rewards = " + ".join(f"{r.weight:g} x {r.name or r.fn}" for r in config.rewards)
+    trained = f"LoRA rank {config.policy.lora.rank}" if config.policy.lora else "all weights"
+    task = config.task.type if isinstance(config.task, DocstringsTask) else str(config.task.path)
+    about: dict[str, str | int | float] = {
+        "model": f"{config.policy.model} ({trained})",
+        "task": task,
+        "rewards": rewards,
+        "algorithm": f"{config.credit.type}, {config.objective.surrogate}",
+    }
+    return about | ({"steps": config.stop.steps} if config.stop.steps is not None else {})
+
+
+def _refuse_occupied(folder: Path) -> None:
+    """Find out before the model is loaded, not after, that the folder cannot be used."""
+    if (folder / "run.json").is_file():
+        raise RunFolderError(
+            f"{folder} already holds a run. Go on with it: pertoken train --resume {folder}; or start another: "
+            "set folder=... (or name, or seed)."
+        )
+
+
+def _save_model(policy: Policy, folder: Path) -> None:
+    try:
+        policy.save(folder)
+    except (OSError, RuntimeError) as error:
+        raise RunFolderError(
+            f"cannot write the trained model to {folder}: {error}. Logs and checkpoints are as they were; free some "
+            "space and resume the run."
+        ) from error
+
+
+def _mark_failed(log: RunLog, error: BaseException) -> None:
+    with contextlib.suppress(RunFolderError):  # on a full disk the reason for the failure counts, not this mark
+        log.finish("failed", str(error) or type(error).__name__)
+
+
+def _write_report(folder: Path, on_note: Callable[[str], None]) -> Path | None:
+    """The report; a run does not fail for want of it."""
+    try:
+        return write_report(folder)
+    except (MissingExtraError, RunFolderError) as error:
+        on_note(f"no report.html: {error}")
+        return None

@@ -1,0 +1,382 @@
+"""The loop: generate tokens, score each of them, assign credit, update the policy, until a stop condition holds.
+
+`loop` is the whole method on one screen; every stage that it calls is a function or method that can be called
+alone. All state that a step depends on hangs on one `Run`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pertoken import credit as estimators
+from pertoken.batching import Part, minibatches, to_batch
+from pertoken.config import CreditConfig, RunConfig
+from pertoken.errors import NumericsError
+from pertoken.evaluation import Evaluation, Evaluator
+from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, policy_loss
+from pertoken.observe import StepReport, Updated, episode_records, observe
+from pertoken.policy.checkpoint import save_checkpoint
+from pertoken.policy.model import Policy, Reference
+from pertoken.rewards import Scene, Weighted, score
+from pertoken.rewards.kl import KLToReference
+from pertoken.rollout.collect import collect
+from pertoken.rollout.engine import RolloutEngine
+from pertoken.sampling import Controls
+from pertoken.tasks.base import batch_of
+from pertoken.tracking.runlog import RunLog
+from pertoken.types import Credit, Episode, Item, PolicyOutput, TokenBatch, TokenRewards
+
+RATIO_TOLERANCE = 1e-4
+"""Largest |scored - sampled| log-prob of a token under the same float32 weights (nats)."""
+
+
+@dataclass
+class Progress:
+    """The counters of a run: what stop conditions look at and what a checkpoint holds."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    last_kl: float = 0.0
+    """Mean KL per sequence to the reference in the last step (nats)."""
+    best_metric: float = -math.inf
+    evaluations_since_best: int = 0
+
+
+@dataclass
+class Run:
+    """One training run: its parts, and its progress."""
+
+    config: RunConfig
+    policy: Policy
+    reference: Reference | None
+    engine: RolloutEngine
+    controls: Controls
+    items: Sequence[Item]
+    rewards: list[Weighted]
+    kl: FixedKL | AdaptiveKL
+    optimizer: torch.optim.Optimizer
+    evaluator: Evaluator | None
+    task_name: str = ""
+    notes: list[str] = field(default_factory=list)
+    """What was decided or left out while setting up, in sentences for a person."""
+    progress: Progress = field(default_factory=Progress)
+
+    def stop_reason(self) -> str | None:
+        """Why the run ends now, in words; None while it goes on."""
+        stop, now = self.config.stop, self.progress
+        if stop.steps is not None and now.step >= stop.steps:
+            return f"made all {stop.steps} steps"
+        if stop.tokens is not None and now.tokens >= stop.tokens:
+            return f"generated {now.tokens} tokens (stop.tokens {stop.tokens})"
+        if stop.seconds is not None and now.seconds >= stop.seconds:
+            return f"trained for {now.seconds:.0f} s (stop.seconds {stop.seconds:g})"
+        if stop.metric is not None and now.best_metric >= stop.metric:
+            return f"{self.config.evaluation.metric} reached {now.best_metric:.4f} (stop.metric {stop.metric:g})"
+        if stop.patience is not None and now.evaluations_since_best >= stop.patience:
+            return f"no better {self.config.evaluation.metric} for {now.evaluations_since_best} evaluations"
+        if stop.kl is not None and now.last_kl > stop.kl:
+            return f"KL per sequence {now.last_kl:.2f} nats exceeds the budget (stop.kl {stop.kl:g})"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside weights and optimiser that the next step depends on."""
+        return {"progress": vars(self.progress).copy(), "kl": self.kl.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.progress = Progress(**state["progress"])
+        self.kl.load_state_dict(state["kl"])
+
+
+def loop(
+    run: Run, log: RunLog, *, on_step: Callable[[StepReport], None], interrupted: Callable[[], bool] = lambda: False
+) -> str:
+    """Train until a stop condition holds or `interrupted()`; returns why it ended. Each step is one policy version."""
+    evaluate(run, log)
+    while not (reason := run.stop_reason()) and not interrupted():
+        begun, step = time.monotonic(), run.progress.step + 1
+        clock = _Clock()
+        episodes = generate(run, step)
+        clock.lap("rollout")
+        batch = to_batch(episodes, run.controls, device=str(run.policy.device))
+        old, ref = run.policy.score(batch), run.reference.score(batch) if run.reference else None
+        drift = check_ratio(batch, old, exact=run.policy.autocast_dtype is None)
+        clock.lap("score")
+        rewards = reward(run, Scene(batch, episodes, run.policy.tokenizer, old, ref, step))
+        credit = assign(run.config.credit, rewards, batch, old)
+        clock.lap("reward")
+        updated = update(run, batch, old, ref, credit, step)
+        run.engine.load_weights(run.policy.trainable(), version=step)
+        clock.lap("update")
+        report = observe(step, episodes, batch, old, ref, rewards, credit, updated, drift | clock.seconds)
+        advance(run, report, seconds=time.monotonic() - begun)
+        record(run, log, report)
+        evaluate(run, log)
+        on_step(report)
+    return reason or "interrupted"
+
+
+# --- stages ----------------------------------------------------------------------------------------------
+
+
+def generate(run: Run, step: int) -> list[Episode]:
+    """The episodes of `step`: which items and which random numbers depend on the seed and the step alone."""
+    rollout, seed = run.config.rollout, run.config.seed
+    items = batch_of(run.items, step - 1, rollout.prompts_per_step, seed)
+    return collect(
+        run.engine,
+        items,
+        run.policy.tokenizer,
+        run.controls,
+        samples_per_prompt=rollout.samples_per_prompt,
+        run_seed=seed,
+        step=step,
+    )
+
+
+def check_ratio(batch: TokenBatch, old: PolicyOutput, *, exact: bool) -> dict[str, float]:
+    """Drift between the log-probs at sampling and at scoring, under the same weights: the ratio must be 1.
+
+    In float32 (`exact`) a token beyond `RATIO_TOLERANCE` raises NumericsError: then the distribution that is
+    trained is not the one that was sampled. In bfloat16 the drift is reported, and importance weights repair it.
+    """
+    if not batch.num_actions:
+        return {"drift/mean": 0.0, "drift/max": 0.0}
+    gap = torch.where(batch.action_mask, old.logprobs - batch.sample_logprobs, 0.0).abs()
+    worst = gap.max().item()
+    if not worst < math.inf or (exact and worst > RATIO_TOLERANCE):
+        row, column = divmod(int(gap.nan_to_num(math.inf).argmax()), gap.shape[1])
+        raise NumericsError(
+            f"episode {batch.episode_ids[row]}, token {column}: sampled with log-prob "
+            f"{batch.sample_logprobs[row, column].item():.6f}, but the same weights score it "
+            f"{old.logprobs[row, column].item():.6f}. The ratio before the first update must be 1 "
+            f"(tolerance {RATIO_TOLERANCE} nats in float32). Please report the model and the sampling controls."
+        )
+    return {"drift/mean": gap.sum().item() / batch.num_actions, "drift/max": worst}
+
+
+def reward(run: Run, scene: Scene) -> TokenRewards:
+    """Every token's reward; a KL penalty in the reward takes the coefficient of now."""
+    parts = run.rewards
+    if run.config.kl.place == "reward" and run.kl.coefficient:
+        parts = [*parts, Weighted(KLToReference(), run.kl.coefficient, "kl")]
+    return score(parts, scene)
+
+
+def assign(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: PolicyOutput) -> Credit:
+    """Advantages (and critic targets) of every action, by the estimator that the configuration names."""
+    total, mask, group = rewards.total.to(old.logprobs.dtype), batch.action_mask, batch.group
+    returns = None
+    if config.type == "gae":
+        if old.values is None or old.bootstrap is None:
+            raise ValueError("credit.type gae needs values: the policy has no value head")
+        after = estimators.bootstrap_values(batch.terminated, old.bootstrap)
+        advantages, returns = estimators.gae(total, old.values, mask, after, gamma=config.gamma, lam=config.lam)
+    elif config.type == "reward_to_go":
+        advantages = estimators.reward_to_go(total, mask, gamma=config.gamma)
+    elif config.type == "group_relative":
+        advantages = estimators.group_relative(total, mask, group, scale_by_std=config.scale_by_std)
+    elif config.type == "group_process":
+        advantages = estimators.group_process(
+            total, mask, group, gamma=config.gamma, scale_by_std=config.scale_by_std
+        )
+    elif config.type == "leave_one_out":
+        advantages = estimators.leave_one_out(total, mask, group)
+    else:
+        advantages = estimators.leave_one_out_process(total, mask, group, gamma=config.gamma)
+    if config.normalize == "whiten":
+        advantages = estimators.whiten(advantages, mask, group)
+    elif config.normalize == "scale":
+        advantages = estimators.scale_only(advantages, mask, group)
+    return Credit(advantages, returns)
+
+
+def update(
+    run: Run, batch: TokenBatch, old: PolicyOutput, ref: PolicyOutput | None, credit: Credit, step: int
+) -> Updated:
+    """All optimiser steps on one batch. A non-finite loss or gradient skips its optimiser step and is counted."""
+    config = run.config.update
+    rate = learning_rate_factor(run.config, step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * rate
+    streams: dict[str, Tensor] = {}
+    sums = {"loss/policy": 0.0, "loss/value": 0.0}
+    norms: list[float] = []
+    steps, moved, bad, deviation = 0, False, "", 0.0
+    parts = minibatches(
+        batch, old, ref, credit, epochs=config.epochs, num_minibatches=config.minibatches,
+        rows_per_micro_batch=config.rows_per_micro_batch, seed=run.config.seed * 1_000_003 + step,
+    )  # fmt: skip
+    for part in parts:
+        new = run.policy.score(part.batch, grad=True, entropy_grad=run.config.objective.entropy_coefficient != 0)
+        if not moved:
+            # Until the weights move, old and new are the same policy; taking the same pass for both removes the
+            # rounding noise between passes of different shapes, which is logged instead.
+            gap = torch.where(part.batch.action_mask, new.logprobs.detach() - part.old.logprobs, 0.0).abs()
+            deviation = max(deviation, gap.max().item() if gap.numel() else 0.0)
+            if not run.policy.dropout:
+                part = replace(part, old=replace(part.old, logprobs=new.logprobs.detach()))  # noqa: PLW2901
+        loss = _part_loss(run, part, new, sums, streams, batch)
+        if math.isfinite(loss.item()):
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            bad = bad or f"loss {loss.item()} in episodes {', '.join(part.batch.episode_ids[:4])} ..."
+        if part.last_of_step:
+            steps += 1
+            norm = _step_optimizer(run, bad, step)
+            moved = moved or norm is not None
+            norms += [] if norm is None else [norm]
+            bad = ""
+    limit = config.max_grad_norm
+    metrics = {
+        "loss/policy": sums["loss/policy"] / max(steps, 1),
+        "ratio/max_deviation_first_update": deviation,
+        "grad/norm": sum(norms) / len(norms) if norms else math.nan,
+        "grad/clipped_share": sum(n > limit for n in norms) / len(norms) if limit and norms else 0.0,
+        "learning_rate": config.learning_rate * rate,
+        "skipped/updates": float(run.progress.skipped),
+    }
+    if run.policy.value_head is not None:
+        metrics["loss/value"] = sums["loss/value"] / max(steps, 1)
+    return Updated(metrics, streams)
+
+
+def _part_loss(
+    run: Run, part: Part, new: PolicyOutput, sums: dict[str, float], streams: dict[str, Tensor], batch: TokenBatch
+) -> Tensor:
+    """The part's share of the loss of its optimiser step: all denominators are those of the whole step."""
+    objective, kl, mask = run.config.objective, run.config.kl, part.batch.action_mask
+    tokens = policy_loss(
+        new, part.old, part.ref, part.credit, part.batch,
+        surrogate=objective.surrogate, level=objective.level, clip_low=objective.clip_low,
+        clip_high=objective.clip_high, dual_clip=objective.dual_clip, importance_cap=objective.importance_cap,
+        kl_coefficient=run.kl.coefficient if kl.place == "loss" else 0.0, kl_estimator=kl.estimator,
+        entropy_coefficient=objective.entropy_coefficient,
+    )  # fmt: skip
+    denominators = {
+        "token": part.num_actions,
+        "sequence": part.num_rows,
+        "constant": part.num_rows * run.config.rollout.sampling.max_new_tokens,
+    }
+    loss = aggregate(tokens.per_token, mask, over=objective.over, denominator=denominators[objective.over])
+    sums["loss/policy"] += loss.item()
+    seen = dict(tokens.aux)
+    head = run.config.policy.value_head
+    if head is not None:
+        errors = critic_loss(new, part.old, part.credit, part.batch, clip=head.clip)
+        value = aggregate(errors.per_token, mask, over="token", denominator=part.num_actions)
+        sums["loss/value"] += value.item()
+        loss = loss + head.coefficient * value
+        seen |= errors.aux
+    for name, cells in seen.items():
+        streams.setdefault(name, torch.zeros_like(batch.sample_logprobs))[part.rows] = cells.to(torch.float32)
+    return loss
+
+
+def _step_optimizer(run: Run, bad: str, step: int) -> float | None:
+    """Clip and step; None if the gradient could not be used."""
+    parameters = list(run.policy.trainable().values())
+    limit = run.config.update.max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
+    usable = not bad and math.isfinite(norm)
+    if usable:
+        run.optimizer.step()
+    else:
+        run.progress.skipped += 1
+        run.notes.append(f"step {step}: update skipped, {bad or f'gradient norm {norm}'}")
+        if run.progress.skipped > run.config.update.max_skipped:
+            raise NumericsError(
+                f"step {step}: {run.progress.skipped} updates had a non-finite loss or gradient (update.max_skipped "
+                f"{run.config.update.max_skipped}); the last: {bad or f'gradient norm {norm}'}. Lower "
+                "update.learning_rate, or use policy.precision float32."
+            )
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm if usable else None
+
+
+def learning_rate_factor(config: RunConfig, step: int) -> float:
+    """Share of the peak learning rate in step 1, 2, ...: linear warm-up, then the schedule down to its last share."""
+    update, total = config.update, config.stop.steps or 0
+    if step <= update.warmup_steps:
+        return step / update.warmup_steps
+    if update.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - update.warmup_steps - 1) / max(1, total - update.warmup_steps - 1))
+    left = 1.0 - done if update.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return update.final_share + (1.0 - update.final_share) * left
+
+
+def advance(run: Run, report: StepReport, *, seconds: float) -> None:
+    """Count the step, and let the KL controller look at it."""
+    now = run.progress
+    now.step = report.step
+    now.tokens += int(report.metrics["tokens/generated"])
+    now.seconds += seconds
+    now.last_kl = report.metrics.get("kl/sequence", 0.0)
+    run.kl.update(now.last_kl, len(report.episodes))
+
+
+# --- writing down ----------------------------------------------------------------------------------------
+
+
+def record(run: Run, log: RunLog, report: StepReport) -> None:
+    """Write the step to the run folder: its figures always, its samples every so often, a checkpoint when due."""
+    step, every = report.step, run.config.checkpoint.every
+    log.step(step, report.metrics)
+    due = step % run.config.log.episodes_every == 0 or step == 1 or run.stop_reason() is not None
+    if due and run.config.log.episodes_per_step:
+        shown = report.episodes[: run.config.log.episodes_per_step]
+        log.episodes(step, episode_records(shown, report.streams, run.policy.tokenizer, step=step))
+    if every and step % every == 0:
+        checkpoint(run, log)
+
+
+def checkpoint(run: Run, log: RunLog) -> Path:
+    """Save all that is needed to go on from here; older checkpoints beyond `checkpoint.keep` are removed."""
+    return save_checkpoint(
+        log.folder / "checkpoints",
+        run.progress.step,
+        run.policy,
+        run.optimizer,
+        run.state_dict(),
+        keep=run.config.checkpoint.keep,
+    )
+
+
+def evaluate(run: Run, log: RunLog) -> Evaluation | None:
+    """Held-out evaluation of the policy as it is, if one is due: before training, every so often, at the end."""
+    config, step = run.config.evaluation, run.progress.step
+    if run.evaluator is None or log.has_evaluation(step, config.split):
+        return None
+    due = step == 0 or (config.every and step % config.every == 0) or run.stop_reason() is not None
+    if not due:
+        return None
+    run.engine.load_weights(run.policy.trainable(), version=step)
+    result = run.evaluator(run.engine, run.policy, run.reference, run.rewards)
+    log.evaluation(step, config.split, result.summary, result.rows)
+    value = result.summary["metrics"][config.metric]
+    if value > run.progress.best_metric:
+        run.progress.best_metric, run.progress.evaluations_since_best = value, 0
+    elif step:
+        run.progress.evaluations_since_best += 1
+    return result
+
+
+class _Clock:
+    """Seconds of each stage of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[f"time/{stage}"] = now - self._last
+        self._last = now

@@ -1,0 +1,167 @@
+"""Shared prompts, gathered heads and chunks give what one plain padded forward gives."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pertoken.batching import to_batch
+from pertoken.errors import NumericsError
+from pertoken.policy import scoring
+from pertoken.policy.model import Lora, Policy, ValueHead
+from pertoken.sampling import Controls
+from pertoken.testing import byte_tokenizer, episode, tiny_model
+from pertoken.types import Span
+
+
+def ragged_batch():
+    """Groups of unequal size, rows of unequal length, an observation inside a row, a one-token answer, none."""
+    rows = [
+        episode([1, 2, 3, 4], [5, 6, 7, 8, 9], id="a", group=0),
+        episode([1, 2, 3, 4], [9, 8], id="b", group=0),
+        episode([1, 2, 3, 4], [9], id="c", group=0, stop="length"),
+        episode([4, 4], [1, 2, 3, 4, 5, 6, 7], id="d", group=1),
+        episode([7, 7, 7], [], id="e", group=2),
+        episode([4, 4], [2, 2, 2], id="f", group=1),
+    ]
+    tool = rows[3]
+    mask = list(tool.action_mask)
+    mask[4:6] = [False, False]
+    spans = [Span(0, 2, "prompt", 0), Span(2, 4, "action", 1), Span(4, 6, "observation", 1), Span(6, 9, "action", 2)]
+    rows[3] = replace(tool, action_mask=mask, spans=spans)
+    return to_batch(rows, Controls())
+
+
+def oracle(model, batch):
+    """The textbook: one padded forward, log-softmax, shift."""
+    logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask.long()).logits.float()
+    logprobs = torch.zeros(batch.tokens.shape)
+    entropy = torch.zeros(batch.tokens.shape)
+    full = logits.log_softmax(-1)
+    logprobs[:, 1:] = full[:, :-1].gather(2, batch.tokens[:, 1:, None]).squeeze(2)
+    entropy[:, 1:] = -(full.exp() * full).sum(-1)[:, :-1]
+    return torch.where(batch.action_mask, logprobs, 0.0), torch.where(batch.action_mask, entropy, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_logprobs_and_entropy_equal_the_plain_forward(kind, layout):
+    model, batch = tiny_model(kind), ragged_batch()
+    out = Policy(model, byte_tokenizer(), precision="float32", layout=layout).score(batch)
+    logprobs, entropy = oracle(model, batch)
+    torch.testing.assert_close(out.logprobs, logprobs.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.entropy, entropy.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_gradients_equal_the_plain_forward(layout, monkeypatch):
+    monkeypatch.setattr(scoring, "ACTIONS_PER_CHUNK", 3)
+    batch, weights = ragged_batch(), torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    reference, model = tiny_model(), tiny_model()
+    (oracle(reference, batch)[0] * weights).sum().backward()
+    policy = Policy(model, byte_tokenizer(), precision="float32", layout=layout)
+    (policy.score(batch, grad=True).logprobs * weights).sum().backward()
+    for (name, wanted), got in zip(reference.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_entropy_has_a_gradient_only_when_asked():
+    policy = Policy(tiny_model(), byte_tokenizer(), precision="float32")
+    assert not policy.score(ragged_batch(), grad=True).entropy.requires_grad
+    batch, model = ragged_batch(), tiny_model()
+    policy = Policy(model, byte_tokenizer(), precision="float32")
+    policy.score(batch, grad=True, entropy_grad=True).entropy.sum().backward()
+    twin = tiny_model()
+    oracle(twin, batch)[1].sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, twin.lm_head.weight.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_values_speak_of_the_state_before_the_token_and_bootstrap_of_the_one_after_the_last():
+    torch.manual_seed(0)
+    head = ValueHead(32, detach_trunk=False)
+    torch.nn.init.normal_(head.linear.weight)
+    model, batch = tiny_model(), ragged_batch()
+    hidden = model.model(input_ids=batch.tokens, attention_mask=batch.attention_mask.long()).last_hidden_state
+    values = head(hidden.flatten(0, 1)).view(batch.tokens.shape)
+    lengths = batch.attention_mask.sum(1)
+    wanted = torch.zeros(batch.tokens.shape)
+    wanted[:, 1:] = torch.where(batch.action_mask[:, 1:], values[:, :-1], 0.0)
+    for layout in ("shared", "padded"):
+        out = Policy(model, byte_tokenizer(), precision="float32", value_head=head, layout=layout).score(batch)
+        torch.testing.assert_close(out.values, wanted.detach(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.bootstrap, values[range(6), lengths - 1].detach(), atol=1e-5, rtol=0)
+
+
+def test_stopping_the_gradient_keeps_the_value_loss_off_the_trunk():
+    for detach in (True, False):
+        model, head = tiny_model(), ValueHead(32, detach_trunk=detach)
+        torch.nn.init.ones_(head.linear.weight)
+        policy = Policy(model, byte_tokenizer(), precision="float32", value_head=head)
+        policy.score(ragged_batch(), grad=True).values.sum().backward()
+        touched = any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        assert touched is not detach
+        assert head.linear.weight.grad.abs().sum() > 0
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    policy, batch = Policy(tiny_model(), byte_tokenizer(), precision="float32"), ragged_batch()
+    whole, order = policy.score(batch), torch.tensor([5, 0, 3, 1, 4, 2])
+    torch.testing.assert_close(policy.score(batch.rows(order)).logprobs, whole.logprobs[order], atol=1e-5, rtol=0)
+    for row in range(6):
+        alone = policy.score(batch.rows(torch.tensor([row])))
+        torch.testing.assert_close(alone.logprobs[0], whole.logprobs[row], atol=1e-5, rtol=0)
+
+
+def test_trap_13_dropout_is_off_unless_asked_for():
+    model = tiny_model("gpt2")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    batch = ragged_batch()
+    policy = Policy(model, byte_tokenizer(), precision="float32")
+    quiet = policy.score(batch)
+    torch.testing.assert_close(policy.score(batch, grad=True).logprobs.detach(), quiet.logprobs, atol=1e-6, rtol=0)
+    noisy = Policy(model, byte_tokenizer(), precision="float32", dropout=True)
+    assert (noisy.score(batch, grad=True).logprobs.detach() - quiet.logprobs).abs().max() > 1e-3
+    torch.testing.assert_close(noisy.score(batch).logprobs, quiet.logprobs)
+
+
+def test_reference_stays_while_the_policy_moves():
+    for lora in (None, Lora(rank=2)):
+        model, batch = tiny_model(), ragged_batch()
+        before = Policy(tiny_model(), byte_tokenizer(), precision="float32").score(batch).logprobs
+        policy = Policy(model, byte_tokenizer(), precision="float32", lora=lora)
+        reference = policy.reference()
+        with torch.no_grad():
+            for parameter in policy.trainable().values():
+                parameter.add_(0.1)
+        torch.testing.assert_close(reference.score(batch).logprobs, before, atol=1e-5, rtol=0)
+        assert (policy.score(batch).logprobs - before).abs().max() > 1e-2
+
+
+def test_bfloat16_stays_near_float32():
+    model, batch = tiny_model(), ragged_batch()
+    exact = Policy(model, byte_tokenizer(), precision="float32").score(batch).logprobs
+    near = Policy(model, byte_tokenizer(), precision="bfloat16").score(batch).logprobs
+    assert near.dtype == torch.float32
+    assert 0 < (near - exact).abs().max() < 0.5
+
+
+def test_a_head_that_is_not_understood_is_refused():
+    model = tiny_model()
+    plain = model.forward
+    model.forward = lambda **inputs: _doubled(plain(**inputs))
+    with pytest.raises(NumericsError, match="its head does something|Its head does something"):
+        scoring.find_layout(model)
+
+
+def _doubled(output):
+    output.logits = 2 * output.logits
+    return output
+
+
+def test_layout_is_measured_and_falls_back():
+    model = tiny_model()
+    assert scoring.find_layout(model) == "shared"
+    model.set_attn_implementation("eager")  # adds masks instead of reading them as yes and no
+    assert scoring.find_layout(model) == "padded"
