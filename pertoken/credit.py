@@ -80,7 +80,7 @@ def gae(
     >>> gae(torch.tensor([[0.0, 1.0]]), 0.5 * one, one.bool(), torch.zeros(1), gamma=1.0, lam=1.0)[0]
     tensor([[0.5000, 0.5000]])
     """
-    rewards, values = _earned(rewards, action_mask), torch.where(action_mask, values, 0.0)
+    rewards = _earned(rewards, action_mask)
     next_values = torch.cat([values, bootstrap[:, None]], 1).gather(1, _next_action(action_mask))
     deltas = rewards + gamma * next_values - values
     advantages = _discounted_sum(deltas, action_mask, gamma * lam, torch.zeros_like(bootstrap))
