@@ -1,0 +1,123 @@
+"""Before against after on the same held-out items: what changed, and how sure that is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pertoken.tracking.files import Number, Row
+from pertoken.tracking.glossary import HELD_OUT, find
+
+DRAWS = 4000
+"""Bootstrap resamples: the ends of a 95% interval then move by about 1% of its width from seed to seed."""
+
+Judgement = Literal["better", "not proven", "worse"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric, before and after."""
+
+    name: str
+    before: Number
+    after: Number
+    low: Number | None
+    high: Number | None
+    """95% interval of `after - before`; None if it is not known."""
+
+    @property
+    def difference(self) -> Number:
+        return self.after - self.before
+
+    @property
+    def judgement(self) -> Judgement:
+        """Better or worse only if the interval excludes 0; a metric without a good direction proves nothing."""
+        term = find(self.name, HELD_OUT)
+        direction = "higher" if term is None else term.better
+        if self.low is None or self.high is None or direction == "either" or self.low <= 0 <= self.high:
+            return "not proven"
+        return "better" if (self.low > 0) == (direction == "higher") else "worse"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The first and the last evaluation of one split."""
+
+    split: str
+    before: Row
+    after: Row
+    changes: dict[str, Change]
+    """By metric, the main one first."""
+    main: str
+    """Name of the metric that the verdict is about."""
+    num_items: int
+    """Held-out items that both evaluations have."""
+
+    @property
+    def baselines(self) -> dict[str, dict[str, Number]]:
+        """Metrics of the trivial baselines, by baseline."""
+        recorded = self.after.get("baselines") or self.before.get("baselines") or {}
+        return {name: {key: v for key, v in scores.items() if v is not None} for name, scores in recorded.items()}
+
+
+def compare(evaluations: Sequence[Row]) -> Comparison | None:
+    """The first against the last evaluation; None if no split was evaluated twice.
+
+    The test split decides if it was evaluated before and after, else the split that was evaluated last.
+    """
+    by_split: dict[str, list[Row]] = {}
+    for row in evaluations:
+        by_split.setdefault(row["split"], []).append(row)
+    twice = [split for split, rows in by_split.items() if len(rows) > 1]
+    if not twice:
+        return None
+    split = "test" if "test" in twice else max(twice, key=lambda name: by_split[name][-1]["step"])
+    before, after = by_split[split][0], by_split[split][-1]
+    names = [name for name, value in after["metrics"].items() if None not in (value, before["metrics"].get(name))]
+    if not names:
+        return None
+    main = str(after.get("main")) if after.get("main") in names else names[0]
+    names.sort(key=lambda name: name != main)  # the rest keeps its order
+    return Comparison(
+        split=split,
+        before=before,
+        after=after,
+        changes={name: _change(name, before, after) for name in names},
+        main=main,
+        num_items=len(set(before["items"]["id"]) & set(after["items"]["id"])),
+    )
+
+
+def paired_interval(before: Sequence[Number], after: Sequence[Number], *, seed: int = 0) -> tuple[float, float]:
+    """95% paired-bootstrap interval of the mean of `after - before`, entry by entry of the same item.
+
+    Items are drawn with replacement, pairs kept together: what is hard for both models cancels out.
+    Koehn 2004, https://aclanthology.org/W04-3250.
+
+    >>> paired_interval([0.1, 0.5, 0.3], [0.2, 0.6, 0.4])
+    (0.1, 0.1)
+    """
+    differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    count = len(differences)
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+    low, high = np.quantile(draws @ differences / count, [0.025, 0.975])
+    return round(float(low), 12), round(float(high), 12)
+
+
+def _change(name: str, before: Row, after: Row) -> Change:
+    """An interval that the evaluation wrote down counts (BLEU of a corpus is no mean over items), else from items."""
+    low = high = None
+    if recorded := (after.get("differences") or {}).get(name):
+        _, low, high = recorded
+    elif pairs := _pairs(name, before["items"], after["items"]):
+        low, high = paired_interval(*zip(*pairs, strict=True))
+    return Change(name, before["metrics"][name], after["metrics"][name], low, high)
+
+
+def _pairs(name: str, before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> list[tuple[Number, Number]]:
+    if name not in before or name not in after:
+        return []
+    earlier = dict(zip(before["id"], before[name], strict=True))
+    pairs = [(earlier.get(item), value) for item, value in zip(after["id"], after[name], strict=True)]
+    return [(old, new) for old, new in pairs if old is not None and new is not None]

@@ -1,0 +1,171 @@
+"""What every logged name means: the one place that knows. `docs/metrics.md` and the report are made from it.
+
+A name with a placeholder stands for a family: `reward/<part>` is found for `reward/rouge_l`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Term:
+    """One name of the glossary."""
+
+    meaning: str
+    formula: str
+    """Unit or formula; `a` runs over the action tokens of the step, `e` over its episodes."""
+    label: str = ""
+    """How a title should name it, if not by its own name."""
+    better: Literal["higher", "lower", "either"] = "either"
+    """Which direction is good news, as far as one metric can tell."""
+    scale: Literal["signed", "magnitude", "around_one"] = "signed"
+    """For streams: coloured around 0, by distance from 0, or around 1."""
+
+    @property
+    def explanation(self) -> str:
+        """Meaning and formula in one line."""
+        return f"{self.meaning.rstrip('.')} ({self.formula})"
+
+
+METRICS: dict[str, Term] = {
+    "loss/policy": Term("The policy's objective, as minimised.", "aggregate over a of the surrogate loss"),
+    "loss/value": Term("Error of the value head against its targets.", "aggregate over a of ½ (V − return)²"),
+    "loss/kl": Term("The KL penalty that is a part of the loss.", "coefficient × aggregate over a of KL"),
+    "reward/<part>": Term("One named part of the reward, weighted.", "mean over e of Σ part"),
+    "reward/total": Term("The reward: all parts together.", "mean over e of Σ reward", better="higher"),
+    "kl/reference": Term("How far the policy is from the reference model.", "mean over a, nats per token"),
+    "kl/sequence": Term("The same distance for whole completions.", "mean over e of Σ KL, nats"),
+    "entropy": Term("How undecided the policy is.", "mean over a of −Σ p log p, nats"),
+    "ratio/max_deviation_first_update": Term(
+        "Check of the token maths: before the first update the policy is the one that sampled, so this is about 0.",
+        "max over a of |p_scored / p_sampled − 1|",
+    ),
+    "drift/mean": Term(
+        "Difference between sampling and scoring, from number formats.",
+        "mean over a of |log p_scored − log p_sampled|, nats",
+    ),
+    "drift/max": Term("The same at the worst token.", "max over a of |log p_scored − log p_sampled|, nats"),
+    "importance/clipped_share": Term("Tokens whose importance weight was cut at its limit.", "share of a, 0 to 1"),
+    "clip/share": Term("Tokens that the surrogate clipped: they no longer move the policy.", "share of a, 0 to 1"),
+    "advantage/mean": Term("Mean advantage; near 0 when it is whitened.", "mean over a"),
+    "advantage/std": Term("Spread of the advantages; 0 means that nothing is learnt.", "standard deviation over a"),
+    "value/error": Term("How far the critic is off.", "mean over a of (V − return)²"),
+    "value/explained_variance": Term(
+        "Share of the returns' variance that the critic predicts; 1 is perfect, below 0 is worse than a constant.",
+        "1 − Var(return − V) / Var(return)",
+        better="higher",
+    ),
+    "completion/length": Term("Tokens that the policy wrote per completion.", "mean over e, tokens"),
+    "completion/terminated_share": Term(
+        "Completions that ended by themselves; the others were cut off.", "share of e, 0 to 1"
+    ),
+    "grad/norm": Term("Length of the gradient before it is clipped.", "√ Σ g²"),
+    "grad/clipped_share": Term("Optimiser steps whose gradient was clipped.", "share of the step's updates, 0 to 1"),
+    "learning_rate": Term("The optimiser's step size, after warm-up and schedule.", "per optimiser step"),
+    "tokens/generated": Term("Tokens sampled in this step.", "count"),
+    "tokens/per_second": Term("Sampled tokens over the time of the whole step.", "tokens / s", better="higher"),
+    "time/rollout": Term("Time to sample the completions.", "s"),
+    "time/score": Term("Time to score them with the old and the reference policy.", "s"),
+    "time/reward": Term("Time to compute rewards and credit.", "s"),
+    "time/update": Term("Time of the forward and backward passes and the optimiser.", "s"),
+    "skipped/updates": Term(
+        "Updates left out because loss or gradient was not finite.", "count so far", better="lower"
+    ),
+}
+
+HELD_OUT: dict[str, Term] = {
+    "rouge_1": Term("Words shared with the reference answer.", "F1 of unigrams, 0 to 1", "ROUGE-1", "higher"),
+    "rouge_2": Term("Word pairs shared with the reference answer.", "F1 of bigrams, 0 to 1", "ROUGE-2", "higher"),
+    "rouge_l": Term("Longest common word sequence.", "F1 of its length, 0 to 1", "ROUGE-L", "higher"),
+    "bleu": Term("N-gram precision with a brevity penalty.", "sacrebleu, 0 to 100", "BLEU", "higher"),
+    "chrf": Term("Character n-grams shared with the reference answer.", "sacrebleu, 0 to 100", "chrF", "higher"),
+    "length": Term("Length of the output.", "tokens"),
+    "repetition": Term("Repeated n-grams in the output.", "share, 0 to 1", better="lower"),
+    "distinct_<n>": Term("Different n-grams over all n-grams of the outputs.", "share, 0 to 1", "distinct-<n>"),
+    "perplexity": Term("How odd the reference model finds the outputs.", "exp of mean −log p_ref", better="lower"),
+}
+
+STREAMS: dict[str, Term] = {
+    "reward/<part>": Term("What this part of the reward gave this token.", "weighted reward", "reward: <part>"),
+    "reward/total": Term("All reward of this token.", "sum of the parts", "reward: total"),
+    "return": Term("Reward from this token on.", "Σ γᵏ r"),
+    "value": Term("What the critic expected before this token was chosen.", "V(state)"),
+    "advantage": Term(
+        "How much better than expected this choice was: what the update follows.", "as the update uses it"
+    ),
+    "logprob": Term(
+        "Log-probability under the policy that wrote it; 0 is certain.", "nats", "log-prob", scale="magnitude"
+    ),
+    "ref_logprob": Term("Log-probability under the reference.", "nats", "reference log-prob", scale="magnitude"),
+    "kl": Term("Where the policy left the reference; below 0 the reference found it likelier.", "nats", "KL"),
+    "entropy": Term("How undecided the policy was here.", "nats", scale="magnitude"),
+    "ratio": Term("Probability after the update over before.", "p_new / p_old", scale="around_one"),
+    "clipped": Term("1 if the surrogate clipped this token.", "0 or 1", scale="magnitude"),
+}
+
+
+def find(name: str, terms: Mapping[str, Term]) -> Term | None:
+    """The term of a logged name, exact before family; None if the glossary does not know it.
+
+    >>> find("reward/total", METRICS).meaning
+    'The reward: all parts together.'
+    >>> find("reward/brevity", METRICS).meaning
+    'One named part of the reward, weighted.'
+    """
+    if name in terms:
+        return terms[name]
+    return next((term for family, term in terms.items() if _member(name, family) is not None), None)
+
+
+def label(name: str, terms: Mapping[str, Term]) -> str:
+    """How a title names it.
+
+    >>> label("rouge_l", HELD_OUT), label("reward/brevity", STREAMS), label("my_metric", HELD_OUT)
+    ('ROUGE-L', 'reward: brevity', 'my metric')
+    """
+    term = find(name, terms)
+    if term is None or not term.label:
+        return name.replace("_", " ")
+    members = (_member(name, family) for family, candidate in terms.items() if candidate is term)
+    return re.sub(r"<\w+>", next((part for part in members if part), ""), term.label)
+
+
+def glossary_markdown() -> str:
+    """The content of `docs/metrics.md`."""
+    return "\n".join(
+        [
+            "# Metrics",
+            "",
+            "Every name that a run logs. Generated: edit `pertoken/tracking/glossary.py`, then run",
+            "`python -c 'from pertoken.tracking.glossary import *; write_glossary(\"docs/metrics.md\")'`.",
+            "",
+            "In formulas `a` runs over the action tokens of a step (those that the policy chose), `e` over its",
+            "episodes. Logarithms are natural: 1 nat = 1.44 bits. `<part>` is the name of any reward of the run.",
+            "",
+            *_table("Training, per step (`metrics.jsonl`)", METRICS),
+            *_table("Held-out quality, per evaluation (`evaluations.jsonl`)", HELD_OUT),
+            *_table("Streams, per token (`episodes/`, `evaluations/`)", STREAMS),
+        ]
+    )
+
+
+def write_glossary(path: str) -> None:
+    """Writes `docs/metrics.md`."""
+    Path(path).write_text(glossary_markdown(), encoding="utf-8")
+
+
+def _member(name: str, family: str) -> str | None:
+    """What stands in the place of the placeholder of `family`; None if `name` is not of the family."""
+    before, _, rest = family.partition("<")
+    placeholder, _, after = rest.partition(">")
+    inside = name[len(before) : len(name) - len(after)]
+    return inside if placeholder and inside and name == before + inside + after else None
+
+
+def _table(title: str, terms: Mapping[str, Term]) -> list[str]:
+    cells = [(f"`{name}`", term.meaning, term.formula.replace("|", "\\|")) for name, term in terms.items()]
+    rows = [f"| {' | '.join(row)} |" for row in cells]
+    return [f"## {title}", "", "| name | meaning | unit or formula |", "|---|---|---|", *rows, ""]

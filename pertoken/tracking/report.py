@@ -1,0 +1,232 @@
+"""One self-contained page about a run: verdict, curves, and samples in which every token shows its numbers.
+
+The page asks nothing of the network and nothing that a model wrote can act in it: text goes in as JSON with `<`
+escaped, comes out through `textContent`, and a content-security policy allows the page's own two scripts only.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from pertoken.errors import MissingExtraError
+from pertoken.tracking.charts import Chart, Column, held_out_charts, training_charts
+from pertoken.tracking.comparison import Change, Comparison, compare
+from pertoken.tracking.files import Number, Row, write_whole
+from pertoken.tracking.glossary import HELD_OUT, find, label
+from pertoken.tracking.reader import RunReader
+from pertoken.tracking.samples import scenes, stream_scales
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes `report.html` into a run folder, finished or live, and returns its path."""
+    path = Path(folder) / "report.html"
+    write_whole(path, render(RunReader(folder)).encode(), "the report")
+    return path
+
+
+def render(reader: RunReader) -> str:
+    """The page as text."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise MissingExtraError("plotly", "report", "the report") from error
+    run, metrics, evaluations = reader.run(), reader.metrics(), reader.evaluations()
+    comparison = compare(evaluations)
+    charts: list[Chart] = []
+    sections = {
+        "Result": _result(comparison, evaluations, charts),
+        "Tokens": _resource("tokens.html"),
+        "Curves": _curves(metrics, charts),
+        "Configuration": _configuration(run, reader.config_text()),
+    }
+    shown = scenes(reader, comparison)
+    if not shown:
+        sections.pop("Tokens")
+    data = json.dumps({"scenes": shown, "scales": stream_scales(shown)}, allow_nan=False)
+    plots = ",".join(chart.figure for chart in charts)
+    plotly, script = get_plotlyjs(), _resource("report.js")
+    return Template(_resource("report.html")).substitute(
+        policy=_policy(plotly, script),
+        title=escape(_title(run)),
+        css=_resource("report.css"),
+        summary=_summary(run, metrics),
+        navigation="".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
+        sections="\n".join(
+            f'<section id="{name.lower()}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()
+        ),
+        data=f'{data[:-1]}, "charts": [{plots}]}}'.replace("<", "\\u003c"),
+        plotly=plotly,
+        script=script,
+    )
+
+
+def verdict(comparison: Comparison | None, evaluations: Sequence[Row]) -> tuple[str, str]:
+    """The judgement (better, not proven, worse, unknown) and the sentence that a person can repeat."""
+    if comparison is None:
+        times = "measured once" if evaluations else "not measured"
+        return "unknown", f"Held-out quality was {times}; a verdict needs it before and after the training."
+    change = comparison.changes[comparison.main]
+    moved = (
+        f"Held-out {label(change.name, HELD_OUT)} went from {_number(change.before)} to {_number(change.after)} "
+        f"on the same {comparison.num_items} items"
+    )
+    if change.low is None or change.high is None:
+        return "not proven", f"{moved}; no interval is known, so this may be chance."
+    interval = f"{_signed(change.difference)}, 95% interval {_signed(change.low)} to {_signed(change.high)}"
+    doubt = ", which may be chance" if change.low <= 0 <= change.high else ""
+    return change.judgement, f"{moved} ({interval}){doubt}.{_against_baseline(change, comparison)}"
+
+
+def _against_baseline(change: Change, comparison: Comparison) -> str:
+    scores = {name: row[change.name] for name, row in comparison.baselines.items() if change.name in row}
+    term = find(change.name, HELD_OUT)
+    if not scores or (term is not None and term.better != "higher"):
+        return ""
+    best = max(scores, key=lambda name: scores[name])
+    passed = "now passes" if change.before <= scores[best] < change.after else "is above"
+    relation = passed if change.after > scores[best] else "does not reach"
+    return f" The model {relation} the best trivial baseline, {best} ({_number(scores[best])})."
+
+
+def _title(run: Row) -> str:
+    about = run.get("about", {})
+    model, task = str(about.get("model", "A model")).rstrip("/").rpartition("/")[2], about.get("task")
+    return f"{model} on {task}" if task else model
+
+
+def _summary(run: Row, metrics: Mapping[str, Column]) -> str:
+    """The facts of the run as a short definition list."""
+    about, steps = run.get("about", {}), metrics.get("step") or [0]
+    tokens = sum(count or 0 for count in metrics.get("tokens/generated", []))
+    seconds = (metrics.get("time") or [0])[-1] or 0
+    status = {
+        "running": "running, or killed without a word",
+        "finished": "finished",
+        "interrupted": "interrupted",
+        "failed": "failed",
+    }.get(run["status"], str(run["status"]))
+    facts = {
+        "Algorithm": about.get("algorithm", ""),
+        "Steps": f"{steps[-1]} of {about['steps']}" if "steps" in about else str(steps[-1]),
+        "Tokens": _count(tokens) if tokens else "",
+        "Time": _duration(seconds),
+        "Seed": str(run.get("seed", "")),
+        "Started": str(run.get("started", ""))[:16].replace("T", " "),
+        "Status": f"{status}: {run['reason']}" if run.get("reason") else status,
+    }
+    rows = "".join(f"<div><dt>{name}</dt><dd>{escape(str(fact))}</dd></div>" for name, fact in facts.items() if fact)
+    return f'<dl class="facts">{rows}</dl>'
+
+
+def _result(comparison: Comparison | None, evaluations: Sequence[Row], charts: list[Chart]) -> str:
+    judgement, sentence = verdict(comparison, evaluations)
+    html = (
+        f'<div class="verdict {judgement.replace(" ", "-")}"><strong>{judgement.capitalize()}</strong>'
+        f"<p>{escape(sentence)}</p></div>"
+    )
+    if comparison is None:
+        return html
+    main, *others = held_out_charts(evaluations, comparison)
+    html += f'<div class="columns">{_figures([main], charts, "large")}{_table(comparison)}</div>'
+    if others:
+        html += f"<details><summary>Curves of the other held-out metrics</summary>{_figures(others, charts)}</details>"
+    return html
+
+
+def _table(comparison: Comparison) -> str:
+    baselines = comparison.baselines
+    heads = ["Metric", "Before", "After", "Difference", *(escape(name) for name in baselines)]
+    rows = []
+    for name, change in comparison.changes.items():
+        term = find(name, HELD_OUT)
+        hint = escape(term.explanation if term else name)
+        arrow = {"better": "▲ better", "worse": "▼ worse", "not proven": ""}[change.judgement]
+        interval = "" if change.low is None else f"<small>{_signed(change.low)} to {_signed(change.high)}</small>"
+        cells = [_number(change.before), _number(change.after)]
+        trivial = [_number(scores[name]) if name in scores else "" for scores in baselines.values()]
+        rows.append(
+            f'<tr><th scope="row" title="{hint}">{escape(label(name, HELD_OUT))}</th>'
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + f'<td class="{change.judgement.replace(" ", "-")}">{_signed(change.difference)}'
+            + f" <em>{arrow}</em>{interval}</td>"
+            + "".join(f'<td class="baseline">{cell}</td>' for cell in trivial)
+            + "</tr>"
+        )
+    caption = (
+        f"Split {escape(comparison.split)}, {comparison.num_items} items, step {comparison.before['step']} against "
+        f"step {comparison.after['step']}. Small: 95% interval of the difference. Right: trivial baselines."
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Before and after"><table><caption>{caption}'
+        f"</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _curves(metrics: Mapping[str, Column], charts: list[Chart]) -> str:
+    groups = training_charts(metrics)
+    if not groups:
+        return "<p>No step has been logged yet.</p>"
+    intro = (
+        "<p>By training step. Where a curve is noisy, each step is pale and the mean of the steps around it strong.</p>"
+    )
+    return intro + "".join(f"<h3>{name}</h3>{_figures(group, charts)}" for name, group in groups.items())
+
+
+def _figures(group: Sequence[Chart], charts: list[Chart], size: str = "") -> str:
+    """Places for the charts of a group; the figures themselves are added to `charts`, which the script draws."""
+    html = ""
+    for chart in group:
+        title, note = escape(chart.title), escape(chart.note)
+        html += (
+            f'<figure><figcaption><b>{title}</b> <span title="{note}">{note}</span></figcaption>'
+            f'<div class="plot" data-chart="{len(charts)}" role="img" aria-label="Curve: {title}"></div></figure>'
+        )
+        charts.append(chart)
+    return f'<div class="charts {size}">{html}</div>'
+
+
+def _configuration(run: Row, config_text: str) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in run.get("versions", {}).items())
+    return (
+        f"<p>{escape(versions)}; {escape(str(run.get('platform', '')))}</p>"
+        f"<p>Command: <code>{escape(str(run.get('command', '')))}</code></p>"
+        f"<details><summary>config.yaml</summary><pre>{escape(config_text)}</pre></details>"
+    )
+
+
+def _policy(*scripts: str) -> str:
+    """A content-security policy that lets these scripts run, and nothing else: no other code, no request."""
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def _resource(name: str) -> str:
+    return files("pertoken.tracking").joinpath(name).read_text(encoding="utf-8")
+
+
+def _number(value: Number) -> str:
+    """Three digits that matter: 0.187, 41.2, 1,240."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def _signed(value: Number | None) -> str:
+    if value is None:
+        return ""
+    return f"{'+' if value >= 0 else '−'}{_number(abs(value))}"
+
+
+def _count(value: Number) -> str:
+    return f"{value / 1e6:.2f} million" if value >= 1e6 else f"{value:,.0f}"
+
+
+def _duration(seconds: Number) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

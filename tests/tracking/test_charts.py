@@ -1,0 +1,49 @@
+"""Curves: everything logged is drawn once, long runs stay small, means are means."""
+
+import json
+import math
+
+from pertoken.tracking.charts import _is_noisy, _means, _moving_mean, training_charts
+
+
+def traces(charts: dict) -> list[dict]:
+    return [trace for group in charts.values() for chart in group for trace in json.loads(chart.figure)["data"]]
+
+
+def test_every_logged_metric_is_drawn_once_and_unknown_ones_come_last():
+    metrics = {
+        "step": [1, 2],
+        "time": [0.5, 1.0],
+        "plugin/score": [1, 2],
+        "reward/total": [0.1, 0.2],
+        "entropy": [2, 1],
+    }
+    charts = training_charts(metrics)
+    assert list(charts) == ["Reward", "How far the policy has moved", "Other"]
+    assert [trace["y"] for trace in traces(charts)] == [[0.1, 0.2], [2, 1], [1, 2]]
+
+
+def test_a_metric_that_was_never_finite_is_not_drawn():
+    assert training_charts({"step": [1], "time": [0.1], "loss/policy": [None]}) == {}
+
+
+def test_a_long_run_is_drawn_as_means_of_several_steps():
+    steps = list(range(1, 5001))
+    drawn = traces(training_charts({"step": steps, "time": steps, "reward/total": steps}))
+    assert drawn[0]["x"][:2] == [3.0, 8.0]  # the means of 1..5 and 6..10
+    assert len(drawn[0]["x"]) == 1000
+
+
+def test_means_leave_out_what_is_missing():
+    assert _means([1, None, 3, 5, None], 2) == [1.0, 4.0, None]
+
+
+def test_a_noisy_curve_gets_a_mean_and_a_schedule_does_not():
+    noisy = [float(step % 2) for step in range(80)]
+    schedule = [math.cos(math.pi * step / 80) for step in range(80)]
+    assert _is_noisy(noisy)
+    assert not _is_noisy(schedule)
+    assert _moving_mean(noisy)[40] == 0.4  # steps 38 to 42: 0 1 0 1 0
+    drawn = traces(training_charts({"step": list(range(80)), "entropy": noisy, "learning_rate": schedule}))
+    assert [len(trace["y"]) for trace in drawn] == [80, 80, 80]
+    assert [trace.get("opacity") for trace in drawn] == [0.3, None, None]
