@@ -58,7 +58,8 @@ def ratio(
     log_ratio = new - old.detach()
     if level != "token":
         row_mean = log_ratio.sum(1, keepdim=True) / action_mask.sum(1, keepdim=True).clamp_min(1)
-        log_ratio = row_mean if level == "sequence" else row_mean.detach() + new - new.detach()
+        own_gradient = (new - new.detach()).nan_to_num()  # 0 with gradient 1; -inf - -inf would be NaN
+        log_ratio = row_mean if level == "sequence" else row_mean.detach() + own_gradient
         log_ratio = torch.where(action_mask, log_ratio, 0.0)
     return _bounded_exp(log_ratio)
 

@@ -269,6 +269,12 @@ def test_the_default_denominator_is_that_of_the_batch(over: Any) -> None:
     equal(own, aggregate(c.x, c.mask, over=over, denominator=count(c.mask, over=over)).detach())
 
 
+def test_rows_without_actions_are_not_counted() -> None:
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    assert (count(mask, over="token"), count(mask, over="sequence")) == (3, 2)
+    equal(aggregate(f64([[1, 3], [4, 9], [9, 9]]), mask, over="sequence"), 3.0)
+
+
 def test_means_of_means_are_not_the_mean() -> None:
     losses, mask = f64([[1, 1], [4, 0]]), torch.tensor([[True, True], [True, False]])
     equal(aggregate(losses, mask), 2.0)
@@ -346,7 +352,7 @@ def test_constants_get_no_gradient() -> None:
 @pytest.mark.parametrize("log_ratio", [50.0, -50.0, 1e4, -torch.inf])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_ratios_stay_finite(
     log_ratio: float, advantage: float, dual_clip: float | None, level: Any, dtype: torch.dtype
