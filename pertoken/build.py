@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pertoken.config import ChatMessage, DocstringsTask, EvaluationConfig, RewardConfig, RunConfig, TaskConfig
+from pertoken.config import DocstringsTask, EvaluationConfig, RewardConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.objectives import AdaptiveKL, FixedKL
@@ -18,7 +18,7 @@ from pertoken.rewards import Weighted, resolve
 from pertoken.rollout.collect import prompt_ids
 from pertoken.rollout.engine import HFEngine
 from pertoken.sampling import Controls
-from pertoken.tasks.base import ItemTask
+from pertoken.tasks.base import ItemTask, Split
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import load_file_task
 from pertoken.trainer import Run
@@ -94,24 +94,25 @@ def build_engine(policy: Policy, *, max_rows: int = 64) -> HFEngine:
 def build_task(config: TaskConfig) -> ItemTask:
     """The task that the configuration names, its data read and checked."""
     if isinstance(config, DocstringsTask):
-        return load_docstring_task(**config.model_dump(exclude={"type"}))
-    prompt: Any = config.prompt
-    if not isinstance(prompt, str):
-        prompt = [message.model_dump() for message in config.prompt if isinstance(message, ChatMessage)]
-    return load_file_task(**(config.model_dump(exclude={"type"}) | {"prompt": prompt}))
+        docstrings: ItemTask = load_docstring_task(**config.model_dump(exclude={"type"}))
+        return docstrings
+    task: ItemTask = load_file_task(**config.model_dump(exclude={"type"}))
+    return task
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
     """The weighted parts; parameters are checked against the fields of the reward."""
     parts: list[Weighted] = []
     for index, config in enumerate(configs):
-        factory = resolve(config.fn or config.name or "")
+        factory: Any = resolve(config.fn or config.name or "")
         parameters = config.parameters
-        if is_dataclass(factory) and isinstance(factory, type):
+        if is_dataclass(factory):
             known = [f.name for f in fields(factory)]
             for name in parameters:
                 if name not in known:
-                    raise ConfigError(f"rewards.{index}.{name}: unknown parameter of {config.name or config.fn}; {closest(name, known)}")
+                    raise ConfigError(
+                        f"rewards.{index}.{name}: {config.name or config.fn} has no such field; {closest(name, known)}"
+                    )
         name = config.name or str(config.fn).rpartition(":")[2]
         if name in (part.name for part in parts):
             raise ConfigError(f"rewards.{index}: a second part named {name!r}; give `fn` parts a `name` of their own")
@@ -159,7 +160,7 @@ def build_evaluator(config: EvaluationConfig, task: ItemTask, policy: Policy) ->
 
 
 def _fitting(
-    task: ItemTask, split: str, policy: Policy, max_prompt_tokens: int | None
+    task: ItemTask, split: Split, policy: Policy, max_prompt_tokens: int | None
 ) -> tuple[Sequence[Item], list[str]]:
     """The items whose prompts are not longer than asked for, and a note on how many were left out."""
     items = task.items(split)
@@ -171,7 +172,9 @@ def _fitting(
     if not fitting:
         raise TaskError(f"task {task.name}: no {split} item has a prompt of at most {limit} tokens; raise the limit")
     left_out = len(items) - len(fitting)
-    return fitting, [f"left out {left_out} of {len(items)} {split} items: prompt over {limit} tokens"] if left_out else []
+    return fitting, [
+        f"left out {left_out} of {len(items)} {split} items: prompt over {limit} tokens"
+    ] if left_out else []
 
 
 def _refuse_too_long(items: Sequence[Item], policy: Policy) -> None:

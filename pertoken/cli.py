@@ -1,5 +1,6 @@
 """The command line: train, evaluate, generate, report, config."""
 
+import io
 import os
 import signal
 import sys
@@ -44,6 +45,8 @@ Settings = Annotated[
 
 def main() -> None:
     """Entry point: named errors become one sentence on stderr and a non-zero exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is made
     try:
         app()
     except PertokenError as error:
@@ -74,8 +77,8 @@ def train(
             config, resume=resume, on_step=display.step, on_note=display.note, interrupted=interrupted
         )
     out.print(f"\n{result.reason}; run folder: {result.folder}")
-    if result.table is not None:
-        _print_comparison(result.table)
+    if result.comparison is not None:
+        _print_table(result.comparison.before, result.comparison, ("before", "after"))
     if result.interrupted:
         out.print(f"resume with: pertoken train --resume {result.folder}")
         raise typer.Exit(INTERRUPTED)
@@ -92,11 +95,13 @@ def evaluate(
 ) -> None:
     """Measure held-out quality of a model on a task, beside the trivial baselines."""
     from pertoken.run import evaluate as run_evaluation
+    from pertoken.tracking.comparison import compare
 
     overrides = [f"evaluation.split={split}"] if split else []
     overrides += [f"evaluation.items={items}"] if items is not None else []
     config = _config([*(settings or []), *overrides])
-    _print_comparison(run_evaluation(config, model=model, against=against))
+    rows = run_evaluation(config, model=model, against=against)
+    _print_table(rows[0], compare(rows), (model or config.policy.model, against or ""))
 
 
 @app.command()
@@ -228,11 +233,18 @@ class _StepDisplay:
             out.print(text, markup=False)
 
 
-def _print_comparison(comparison: Any) -> None:
-    """A `Comparison` as a table: models, difference with interval, trivial baselines."""
-    table = Table(*comparison.columns, box=None, pad_edge=False)
-    for row in comparison.rows:
-        table.add_row(*row)
+def _print_table(row: dict[str, Any], comparison: Any, names: tuple[str, str]) -> None:
+    """One evaluation, or two with the difference and its interval, beside the trivial baselines."""
+    both = [names[1], "difference [95% interval]"] if comparison else []
+    table = Table("metric", names[0], *both, *row["baselines"], box=None, pad_edge=False)
+    for name, value in row["metrics"].items():
+        cells = [name, f"{value:.4g}"]
+        if comparison:
+            change = comparison.changes[name]
+            interval = "" if change.low is None else f" [{change.low:+.4f}, {change.high:+.4f}]"
+            cells += [f"{change.after:.4g}", f"{change.difference:+.4f}{interval}"]
+        baselines = (scores.get(name) for scores in row["baselines"].values())
+        table.add_row(*cells, *("" if score is None else f"{score:.4g}" for score in baselines))
     out.print()
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 

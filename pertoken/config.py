@@ -320,7 +320,7 @@ class EvaluationConfig(Section):
     """How many items; 0 turns evaluation off."""
     every: int | None = Field(default=None, ge=1)
     """Also after every so many steps; null evaluates before and after only."""
-    metric: str = "rougeL"
+    metric: str = "rouge_l"
     """The metric that stop conditions, the verdict and the best checkpoint go by."""
     sampling: Sampling = Sampling(temperature=0.0)
     """How held-out answers are generated; greedy unless set."""
@@ -417,7 +417,7 @@ class RunConfig(Section):
         )
         yield (
             needs_evaluation and (self.evaluation.items == 0 or self.evaluation.every is None),
-            "stop.metric and stop.patience go by evaluations during training: set evaluation.items and evaluation.every.",
+            "stop.metric and stop.patience need evaluations while training: set evaluation.items and evaluation.every.",
         )
         yield (
             stop.kl is not None and self.kl.place == "off" and not self.kl.measure,
@@ -479,7 +479,9 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        same_type = isinstance(old, dict) and isinstance(value, dict) and old.get("type") == value.get("type", old.get("type"))
+        same_type = (
+            isinstance(old, dict) and isinstance(value, dict) and old.get("type") == value.get("type", old.get("type"))
+        )
         merged[key] = _merge(old, value) if same_type and isinstance(old, dict) else value
     return merged
 
@@ -554,7 +556,7 @@ def _walk(location: Sequence[Any]) -> tuple[type[BaseModel] | None, list[str]]:
 
 
 def _tag(model: type[BaseModel]) -> str | None:
-    return model.model_fields["type"].default if "type" in model.model_fields else None
+    return str(model.model_fields["type"].default) if "type" in model.model_fields else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -601,4 +603,5 @@ def _type_name(annotation: Any) -> str:
         return _type_name(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (tuple, dict):
         return "list" if typing.get_origin(annotation) is tuple else "map"
-    return {"str": "text", "bool": "true | false"}.get(annotation.__name__, annotation.__name__)
+    name = str(annotation.__name__)
+    return {"str": "text", "bool": "true | false"}.get(name, name)

@@ -1,14 +1,13 @@
 """Held-out quality: the same items, answered by the policy before and after, with intervals and trivial baselines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from pertoken.batching import to_batch
-from pertoken.errors import ConfigError, RewardError, closest
+from pertoken.errors import ConfigError, closest
 from pertoken.observe import token_rows, token_streams
 from pertoken.policy.model import Policy, Reference
 from pertoken.rewards import Scene, Weighted, score
@@ -16,7 +15,14 @@ from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
-from pertoken.text_metrics import METRICS, bootstrap_mean, corpus_metrics, first_sentence, item_metrics, paired_bootstrap
+from pertoken.text_metrics import (
+    CORPUS_METRICS,
+    ITEM_METRICS,
+    bootstrap_mean,
+    corpus_metrics,
+    first_sentence,
+    item_metrics,
+)
 from pertoken.tracking.runlog import prompt_text, token_columns
 from pertoken.types import Episode, Item
 
@@ -33,10 +39,10 @@ class Evaluation:
     rows: list[dict[str, Any]]
     """Item by item: id, prompt, answer, output, metrics; the first few with tokens and streams."""
 
-    def logged(self) -> dict[str, Any]:
-        """The form that `evaluations.jsonl` keeps: the summary, and each per-item metric as one column."""
-        names = self.rows[0]["metrics"] if self.rows else {}
-        return self.summary | {"items": {name: [row["metrics"][name] for row in self.rows] for name in names}}
+    def logged(self, step: int, split: str) -> dict[str, Any]:
+        """The row that `evaluations.jsonl` keeps of it: the summary, and each per-item metric as one column."""
+        items = {name: [row["metrics"][name] for row in self.rows] for name in self.rows[0]["metrics"]}
+        return {"step": step, "split": split, **self.summary, "items": {"id": [row["id"] for row in self.rows]} | items}
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,9 @@ class Evaluator:
     samples_shown: int = 0
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS and self.metric != PERPLEXITY:
-            raise ConfigError(f"evaluation.metric: unknown {self.metric!r}; {closest(self.metric, METRICS)}")
+        known = (*ITEM_METRICS, *CORPUS_METRICS, PERPLEXITY)
+        if self.metric not in known:
+            raise ConfigError(f"evaluation.metric: unknown {self.metric!r}; {closest(self.metric, known)}")
 
     def __call__(
         self, engine: RolloutEngine, policy: Policy, reference: Reference | None, rewards: Sequence[Weighted] = ()
@@ -73,16 +80,15 @@ class Evaluator:
             }
             for k, (item, output) in enumerate(zip(self.items, outputs, strict=True))
         ]
-        shown = episodes[: self.samples_shown]
-        for row, extra in zip(rows, _tokens_of(shown, policy, reference, rewards), strict=False):
-            row |= extra
-        return Evaluation(summary, rows)
+        shown = _tokens_of(episodes[: self.samples_shown], policy, reference, rewards)
+        shown += [{}] * (len(rows) - len(shown))
+        return Evaluation(summary, [row | extra for row, extra in zip(rows, shown, strict=True)])
 
 
 def _measure(outputs: Sequence[str], items: Sequence[Item]) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Per-item metrics, and the summary with intervals and what the trivial baselines would get."""
     references = [_references(item) for item in items]
-    per_item = {name: list(map(float, values)) for name, values in item_metrics(outputs, references).items()}
+    per_item = item_metrics(outputs, references)
     summary: dict[str, Any] = {"metrics": {name: float(np.mean(v)) for name, v in per_item.items()}}
     summary["metrics"] |= corpus_metrics(outputs, references)
     summary["intervals"] = {}
@@ -135,36 +141,3 @@ def _tokens_of(
         {"tokens": token_columns(e.tokens, pieces, e.action_mask), "streams": row}
         for e, pieces, row in token_rows(episodes, streams, policy.tokenizer)
     ]
-
-
-# --- comparing -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A table for people: one metric per row."""
-
-    columns: list[str]
-    rows: list[list[str]]
-
-
-def compare(before: Mapping[str, Any], after: Mapping[str, Any] | None, names: tuple[str, str]) -> Comparison:
-    """Two evaluations of the same items (as logged: a summary with `items`) beside the trivial baselines.
-
-    Differences carry paired-bootstrap 95% intervals: the items are resampled, each with both its answers.
-    """
-    baselines = list(before["baselines"])
-    columns = ["metric", names[0], *([names[1], "difference [95% interval]"] if after else []), *baselines]
-    rows = []
-    for name, value in before["metrics"].items():
-        row = [name, f"{value:.4g}"]
-        if after:
-            row.append(f"{after['metrics'][name]:.4g}")
-            if name in before["items"]:
-                d = paired_bootstrap(before["items"][name], after["items"][name])
-                row.append(f"{d.difference:+.4g} [{d.low:+.4g}, {d.high:+.4g}]")
-            else:
-                row.append(f"{after['metrics'][name] - value:+.4g}")
-        row += [f"{before['baselines'][b][name]:.4g}" if name in before["baselines"][b] else "" for b in baselines]
-        rows.append(row)
-    return Comparison(columns, rows)

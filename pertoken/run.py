@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pertoken import build
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, RunConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RunFolderError
-from pertoken.evaluation import Comparison, compare
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.checkpoint import checkpoints
 from pertoken.policy.model import Policy
@@ -19,6 +19,7 @@ from pertoken.rewards import Scene, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect, prompt_ids, sample_seed
 from pertoken.sampling import Controls
+from pertoken.tracking.comparison import Comparison, compare
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import write_report
 from pertoken.tracking.runlog import RunLog
@@ -33,7 +34,7 @@ class RunResult:
     folder: Path
     reason: str
     interrupted: bool
-    table: Comparison | None
+    comparison: Comparison | None
     """Held-out quality before and after; None without evaluation or if the run was interrupted."""
     report: Path | None
 
@@ -58,7 +59,9 @@ def train(
     run = build.build_run(config, checkpoint=saved[0] if saved else None)
     command = shlex.join(["pertoken", *sys.argv[1:]])
     if resume is None:
-        log = RunLog.create(folder, config_text=config.to_yaml(), seed=config.seed, about=_about(config), command=[command])
+        log = RunLog.create(
+            folder, config_text=config.to_yaml(), seed=config.seed, about=_about(config), command=[command]
+        )
     else:
         log = RunLog.open(folder, step=run.progress.step, config_text=config.to_yaml())
         run.notes += log.notes
@@ -87,33 +90,28 @@ def train(
     except (PertokenError, KeyboardInterrupt) as error:
         _mark_failed(log, error)
         raise
-    table = None if stopped_early else comparison_in(log.folder, config.evaluation.split)
-    return RunResult(log.folder, reason, stopped_early, table, _write_report(log.folder, on_note))
+    comparison = None if stopped_early else compare(RunReader(log.folder).evaluations())
+    return RunResult(log.folder, reason, stopped_early, comparison, _write_report(log.folder, on_note))
 
 
-def comparison_in(folder: Path, split: str) -> Comparison | None:
-    """The first and the last evaluation of a run, as its folder holds them; None if there are not two."""
-    logged = [row for row in RunReader(folder).evaluations if row["split"] == split]
-    return compare(logged[0], logged[-1], ("before", "after")) if len(logged) > 1 else None
+def evaluate(config: RunConfig, *, model: str | None = None, against: str | None = None) -> list[dict[str, Any]]:
+    """Held-out quality of `model` (default: `policy.model`) on the task of `config`, and of `against` if given.
 
-
-def evaluate(config: RunConfig, *, model: str | None = None, against: str | None = None) -> Comparison:
-    """Held-out quality of `model` (default: `policy.model`) on the task of `config`; with `against`, of both.
-
+    Returns one row per model, as `evaluations.jsonl` has them; two can be given to `tracking.comparison.compare`.
     A run folder stands for the model trained in it. The perplexity is under `policy.model` as configured.
     """
     names = [model or config.policy.model, *([against] if against else [])]
-    judge = build.build_policy(config)
+    judge = build.build_policy(config).reference()
     task = build.build_task(config.task)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in names:
         policy = _policy(config, name)
         evaluator = build.build_evaluator(config.evaluation, task, policy)
         if evaluator is None:
             raise ConfigError("evaluation.items is 0: there is nothing to evaluate")
-        result = evaluator(build.build_engine(policy, max_rows=config.rollout.max_rows), policy, judge.reference())
-        rows.append(result.logged())
-    return compare(rows[0], rows[1] if against else None, (names[0], names[-1]))
+        result = evaluator(build.build_engine(policy, max_rows=config.rollout.max_rows), policy, judge)
+        rows.append(result.logged(len(rows), config.evaluation.split))
+    return rows
 
 
 class Speaker:
@@ -129,9 +127,7 @@ class Speaker:
         chat = self.chat and bool(self.policy.tokenizer.chat_template)
         return Item("prompt", ({"role": "user", "content": text},) if chat else text, answer)
 
-    def stream(
-        self, text: str, *, seed: int = 0, on_piece: Callable[[str, float, float], None]
-    ) -> str:
+    def stream(self, text: str, *, seed: int = 0, on_piece: Callable[[str, float, float], None]) -> str:
         """Sample an answer; `on_piece(text, log-prob, entropy)` hears of each token as it is drawn."""
         ids: list[int] = []
         shown = 0

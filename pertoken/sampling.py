@@ -9,7 +9,7 @@ Order of the controls, as in Hugging Face `generate`: repetition penalty, no-rep
 minimum length, temperature, top-k, top-p, min-p. "History" means prompt and output, as it does there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class Sampling(BaseModel):
 class Controls:
     """`Sampling` resolved for one tokenizer: ids instead of strings. Travels with every batch."""
 
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
     banned_ids: tuple[tuple[int, ...], ...] = ()
 

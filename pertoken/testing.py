@@ -19,7 +19,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
 
 
-def tiny_model(kind: Literal["llama", "gpt2"] = "llama", *, vocab: int = 258, eos: int | None = 256, seed: int = 0) -> Any:
+def tiny_model(
+    kind: Literal["llama", "gpt2"] = "llama", *, vocab: int = 258, eos: int | None = 256, seed: int = 0
+) -> Any:
     """A random two-layer causal LM, rotary (`llama`) or with absolute positions (`gpt2`), float32, in eval mode.
 
     The weights are larger than at initialisation, so that different contexts give visibly different distributions.
@@ -30,14 +32,14 @@ def tiny_model(kind: Literal["llama", "gpt2"] = "llama", *, vocab: int = 258, eo
             LlamaConfig(
                 vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=128, eos_token_id=eos, bos_token_id=None,
-                pad_token_id=None, attn_implementation="sdpa",
+                pad_token_id=None,
             )
         )  # fmt: skip
     else:
         model = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=eos,
-                bos_token_id=None, pad_token_id=None, attn_implementation="sdpa",
+                bos_token_id=None, pad_token_id=None,
             )
         )  # fmt: skip
     with torch.no_grad():
@@ -49,7 +51,13 @@ def tiny_model(kind: Literal["llama", "gpt2"] = "llama", *, vocab: int = 258, eo
 
 
 def episode(
-    prompt: Sequence[int], answer: Sequence[int], *, id: str = "e", group: int = 0, stop: Any = "eos", item: Item | None = None
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    *,
+    id: str = "e",
+    group: int = 0,
+    stop: Any = "eos",
+    item: Item | None = None,
 ) -> Episode:
     """A single-turn episode of given ids, sampled with log-prob -1 each."""
     n, m = len(prompt), len(answer)

@@ -71,20 +71,16 @@ class Run:
 
     def stop_reason(self) -> str | None:
         """Why the run ends now, in words; None while it goes on."""
-        stop, now = self.config.stop, self.progress
-        if stop.steps is not None and now.step >= stop.steps:
-            return f"made all {stop.steps} steps"
-        if stop.tokens is not None and now.tokens >= stop.tokens:
-            return f"generated {now.tokens} tokens (stop.tokens {stop.tokens})"
-        if stop.seconds is not None and now.seconds >= stop.seconds:
-            return f"trained for {now.seconds:.0f} s (stop.seconds {stop.seconds:g})"
-        if stop.metric is not None and now.best_metric >= stop.metric:
-            return f"{self.config.evaluation.metric} reached {now.best_metric:.4f} (stop.metric {stop.metric:g})"
-        if stop.patience is not None and now.evaluations_since_best >= stop.patience:
-            return f"no better {self.config.evaluation.metric} for {now.evaluations_since_best} evaluations"
-        if stop.kl is not None and now.last_kl > stop.kl:
-            return f"KL per sequence {now.last_kl:.2f} nats exceeds the budget (stop.kl {stop.kl:g})"
-        return None
+        stop, now, metric = self.config.stop, self.progress, self.config.evaluation.metric
+        conditions = [
+            (stop.steps, now.step, f"made all {stop.steps} steps"),
+            (stop.tokens, now.tokens, f"generated {now.tokens} tokens (stop.tokens {stop.tokens})"),
+            (stop.seconds, now.seconds, f"trained for {now.seconds:.0f} s (stop.seconds {stop.seconds})"),
+            (stop.metric, now.best_metric, f"{metric} reached {now.best_metric:.4f} (stop.metric {stop.metric})"),
+            (stop.patience, now.evaluations_since_best, f"no better {metric} in {stop.patience} evaluations"),
+            (stop.kl, now.last_kl, f"KL per sequence {now.last_kl:.2f} nats is over the budget (stop.kl {stop.kl})"),
+        ]
+        return next((words for limit, reached, words in conditions if limit is not None and reached >= limit), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything beside weights and optimiser that the next step depends on."""
@@ -184,9 +180,7 @@ def assign(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: 
     elif config.type == "group_relative":
         advantages = estimators.group_relative(total, mask, group, scale_by_std=config.scale_by_std)
     elif config.type == "group_process":
-        advantages = estimators.group_process(
-            total, mask, group, gamma=config.gamma, scale_by_std=config.scale_by_std
-        )
+        advantages = estimators.group_process(total, mask, group, gamma=config.gamma, scale_by_std=config.scale_by_std)
     elif config.type == "leave_one_out":
         advantages = estimators.leave_one_out(total, mask, group)
     else:
@@ -225,7 +219,7 @@ def update(
                 part = replace(part, old=replace(part.old, logprobs=new.logprobs.detach()))  # noqa: PLW2901
         loss = _part_loss(run, part, new, sums, streams, batch)
         if math.isfinite(loss.item()):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         else:
             bad = bad or f"loss {loss.item()} in episodes {', '.join(part.batch.episode_ids[:4])} ..."
         if part.last_of_step:

@@ -92,7 +92,9 @@ class Episode:
     def __post_init__(self) -> None:
         lengths = {len(self.tokens), len(self.action_mask), len(self.logprobs), len(self.env_rewards)}
         if len(lengths) != 1:
-            raise ValueError(f"episode {self.id}: tokens, action_mask, logprobs, env_rewards differ in length: {lengths}")
+            raise ValueError(
+                f"episode {self.id}: tokens, action_mask, logprobs, env_rewards differ in length: {lengths}"
+            )
 
     @property
     def terminated(self) -> bool:
@@ -176,8 +178,9 @@ class PolicyOutput:
 
     def rows(self, index: Int[Tensor, " R"]) -> "PolicyOutput":
         """The output of the rows `index`, in that order."""
-        picked = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PolicyOutput(**{name: None if cell is None else cell[index] for name, cell in picked.items()})
+        values = None if self.values is None else self.values[index]
+        bootstrap = None if self.bootstrap is None else self.bootstrap[index]
+        return PolicyOutput(self.logprobs[index], self.entropy[index], values, bootstrap)
 
 
 @dataclass(frozen=True)

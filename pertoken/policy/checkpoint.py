@@ -80,7 +80,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
     missing = [name for name in named if f"weight/{name}" not in stored]
     if missing:
         raise RunFolderError(
-            f"{path}: holds no weights for {missing[0]} (and {len(missing) - 1} more). It belongs to a run with another "
+            f"{path}: holds no weights for {missing[0]} (and {len(missing) - 1} more). It belongs to a run of another "
             "policy: same model, LoRA and value head are needed."
         )
     with torch.no_grad():

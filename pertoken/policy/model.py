@@ -258,7 +258,9 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
-        raise ModelError(f"policy.model: transformers cannot read the GGUF file {str(path)!r}: {first[:200]}") from error
+        raise ModelError(
+            f"policy.model: transformers cannot read the GGUF file {str(path)!r}: {first[:200]}"
+        ) from error
     # The weights are plain float32 by now; with the quantiser's mark left on, save_pretrained refuses them.
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(model, mark):

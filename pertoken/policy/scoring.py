@@ -281,8 +281,8 @@ def find_layout(model: Any) -> Layout:
             worst = (padded[:, 1:] - oracle).abs().max().item()
             if not worst < 1e-3:
                 raise NumericsError(
-                    f"{type(model).__name__}: log-probs from hidden states and head differ by {worst:.3g} nats from the "
-                    "model's own logits. Its head does something this version does not know; please report the model."
+                    f"{type(model).__name__}: log-probs by hidden states and head are {worst:.3g} nats off those "
+                    "of the model's own logits. Its head does something unknown here; please report the model."
                 )
             try:
                 shared = score_batch(Trunk(model, None, None, "shared"), probe).logprobs

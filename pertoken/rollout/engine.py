@@ -20,7 +20,6 @@ from pertoken.errors import ModelError
 from pertoken.sampling import NO_TOKEN, Controls, draw, keep_set, processed_logits
 from pertoken.types import Completion, StopReason
 
-
 OnToken = Callable[[int, int, float, float], None]
 """Hears of each token as it is drawn: index of its prompt, id, log-prob, entropy of the distribution (nats)."""
 
@@ -99,8 +98,8 @@ class HFEngine:
         for prompt in prompts:
             if not prompt or len(prompt) >= self._context:
                 raise ModelError(
-                    f"a prompt has {len(prompt)} tokens; this model takes 1 to {self._context - 1} and still needs room "
-                    "to answer. Shorten the prompt template or set task.max_prompt_tokens to drop such items."
+                    f"a prompt has {len(prompt)} tokens; this model takes 1 to {self._context - 1}, room to "
+                    "answer included. Shorten the prompt template or leave long items out (rollout.max_prompt_tokens)."
                 )
         # Prompts of like length side by side waste little padding; equal prompts must not be torn apart.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i]), i))

@@ -4,13 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
+from pertoken.text_metrics import bootstrap_mean
 from pertoken.tracking.files import Number, Row
 from pertoken.tracking.glossary import HELD_OUT, find
-
-DRAWS = 4000
-"""Bootstrap resamples: the ends of a 95% interval then move by about 1% of its width from seed to seed."""
 
 Judgement = Literal["better", "not proven", "worse"]
 
@@ -89,29 +85,14 @@ def compare(evaluations: Sequence[Row]) -> Comparison | None:
     )
 
 
-def paired_interval(before: Sequence[Number], after: Sequence[Number], *, seed: int = 0) -> tuple[float, float]:
-    """95% paired-bootstrap interval of the mean of `after - before`, entry by entry of the same item.
-
-    Items are drawn with replacement, pairs kept together: what is hard for both models cancels out.
-    Koehn 2004, https://aclanthology.org/W04-3250.
-
-    >>> paired_interval([0.1, 0.5, 0.3], [0.2, 0.6, 0.4])
-    (0.1, 0.1)
-    """
-    differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
-    count = len(differences)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
-    low, high = np.quantile(draws @ differences / count, [0.025, 0.975])
-    return round(float(low), 12), round(float(high), 12)
-
-
 def _change(name: str, before: Row, after: Row) -> Change:
     """An interval that the evaluation wrote down counts (BLEU of a corpus is no mean over items), else from items."""
     low = high = None
     if recorded := (after.get("differences") or {}).get(name):
         _, low, high = recorded
     elif pairs := _pairs(name, before["items"], after["items"]):
-        low, high = paired_interval(*zip(*pairs, strict=True))
+        interval = bootstrap_mean([new - old for old, new in pairs])
+        low, high = interval.low, interval.high
     return Change(name, before["metrics"][name], after["metrics"][name], low, high)
 
 

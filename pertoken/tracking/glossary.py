@@ -33,15 +33,15 @@ class Term:
 METRICS: dict[str, Term] = {
     "loss/policy": Term("The policy's objective, as minimised.", "aggregate over a of the surrogate loss"),
     "loss/value": Term("Error of the value head against its targets.", "aggregate over a of ½ (V − return)²"),
-    "loss/kl": Term("The KL penalty that is a part of the loss.", "coefficient × aggregate over a of KL"),
     "reward/<part>": Term("One named part of the reward, weighted.", "mean over e of Σ part"),
     "reward/total": Term("The reward: all parts together.", "mean over e of Σ reward", better="higher"),
     "kl/reference": Term("How far the policy is from the reference model.", "mean over a, nats per token"),
     "kl/sequence": Term("The same distance for whole completions.", "mean over e of Σ KL, nats"),
+    "kl/coefficient": Term("Weight of the KL penalty in this step.", "per nat"),
     "entropy": Term("How undecided the policy is.", "mean over a of −Σ p log p, nats"),
     "ratio/max_deviation_first_update": Term(
         "Check of the token maths: before the first update the policy is the one that sampled, so this is about 0.",
-        "max over a of |p_scored / p_sampled − 1|",
+        "max over a of |log p_new − log p_old|, nats, before the first optimiser step",
     ),
     "drift/mean": Term(
         "Difference between sampling and scoring, from number formats.",
@@ -52,7 +52,7 @@ METRICS: dict[str, Term] = {
     "clip/share": Term("Tokens that the surrogate clipped: they no longer move the policy.", "share of a, 0 to 1"),
     "advantage/mean": Term("Mean advantage; near 0 when it is whitened.", "mean over a"),
     "advantage/std": Term("Spread of the advantages; 0 means that nothing is learnt.", "standard deviation over a"),
-    "value/error": Term("How far the critic is off.", "mean over a of (V − return)²"),
+    "value/error": Term("How far the critic is off.", "√ of the mean over a of (V − return)²"),
     "value/explained_variance": Term(
         "Share of the returns' variance that the critic predicts; 1 is perfect, below 0 is worse than a constant.",
         "1 − Var(return − V) / Var(return)",
@@ -80,9 +80,16 @@ HELD_OUT: dict[str, Term] = {
     "rouge_1": Term("Words shared with the reference answer.", "F1 of unigrams, 0 to 1", "ROUGE-1", "higher"),
     "rouge_2": Term("Word pairs shared with the reference answer.", "F1 of bigrams, 0 to 1", "ROUGE-2", "higher"),
     "rouge_l": Term("Longest common word sequence.", "F1 of its length, 0 to 1", "ROUGE-L", "higher"),
-    "bleu": Term("N-gram precision with a brevity penalty.", "sacrebleu, 0 to 100", "BLEU", "higher"),
+    "bleu": Term("N-gram precision with a brevity penalty, output by output.", "sacrebleu, 0 to 100", "BLEU", "higher"),
     "chrf": Term("Character n-grams shared with the reference answer.", "sacrebleu, 0 to 100", "chrF", "higher"),
-    "length": Term("Length of the output.", "tokens"),
+    "corpus_bleu": Term(
+        "The same, n-grams of all outputs together.", "sacrebleu", "BLEU, corpus", "higher"
+    ),
+    "corpus_chrf": Term(
+        "The same, n-grams of all outputs together.", "sacrebleu", "chrF, corpus", "higher"
+    ),
+    "words": Term("Length of the output.", "words"),
+    "nats_per_token": Term("How odd the reference model finds each output.", "mean −log p_ref, nats", better="lower"),
     "repetition": Term("Repeated n-grams in the output.", "share, 0 to 1", better="lower"),
     "distinct_<n>": Term("Different n-grams over all n-grams of the outputs.", "share, 0 to 1", "distinct-<n>"),
     "perplexity": Term("How odd the reference model finds the outputs.", "exp of mean −log p_ref", better="lower"),

@@ -169,7 +169,7 @@ def an_evaluation(draw: random.Random, step: int, items: list[Item], skill: floa
         rouge = min(1.0, max(0.0, 0.13 + 0.07 * skill + draw.gauss(0, 0.09)))
         scores = {"rouge_1": rouge * 1.25, "rouge_2": rouge * 0.4, "rouge_l": rouge, "chrf": 90 * rouge}
         length = float(sum(record["tokens"]["action"]))
-        scores |= {"length": length, "repetition": 0.2 * (1 - skill) + draw.random() * 0.05}
+        scores |= {"words": length, "repetition": 0.2 * (1 - skill) + draw.random() * 0.05}
         text = {"prompt": record["prompt"], "answer": item.answer, "output": record["completion"]}
         streams = {
             name: record["streams"][name] for name in ("reward/rouge_l", "reward/total", "logprob", "entropy", "kl")

@@ -161,7 +161,7 @@ def an_evaluation(step: int, scores: list[float], name: str = "rouge_l", **more)
         ("rouge_l", 0.0, "not proven"),
         ("repetition", -0.05, "better"),
         ("repetition", 0.05, "worse"),
-        ("length", 0.05, "not proven"),
+        ("words", 0.05, "not proven"),
     ],
 )
 def test_the_verdict_follows_the_interval_and_the_good_direction(name, shift, judgement):

@@ -44,8 +44,8 @@ A_RECORD = episode_record(
 
 def evaluate(log: RunLog, step: int) -> None:
     rows = [
-        {"id": "a", "prompt": "p", "answer": "x", "output": "y", "metrics": {"rouge_l": 0.1 * step, "length": 3}},
-        {"id": "b", "prompt": "q", "answer": "x", "output": "z", "metrics": {"rouge_l": 0.3, "length": 5}},
+        {"id": "a", "prompt": "p", "answer": "x", "output": "y", "metrics": {"rouge_l": 0.1 * step, "words": 3}},
+        {"id": "b", "prompt": "q", "answer": "x", "output": "z", "metrics": {"rouge_l": 0.3, "words": 5}},
     ]
     summary = {"main": "rouge_l", "metrics": {"rouge_l": 0.2}, "intervals": {"rouge_l": [0.1, 0.3]}}
     log.evaluation(step, "validation", summary, rows)
@@ -75,7 +75,7 @@ def test_everything_written_is_read_back(tmp_path):
     assert reader.episode_steps() == [1]
     assert reader.episodes(1) == [A_RECORD]
     assert [row["step"] for row in reader.evaluations()] == [0, 2]
-    assert reader.evaluations()[1]["items"] == {"id": ["a", "b"], "rouge_l": [0.2, 0.3], "length": [3, 5]}
+    assert reader.evaluations()[1]["items"] == {"id": ["a", "b"], "rouge_l": [0.2, 0.3], "words": [3, 5]}
     assert [row["output"] for row in reader.evaluation_items(2, "validation")] == ["y", "z"]
 
 

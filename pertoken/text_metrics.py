@@ -1,0 +1,139 @@
+"""What held-out text is measured by: overlap with the reference, length, repetition, variety.
+
+Pure functions of texts; the scores are those of `rouge-score` and `sacrebleu`, with their own tokenisation.
+What each name means, and which direction is good, stands in `tracking/glossary.py`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+Texts = Sequence[str]
+References = Sequence[Sequence[str]]
+"""The references of each text; several count as the best of them (ROUGE) or together (BLEU, chrF)."""
+
+ITEM_METRICS = ("rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "words", "repetition")
+"""Metrics with one value per item, whose mean over items is reported with an interval."""
+CORPUS_METRICS = ("corpus_bleu", "corpus_chrf", "distinct_1", "distinct_2")
+"""Metrics of all texts together."""
+
+
+def item_metrics(texts: Texts, references: References) -> dict[str, list[float]]:
+    """Each metric of `ITEM_METRICS`, one value per text; those with a reference only where all items have one.
+
+    >>> scores = item_metrics(["the cat sat"], [["the cat sat down"]])
+    >>> {name: round(scores[name][0], 3) for name in ("rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "words")}
+    {'rouge_1': 0.857, 'rouge_2': 0.8, 'rouge_l': 0.857, 'bleu': 71.653, 'chrf': 66.018, 'words': 3.0}
+    """
+    columns: dict[str, list[float]] = {}
+    if all(references):
+        rouge = [_rouge(text, known) for text, known in zip(texts, references, strict=True)]
+        columns |= {name: [scores[name] for scores in rouge] for name in rouge[0]} if rouge else {}
+        columns["bleu"] = [_sacrebleu("sentence_bleu", t, list(r)) for t, r in zip(texts, references, strict=True)]
+        columns["chrf"] = [_sacrebleu("sentence_chrf", t, list(r)) for t, r in zip(texts, references, strict=True)]
+    columns["words"] = [float(len(text.split())) for text in texts]
+    columns["repetition"] = [repetition(text) for text in texts]
+    return columns
+
+
+def corpus_metrics(texts: Texts, references: References) -> dict[str, float]:
+    """Each metric of `CORPUS_METRICS`; those with a reference only where all items have one."""
+    columns: dict[str, float] = {}
+    if all(references):
+        deepest = max(map(len, references), default=0)
+        # sacrebleu wants one list per reference number; a text with fewer references repeats its first.
+        by_number = [[known[n] if n < len(known) else known[0] for known in references] for n in range(deepest)]
+        columns["corpus_bleu"] = _sacrebleu("corpus_bleu", list(texts), by_number)
+        columns["corpus_chrf"] = _sacrebleu("corpus_chrf", list(texts), by_number)
+    return columns | {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """Share of the word n-grams of `text` that occurred before in it.
+
+    >>> repetition("a b c a b c a b c"), repetition("a b c d"), repetition("")
+    (0.5714285714285714, 0.0, 0.0)
+    """
+    grams = _ngrams(text, n)
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(texts: Texts, n: int) -> float:
+    """Different word n-grams over all word n-grams of all texts; 0 if there are none.
+
+    Li et al. 2016, https://aclanthology.org/N16-1014.
+
+    >>> distinct(["a b a", "a b"], 1), distinct(["a b a", "a b"], 2)
+    (0.4, 0.6666666666666666)
+    """
+    grams = [gram for text in texts for gram in _ngrams(text, n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of `text`: the baseline that a summary has to beat.
+
+    >>> first_sentence("Version 2.0 is out. It is fast.")
+    'Version 2.0 is out.'
+    """
+    found = re.match(r"\s*(.+?[.!?\u3002\uff01\uff1f])(?=\s|$|(?<=[\u3002\uff01\uff1f]))", text, re.DOTALL)
+    return found[1] if found else text.strip()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+DRAWS = 4000
+"""Bootstrap resamples: the ends of a 95% interval then move by about 1% of its width from seed to seed."""
+
+
+def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:
+    """The mean of `values` and its 95% percentile-bootstrap interval; items are drawn with replacement.
+
+    Given the differences of pairs, this is the paired bootstrap: what is hard for both models cancels out.
+    Koehn 2004, https://aclanthology.org/W04-3250.
+
+    >>> bootstrap_mean([0.1, 0.1])
+    Interval(mean=0.1, low=0.1, high=0.1)
+    """
+    sample = np.asarray(values, dtype=float)
+    count = len(sample)
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+    low, high = np.quantile(draws @ sample / count, [0.025, 0.975])
+    return Interval(round(float(sample.mean()), 12), round(float(low), 12), round(float(high), 12))
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.lower().split()
+    return list(zip(*(words[k:] for k in range(n)), strict=False))
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"])
+
+
+def _rouge(text: str, references: Sequence[str]) -> dict[str, float]:
+    """F1 of ROUGE-1, -2 and -L against the reference that each likes best."""
+    scores = [_rouge_scorer().score(reference, text) for reference in references]
+    names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+    return {name: float(max(score[key].fmeasure for score in scores)) for name, key in names.items()}
+
+
+def _sacrebleu(function: str, texts: Any, references: Any) -> float:
+    import sacrebleu
+
+    measure: Callable[..., Any] = getattr(sacrebleu, function)
+    return float(measure(texts, references).score)

@@ -1,0 +1,294 @@
+"""The loop on a tiny model: it learns, stops, checks, skips, resumes, and says what is wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from pertoken import build, run, trainer
+from pertoken.batching import to_batch
+from pertoken.config import RunConfig
+from pertoken.errors import NumericsError, RewardError, RunFolderError, TaskError
+from pertoken.policy.checkpoint import checkpoints
+from pertoken.rewards import episode_reward
+from pertoken.sampling import Controls
+from pertoken.testing import byte_tokenizer, episode, tiny_model
+from pertoken.trainer import learning_rate_factor
+from pertoken.types import PolicyOutput
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(seed=1).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [{"id": str(k), "prompt": f"say {k}", "reference": f"the answer {k}"} for k in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@episode_reward
+def letters(sample):
+    """Share of the letter e among the characters: something that a tiny model can learn in seconds."""
+    return sample.text.count("e") / max(len(sample.text), 1)
+
+
+def settings(model_folder, data, tmp_path, **changes):
+    values = {
+        "name": "tiny",
+        "folder": str(tmp_path / "run"),
+        "policy": {"model": str(model_folder), "precision": "float32", "device": "cpu"},
+        "task": {"type": "file", "path": str(data), "prompt": "{prompt}:", "answer": "reference", "id": "id"},
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "sampling": {"max_new_tokens": 8}},
+        "rewards": [{"fn": f"{__name__}:letters", "name": "letters"}],
+        "update": {"learning_rate": 3e-3, "rows_per_micro_batch": 6},
+        "kl": {"coefficient": 0.0},
+        "stop": {"steps": 3},
+        "evaluation": {"items": 4, "sampling": {"temperature": 0.0, "max_new_tokens": 8}},
+    }
+    for dotted, value in changes.items():
+        target = values
+        *path, last = dotted.split("__")
+        for name in path:
+            target = target.setdefault(name, {})
+        target[last] = value
+    return RunConfig.model_validate(values)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """`fn: module:function` finds this file under the name that pytest gave it."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or __import__("types").ModuleType(__name__))
+    monkeypatch.setattr(sys.modules[__name__], "letters", letters, raising=False)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "credit",
+    [
+        {"type": "leave_one_out_process"},
+        {"type": "leave_one_out"},
+        {"type": "group_relative"},
+        {"type": "group_process"},
+        {"type": "reward_to_go"},
+        {"type": "gae"},
+    ],
+    ids=lambda credit: credit["type"],
+)
+def test_every_estimator_learns_a_letter(model_folder, data, tmp_path, credit):
+    changes = {"credit": credit, "stop__steps": 20, "evaluation__items": 0}
+    if credit["type"] == "gae":
+        changes["policy__value_head"] = {"learning_rate": 1e-2}
+    config = settings(model_folder, data, tmp_path, **changes)
+    run.train(config)
+    rewards = [row["reward/letters"] for row in metrics_of(tmp_path / "run")]
+    assert sum(rewards[-4:]) / 4 > 0.5 > 0.1 > rewards[0]
+
+
+def test_lora_learns_and_saves_a_plain_model(model_folder, data, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config = settings(
+        model_folder, data, tmp_path, policy__lora={"rank": 4, "alpha": 16}, stop__steps=15, update__learning_rate=2e-2
+    )
+    run.train(config)
+    rows = metrics_of(tmp_path / "run")
+    assert rows[-1]["reward/letters"] > 2 * rows[0]["reward/letters"] + 0.05
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert type(saved).__name__ == "LlamaForCausalLM"
+    assert not any("lora" in name for name, _ in saved.named_parameters())
+
+
+def test_the_saved_model_is_the_trained_policy(model_folder, data, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = settings(model_folder, data, tmp_path)
+    built = build.build_run(config)
+    built.evaluator = None
+    log = run.RunLog.create(tmp_path / "run", config_text=config.to_yaml(), seed=0)
+    trainer.loop(built, log, on_step=lambda report: None)
+    built.policy.save(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").decode([104, 105])
+    for (name, trained), again in zip(built.policy.hf_model.named_parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(again, trained, msg=name)
+
+
+def test_same_seed_same_run_and_another_seed_another(model_folder, data, tmp_path):
+    def rewards(name, seed):
+        run.train(settings(model_folder, data, tmp_path, folder=str(tmp_path / name), seed=seed))
+        return [(row["reward/letters"], row["grad/norm"]) for row in metrics_of(tmp_path / name)]
+
+    assert rewards("a", 0) == rewards("b", 0) != rewards("c", 1)
+
+
+@pytest.mark.parametrize("rows", [16, 7, 3])
+def test_trap_19_micro_batches_give_the_same_update(model_folder, data, tmp_path, rows):
+    norms = []
+    for size in (16, rows):
+        config = settings(model_folder, data, tmp_path, update__rows_per_micro_batch=size, stop__steps=1)
+        built = build.build_run(config)
+        episodes = trainer.generate(built, 1)
+        batch = to_batch(episodes, built.controls)
+        old = built.policy.score(batch)
+        scored = trainer.reward(built, trainer.Scene(batch, episodes, built.policy.tokenizer, old, None, 1))
+        credit = trainer.assign(config.credit, scored, batch, old)
+        updated = trainer.update(built, batch, old, None, credit, 1)
+        norms.append(updated.metrics["grad/norm"])
+        assert updated.metrics["ratio/max_deviation_first_update"] < 1e-4
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_interrupted_and_resumed_goes_on_where_it_was(model_folder, data, tmp_path):
+    whole = settings(model_folder, data, tmp_path, stop__steps=6, folder=str(tmp_path / "whole"))
+    run.train(whole)
+    config = settings(model_folder, data, tmp_path, stop__steps=6, folder=str(tmp_path / "parts"))
+    steps = []
+    result = run.train(config, on_step=lambda r, s: steps.append(r.step), interrupted=lambda: len(steps) >= 3)
+    assert result.interrupted
+    assert json.loads((tmp_path / "parts" / "run.json").read_text())["status"] == "interrupted"
+    result = run.train(config, resume=tmp_path / "parts")
+    assert not result.interrupted
+    kept = ("step", "reward/letters", "grad/norm", "kl/sequence")
+    wanted, got = ([{k: row[k] for k in kept} for row in metrics_of(tmp_path / n)] for n in ("whole", "parts"))
+    assert got == wanted
+
+
+def test_checkpoints_are_kept_as_told_and_a_torn_one_is_not_taken(model_folder, data, tmp_path):
+    config = settings(model_folder, data, tmp_path, checkpoint__every=1, checkpoint__keep=2, stop__steps=4)
+    run.train(config)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints(folder)] == ["step-000003", "step-000004"]
+    (folder / "step-000004" / "state.json").unlink()
+    assert [path.name for path in checkpoints(folder)] == ["step-000003"]
+
+
+def test_a_full_disk_leaves_what_was_written(model_folder, data, tmp_path, monkeypatch):
+    config = settings(model_folder, data, tmp_path, checkpoint__every=2, stop__steps=4)
+
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pertoken.policy.checkpoint.save_file", no_space)
+    with pytest.raises(RunFolderError, match="No space left"):
+        run.train(config)
+    assert len(metrics_of(tmp_path / "run")) == 2
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("stop", "words"),
+    [
+        ({"steps": 2}, "made all 2 steps"),
+        ({"tokens": 60}, "tokens"),
+        ({"seconds": 0.01}, "trained for"),
+        ({"kl": 1e-6, "steps": 9}, "KL per sequence"),
+        ({"metric": -1.0}, "reached"),
+        ({"patience": 1, "steps": 9}, "no better"),
+    ],
+)
+def test_stop_conditions(model_folder, data, tmp_path, stop, words):
+    config = settings(model_folder, data, tmp_path, stop=stop, evaluation__every=1, update__learning_rate=1e-2)
+    result = run.train(config)
+    assert words in result.reason
+    assert len(metrics_of(tmp_path / "run")) < 9
+
+
+def test_zero_steps_only_evaluates(model_folder, data, tmp_path):
+    run.train(settings(model_folder, data, tmp_path, stop__steps=0))
+    assert (tmp_path / "run" / "evaluations.jsonl").read_text().count("\n") == 1
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_trap_13_a_wrong_ratio_is_a_named_error():
+    batch = to_batch([episode([1, 2], [3, 4], id="odd")], Controls())
+    right = PolicyOutput(batch.sample_logprobs.clone(), torch.zeros(1, 4))
+    trainer.check_ratio(batch, right, exact=True)
+    wrong = PolicyOutput(batch.sample_logprobs + torch.tensor([[0, 0, 0, 2e-4]]), torch.zeros(1, 4))
+    with pytest.raises(NumericsError, match=r"episode odd, token 3: sampled with log-prob -1\.000000"):
+        trainer.check_ratio(batch, wrong, exact=True)
+    assert trainer.check_ratio(batch, wrong, exact=False)["drift/max"] == pytest.approx(2e-4, rel=1e-2)
+    broken = PolicyOutput(torch.full((1, 4), math.nan), torch.zeros(1, 4))
+    with pytest.raises(NumericsError):
+        trainer.check_ratio(batch, broken, exact=False)
+
+
+def test_non_finite_updates_are_skipped_counted_and_end_the_run(model_folder, data, tmp_path):
+    config = settings(model_folder, data, tmp_path, update__max_skipped=1, stop__steps=9)
+    built = build.build_run(config)
+    built.evaluator = None
+    before = {name: p.detach().clone() for name, p in built.policy.trainable().items()}
+    log = run.RunLog.create(tmp_path / "run", config_text="", seed=0)
+    whole = trainer.policy_loss
+    trainer.policy_loss = lambda *a, **k: type(whole(*a, **k))(whole(*a, **k).per_token * math.nan)
+    try:
+        with pytest.raises(NumericsError, match="2 updates had a non-finite loss"):
+            trainer.loop(built, log, on_step=lambda report: None)
+    finally:
+        trainer.policy_loss = whole
+    assert metrics_of(tmp_path / "run")[-1]["skipped/updates"] == 1
+    assert any("update skipped, loss nan in episodes" in note for note in built.notes)
+    for name, parameter in built.policy.trainable().items():
+        assert torch.equal(parameter, before[name]), name
+
+
+@episode_reward
+def broken(sample):
+    """Raises on every sample."""
+    raise KeyError("no such thing")
+
+
+def test_a_reward_that_raises_ends_the_run_with_its_name(model_folder, data, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules[__name__], "broken", broken, raising=False)
+    config = settings(model_folder, data, tmp_path, rewards=[{"fn": f"{__name__}:broken"}], evaluation__items=0)
+    with pytest.raises(RewardError, match="broken.*KeyError"):
+        run.train(config)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_prompt_longer_than_the_context_is_found_before_the_first_token(model_folder, data, tmp_path):
+    config = settings(model_folder, data, tmp_path, task__prompt="{prompt} " + "long " * 40)
+    with pytest.raises(TaskError, match="its prompt has 2.. tokens, and this model's context is 128"):
+        run.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_occupied_folder_is_refused(model_folder, data, tmp_path):
+    config = settings(model_folder, data, tmp_path, stop__steps=1)
+    run.train(config)
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        run.train(config)
+
+
+def test_adaptive_kl_moves_the_coefficient(model_folder, data, tmp_path):
+    config = settings(
+        model_folder, data, tmp_path, kl={"coefficient": 0.1, "target": 1e-4, "horizon": 100}, stop__steps=4
+    )
+    run.train(config)
+    coefficients = [row["kl/coefficient"] for row in metrics_of(tmp_path / "run")]
+    assert coefficients[-1] > coefficients[0] == 0.1
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_schedules(schedule):
+    config = RunConfig(stop={"steps": 11}, update={"schedule": schedule, "warmup_steps": 2, "final_share": 0.1})
+    factors = [learning_rate_factor(config, step) for step in range(1, 12)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    assert factors[6] == pytest.approx({"constant": 1.0, "linear": 0.55, "cosine": 0.55}[schedule])
+    assert all(a >= b for a, b in zip(factors[1:], factors[2:], strict=False))
