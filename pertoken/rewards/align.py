@@ -56,9 +56,10 @@ def tokens_of(aligned: AlignedText, start: int, stop: int) -> list[int]:
     found: list[int] = []
     spans = aligned.char_spans
     for k in range(bisect_right(spans, start, key=lambda span: span[1]), len(spans)):
-        if spans[k][0] >= stop:
+        first, end = spans[k]
+        if end > first >= stop:
             break
-        if spans[k][0] < spans[k][1]:
+        if first < end:
             found.append(k)
     return found if start < stop else []
 
@@ -150,15 +151,7 @@ class _Decoder:
                 self.pieces[key] = _piece(token, self.steps, first=not begun)
             pieces.append(self.pieces[key])
             begun = True
-        return _assemble(pieces, self._stripped(pieces), per_byte=self.steps[0]["type"] != "ByteLevel")
-
-    def _stripped(self, pieces: list[_Piece]) -> int:
-        """Number of bytes that a final `Strip` step removes from the start of the text."""
-        strip = self.steps[-1]
-        if strip["type"] != "Strip":
-            return 0
-        head = b"".join(piece.content for piece in pieces)[: strip["start"]]
-        return len(head) - len(head.lstrip(strip["content"].encode()))
+        return _assemble(pieces, self.steps[-1], per_byte=self.steps[0]["type"] != "ByteLevel")
 
 
 _DECODERS: "WeakKeyDictionary[Any, _Decoder]" = WeakKeyDictionary()
@@ -226,9 +219,10 @@ def _piece(token: str, steps: Sequence[dict[str, Any]], *, first: bool) -> _Piec
     return _Piece(token.encode())
 
 
-def _assemble(pieces: Sequence[_Piece], stripped: int, *, per_byte: bool) -> AlignedText:
+def _assemble(pieces: Sequence[_Piece], last_step: dict[str, Any], *, per_byte: bool) -> AlignedText:
     """Decode the joined bytes, then hand each token the characters that its bytes lie in.
 
+    last_step: if it is a `Strip`, some (ASCII) characters are taken off the start of the decoded text.
     per_byte: a run of loose bytes that is no UTF-8 becomes one replacement character per byte (SentencePiece);
     otherwise one per malformed sequence (byte-level BPE).
     """
@@ -239,6 +233,10 @@ def _assemble(pieces: Sequence[_Piece], stripped: int, *, per_byte: bool) -> Ali
         for char, width in _characters(b"".join(piece.content for piece in run), per_byte=loose and per_byte):
             char_of_byte += [len(text)] * width
             text.append(char)
+    stripped = 0
+    if last_step["type"] == "Strip":
+        while text[stripped : stripped + 1] == [last_step["content"]] and stripped < last_step["start"]:
+            stripped += 1
     spans: list[CharSpan] = []
     before = 0
     for end, piece in zip(accumulate(len(piece.content) for piece in pieces), pieces, strict=True):
@@ -283,20 +281,19 @@ def _from_prefixes(ids: Sequence[int], tokenizer: Any, text: str) -> AlignedText
     prefixes = [
         tokenizer.decode([ids[k] for k in kept[:n]], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for n in range(1, len(kept))
-    ] + [text]
+    ] + [text] * bool(kept)
     agreed = [_common_length(prefix, text) for prefix in prefixes]
     settled = list(accumulate(reversed(agreed), min))[::-1]
-    span_of: dict[int, CharSpan] = {}
-    start = 0
-    for k, prefix, stop in zip(kept, prefixes, settled, strict=False):
-        span_of[k] = (start, min(stop + (len(prefix) > stop), len(text)))
-        start = stop
     spans: list[CharSpan] = []
-    before = 0
+    start = before = 0
+    steps = dict(zip(kept, zip(prefixes, settled, strict=True), strict=True))
     for k in range(len(ids)):
-        low, high = span_of.get(k, (before, before))
-        spans.append((low, high) if low < high else (before, before))
-        before = spans[-1][1]
+        prefix, stop = steps.get(k, (text[:start], start))
+        shared = stop + (len(prefix) > stop)  # the next character is begun, but not finished
+        if k in steps and shared == start and text[:start].endswith("\ufffd"):
+            start -= 1  # one more byte of a character that never was finished
+        spans.append((start, min(shared, len(text))) if start < shared else (before, before))
+        start, before = stop, spans[-1][1]
     return AlignedText(text, tuple(spans))
 
 

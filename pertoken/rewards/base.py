@@ -132,12 +132,11 @@ class SampleReward(ABC):
         values = torch.zeros(scene.batch.tokens.shape, dtype=torch.float64)
         for row, (episode, sample) in enumerate(zip(scene.episodes, scene.samples, strict=True)):
             try:
-                per_token = self.token_values(sample)
+                per_token = _place_list(self.token_values(sample), sample)
             except RewardError as error:
-                raise RewardError(f"reward {self.name!r}, {_where(episode)}: {error}") from error
+                raise RewardError(f"{self.name}, {_where(episode)}: {error}") from error
             except Exception as error:
-                cause = f"raised {type(error).__name__}: {error}"
-                raise RewardError(f"reward {self.name!r}, {_where(episode)}: {cause}") from error
+                raise RewardError(f"{self.name}, {_where(episode)}: raised {type(error).__name__}: {error}") from error
             start = episode.prompt_length
             values[row, start : start + len(per_token)] = torch.tensor(per_token, dtype=torch.float64)
         return values
@@ -313,7 +312,7 @@ def move_to_actions(values: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T
 
 def _credited(name: str, values: Float[Tensor, "B T"], scene: Scene) -> Float[Tensor, "B T"]:
     """`values` checked and moved onto actions, in float64 on the CPU."""
-    exact, action_mask = values.detach().to("cpu", torch.float64), scene.batch.action_mask.cpu()
+    exact, action_mask = values.detach().cpu().double(), scene.batch.action_mask.cpu()
     for row, column in (~exact.isfinite()).nonzero().tolist()[:1]:
         raise RewardError(
             f"reward {name!r}: {exact[row, column].item()} at token {column} of {_where(scene.episodes[row])}, "
@@ -335,8 +334,6 @@ def _evaluate(part: Weighted, scene: Scene) -> Float[Tensor, "B T"]:
     try:
         values: Any = part.reward(scene)
     except RewardError as error:
-        if str(error).startswith(f"reward {part.name!r}"):
-            raise
         raise RewardError(f"reward {part.name!r}: {error}") from error
     except Exception as error:
         raise RewardError(f"reward {part.name!r} raised {type(error).__name__}: {error}") from error

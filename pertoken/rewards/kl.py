@@ -17,8 +17,8 @@ class KLToReference:
 
     This is the estimator k1: unbiased for -KL(pi_old || pi_ref), of either sign at a single token. As a reward
     (a constant to the gradient) with reward-to-go, its expected policy gradient is *exactly* that of the reverse KL
-    of whole sequences, effects on later states included; k3 as a reward is not, nor is any KL in the loss
-    (docs/algorithms E2). Both log-probs are of the processed distribution that the tokens were drawn from.
+    of whole sequences, effects on later states included; that of k3 as a reward is not, nor is that of any KL in the
+    loss (Tang & Munos 2025, https://arxiv.org/abs/2506.09477). Both log-probs are of the processed distribution.
     """
 
     def __call__(self, scene: Scene) -> Float[Tensor, "B T"]:

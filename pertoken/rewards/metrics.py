@@ -4,13 +4,12 @@
 
 `m` is the official sentence score (rouge-score, sacrebleu), tokenisation included, so the sum over the tokens is
 the figure that an evaluation reports. With gamma = 1 this is the final score as a reward, shaped by the potential
-m(prefix): the policy gradient is the same, its variance is lower (Ng et al. 1999, https://people.eecs.berkeley.edu/
-~pabbeel/cs287-fa09/readings/NgHaradaRussell-shaping-ICML1999.pdf; Bahdanau et al. 2017,
+m(prefix): the policy gradient is the same, its variance is lower (Ng, Harada & Russell 1999; Bahdanau et al. 2017,
 https://arxiv.org/abs/1607.07086). With gamma < 1 it is not: plain differences then also reward haste.
 
 Cost per completion of W words against a reference of R: ROUGE-L takes W big-integer steps on R bits; BLEU counts
 the n-grams of new words only, but sacrebleu's tokeniser reads each prefix anew (it may change its mind about the
-last word), which is quadratic in the characters: W prefixes per word granularity, T per token granularity.
+last word), which is quadratic in the characters: one prefix per word, or per token with granularity "token".
 """
 
 import re

@@ -61,7 +61,7 @@ class Length(SampleReward):
     """Paid on the last action if the completion was cut off (stop is "length" or "context")."""
 
     def __post_init__(self) -> None:
-        if self.max_words is not None and not 0 <= self.min_words <= self.max_words:
+        if self.min_words < 0 or (self.max_words is not None and self.max_words < self.min_words):
             raise ConfigError(
                 f"length: expected 0 <= min_words <= max_words, got {self.min_words} and {self.max_words}"
             )

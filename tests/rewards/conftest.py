@@ -1,5 +1,6 @@
 """Small real tokenizers, and scenes built by hand."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,11 @@ def sentencepiece_bpe() -> PreTrainedTokenizerFast:
     """As Llama-2: a metaspace written by the normaliser, bytes for unknown characters, one leading space stripped."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=SPECIAL + BYTE_PIECES, limit_alphabet=60, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=SPECIAL, limit_alphabet=60, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["model"]["vocab"] |= {piece: len(state["model"]["vocab"]) + k for k, piece in enumerate(BYTE_PIECES)}
+    tokenizer = Tokenizer.from_str(json.dumps(state))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     return wrap(tokenizer)
@@ -109,6 +111,17 @@ def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_level()
+
+
+@pytest.fixture(scope="session")
+def sentencepiece() -> PreTrainedTokenizerFast:
+    return sentencepiece_bpe()
+
+
+@pytest.fixture(scope="session")
+def letters(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], list[int]]:
+    """The ids of an ASCII text with one token per character, whatever the tokenizer would merge."""
+    return lambda text: tokenizer.convert_tokens_to_ids(list(text.replace(" ", "Ġ")))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,26 @@
+"""docs/rewards.md runs, and names every built-in reward with its parameters and defaults."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from pertoken.rewards import resolve
+from pertoken.rewards.base import BUILT_IN
+
+PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_run():
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[1:]:  # the first one only shows the protocol
+        exec(block, names)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_parameter_is_documented_with_its_default(name):
+    table = PAGE[PAGE.index(f"| `{name}` |") :].split("\n| `")[0]
+    documented = re.findall(r"^\| \| `(\w+)` \| `(.*?)` \|", table, flags=re.MULTILINE)
+    expected = [(field.name, repr(field.default).replace("'", '"')) for field in dataclasses.fields(resolve(name))]
+    assert documented == expected
