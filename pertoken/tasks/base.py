@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ FRACTIONS = (0.8, 0.1, 0.1)
 """Shares of train, validation and test where the data has no splits of its own."""
 
 
+@runtime_checkable
 class Task(Protocol):
     """Where problems come from. Items of one split never change while a run lasts."""
 

@@ -1,0 +1,180 @@
+"""Tasks from your own data: JSONL, JSON, CSV, TSV, Parquet, a folder of them, or a Hugging Face dataset.
+
+    path -> `sources_of`: rows of each split -> `_Recipe`: a row becomes an item or a reason -> `FileTask`
+
+No row is dropped in silence: what cannot be used is listed with file, line and reason, and more than
+`max_bad_rows` of it ends the loading. A held-out row whose prompt is also in train counts as unusable.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from pertoken.errors import TaskError, closest
+from pertoken.tasks.base import FRACTIONS, SPLITS, ItemTask, PromptTemplate, Split, Template, split_by
+from pertoken.tasks.rows import MAX_ROW_BYTES, Row, sources_of
+from pertoken.types import Item
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that was left out."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class FileTask(ItemTask):
+    """A task that was read from files."""
+
+    bad_rows: tuple[BadRow, ...] = ()
+
+
+def load_file_task(
+    path: str | Path | Mapping[Split, str | Path],
+    *,
+    prompt: Template = "{prompt}",
+    answer: str | None = "reference",
+    id: str | None = None,
+    info: Sequence[str] = (),
+    max_bad_rows: int = 0,
+    limit: int | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 0,
+) -> FileTask:
+    """The task in a file, a folder with a file per split, one path per split, or a Hugging Face dataset.
+
+    `prompt` is a template over the columns. `answer` is a column of text, or of lists of texts: then the first is the
+    answer and `info["references"]` holds all. `id` is a column of unique values (None: rows are numbered), `info`
+    names columns to hand on as they are, `limit` bounds the items of each split. Where the data has no held-out
+    split, the hash of each prompt with `seed` decides by `fractions`, so the order of the rows decides nothing.
+    """
+    recipe = _Recipe(PromptTemplate(prompt), answer, id, tuple(info))
+    sources = sources_of(path)
+    undivided = all(source.split in (None, "train") for source in sources)
+    pool: dict[Split, list[Item]] = {split: [] for split in SPLITS}
+    numbers = {source.split: count(1) for source in sources}
+    columns: dict[str, None] = {}
+    seen, bad = _Seen(), list[BadRow]()
+    for source in sources:
+        targets = SPLITS if undivided else (source.split,)
+        for line, row in source.rows:
+            if limit is not None and all(len(pool[split]) >= limit for split in targets if split):
+                break
+            try:
+                columns |= dict.fromkeys(row if isinstance(row, Mapping) else ())
+                item = recipe.item(row, f"{source.split or 'row'}-{next(numbers[source.split])}")
+                split = split_by(str(item.prompt), fractions, seed) if undivided else source.split or "train"
+                seen.add(item, split, f"{source.file}:{line}")
+            except UnusableRowError as reason:
+                bad.append(BadRow(source.file, line, str(reason)))
+            else:
+                pool[split].append(item)
+    _check(path, recipe, columns, bad, max_bad_rows, num_items=sum(map(len, pool.values())))
+    name = "files" if isinstance(path, Mapping) else Path(path).stem
+    return FileTask(name, {split: tuple(items[:limit]) for split, items in pool.items()}, tuple(bad))
+
+
+def _check(
+    path: object, recipe: "_Recipe", columns: Iterable[str], bad: list[BadRow], max_bad_rows: int, *, num_items: int
+) -> None:
+    """Raise TaskError, with the deepest cause first: no rows, a column that no row has, too many bad rows."""
+    shown = "\n  ".join(map(str, bad[:5])) + (f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else "")
+    if not num_items and not bad:
+        raise TaskError(f"{path}: there are no rows in it")
+    known = list(columns)
+    if known and (missing := [name for name in recipe.columns if name not in known]):
+        raise TaskError(f"{path}: no column {missing[0]!r}: {closest(missing[0], known)}; columns: {', '.join(known)}")
+    if len(bad) > max_bad_rows:
+        raise TaskError(
+            f"{path}: {len(bad)} unusable rows, task.max_bad_rows allows {max_bad_rows}; repair them or raise it:"
+            f"\n  {shown}"
+        )
+    if not num_items:
+        raise TaskError(f"{path}: no usable row:\n  {shown}")
+
+
+# --- from a row to an item --------------------------------------------------------------------------------
+
+
+class UnusableRowError(ValueError):
+    """Why a row cannot become an item; caught where the row's place is known."""
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """Which columns make an item, and how."""
+
+    prompt: PromptTemplate
+    answer: str | None
+    id: str | None
+    info: tuple[str, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        optional = [name for name in (self.answer, self.id) if name is not None]
+        return tuple(dict.fromkeys((*self.prompt.columns, *optional, *self.info)))
+
+    def item(self, row: Row | str, number: str) -> Item:
+        if isinstance(row, str):
+            raise UnusableRowError(row)
+        if missing := [name for name in self.columns if name not in row]:
+            raise UnusableRowError(f"no column {missing[0]!r}")
+        texts = {name: _text(row[name], name) for name in self.prompt.columns}
+        answers = [] if self.answer is None else _texts(row[self.answer], self.answer)
+        info = {name: row[name] for name in self.info}
+        if self.answer is not None and not isinstance(row[self.answer], str):
+            info["references"] = answers
+        if sum(map(len, (*texts.values(), *answers))) > MAX_ROW_BYTES:
+            raise UnusableRowError(f"larger than {MAX_ROW_BYTES / 1e6:.0f} MB")
+        name = number if self.id is None else _id(row[self.id], self.id)
+        return Item(name, self.prompt.render(texts), answers[0] if answers else None, info)
+
+
+def _text(value: object, column: str) -> str:
+    if not isinstance(value, str):
+        kind = "empty" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise UnusableRowError(f"column {column!r}: expected text, got {kind}")
+    if not value.strip():
+        raise UnusableRowError(f"column {column!r} is empty")
+    if "\0" in value:
+        raise UnusableRowError(f"column {column!r} holds a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # a byte that was no UTF-8, or half a surrogate pair written as \ud83d
+        raise UnusableRowError(f"column {column!r} is not UTF-8 at character {error.start}") from None
+    return value
+
+
+def _texts(value: object, column: str) -> list[str]:
+    if not isinstance(value, list | tuple):
+        return [_text(value, column)]
+    if not value:
+        raise UnusableRowError(f"column {column!r} is an empty list")
+    return [_text(text, column) for text in value]
+
+
+def _id(value: object, column: str) -> str:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value, column)
+
+
+class _Seen:
+    """Ids and prompts so far, with their places."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, str] = {}
+        self.prompts: dict[str, tuple[Split, str]] = {}
+
+    def add(self, item: Item, split: Split, place: str) -> None:
+        if item.id in self.ids:
+            raise UnusableRowError(f"id {item.id!r} is already that of {self.ids[item.id]}")
+        home, first = self.prompts.setdefault(str(item.prompt), (split, place))
+        if home != split:
+            raise UnusableRowError(f"its prompt is also in {home} ({first}), so it cannot be in {split}")
+        self.ids[item.id] = place
