@@ -30,12 +30,12 @@ def item_metrics(texts: Texts, references: References) -> dict[str, list[float]]
     {'rouge_1': 0.857, 'rouge_2': 0.8, 'rouge_l': 0.857, 'bleu': 71.653, 'chrf': 66.018, 'words': 3.0}
     """
     columns: dict[str, list[float]] = {}
-    if all(references):
+    if _comparable(references):
         rouge = [_rouge(text, known) for text, known in zip(texts, references, strict=True)]
-        columns |= {name: [scores[name] for scores in rouge] for name in rouge[0]} if rouge else {}
+        columns |= {name: [scores[name] for scores in rouge] for name in rouge[0]}
         columns["bleu"] = [_sacrebleu("sentence_bleu", t, list(r)) for t, r in zip(texts, references, strict=True)]
         columns["chrf"] = [_sacrebleu("sentence_chrf", t, list(r)) for t, r in zip(texts, references, strict=True)]
-    columns["words"] = [float(len(text.split())) for text in texts]
+    columns["words"] = [float(len(words(text))) for text in texts]
     columns["repetition"] = [repetition(text) for text in texts]
     return columns
 
@@ -43,13 +43,19 @@ def item_metrics(texts: Texts, references: References) -> dict[str, list[float]]
 def corpus_metrics(texts: Texts, references: References) -> dict[str, float]:
     """Each metric of `CORPUS_METRICS`; those with a reference only where all items have one."""
     columns: dict[str, float] = {}
-    if all(references):
-        deepest = max(map(len, references), default=0)
+    if _comparable(references):
+        deepest = max(map(len, references))
         # sacrebleu wants one list per reference number; a text with fewer references repeats its first.
         by_number = [[known[n] if n < len(known) else known[0] for known in references] for n in range(deepest)]
         columns["corpus_bleu"] = _sacrebleu("corpus_bleu", list(texts), by_number)
         columns["corpus_chrf"] = _sacrebleu("corpus_chrf", list(texts), by_number)
     return columns | {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
+
+
+def _comparable(references: References) -> bool:
+    if any(isinstance(known, str) for known in references):
+        raise ValueError("references: expected a list of texts for each text, got a plain string")
+    return bool(references) and all(references)
 
 
 def repetition(text: str, n: int = 3) -> float:
@@ -74,14 +80,20 @@ def distinct(texts: Texts, n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+_SENTENCE_END = re.compile(
+    r"(?<!\be\.g)(?<!\bi\.e)(?<!\b[A-Z]\.[A-Z])(?<!\b(?:Mr|Ms|Dr|St|vs))(?<!\b(?:Mrs|etc))[.!?]+[\"'”’)\]]*(?=\s|$)"
+    r"|[。！？]+[”」』）]*"
+)
+
+
 def first_sentence(text: str) -> str:
     """The first sentence of `text`: the baseline that a summary has to beat.
 
-    >>> first_sentence("Version 2.0 is out. It is fast.")
-    'Version 2.0 is out.'
+    >>> first_sentence("Version 2.0 (e.g. by Mr. Li) is out. It is fast.")
+    'Version 2.0 (e.g. by Mr. Li) is out.'
     """
-    found = re.match(r"\s*(.+?[.!?\u3002\uff01\uff1f])(?=\s|$|(?<=[\u3002\uff01\uff1f]))", text, re.DOTALL)
-    return found[1] if found else text.strip()
+    found = _SENTENCE_END.search(text)
+    return text[: found.end()].strip() if found else text.strip()
 
 
 @dataclass(frozen=True)
@@ -113,9 +125,23 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:
     return Interval(round(float(sample.mean()), 12), round(float(low), 12), round(float(high), 12))
 
 
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Chinese and Japanese set no spaces: each of their characters counts as a word."""
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[.,'’-][^\W{_UNSPACED}]+)*")
+
+
+def words(text: str) -> list[str]:
+    """The words of `text` in lower case, without punctuation.
+
+    >>> words("It's 3.5 well-made 汉字.")
+    ["it's", '3.5', 'well-made', '汉', '字']
+    """
+    return _WORD.findall(text.lower())
+
+
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.lower().split()
-    return list(zip(*(words[k:] for k in range(n)), strict=False))
+    sequence = words(text)
+    return list(zip(*(sequence[k:] for k in range(n)), strict=False))
 
 
 @cache
