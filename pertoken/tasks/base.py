@@ -43,7 +43,7 @@ class ItemTask:
     name: str
     splits: Mapping[Split, Sequence[Item]]
 
-    def items(self, split: Split) -> Sequence[Item]:
+    def items(self, split: str) -> Sequence[Item]:
         if split not in SPLITS:
             raise TaskError(f"task {self.name}: no split {split!r}: {closest(split, SPLITS)}")
         return self.splits.get(split, ())
@@ -114,7 +114,7 @@ def split_by(key: str, fractions: Sequence[float] = FRACTIONS, seed: int = 0) ->
     >>> [split_by(name) for name in ("json", "asyncio", "zipfile")]
     ['train', 'validation', 'train']
     """
-    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    if len(fractions) != len(SPLITS) or min(fractions) < 0 or not abs(sum(fractions) - 1) < 1e-6:
         raise TaskError(
             f"split fractions are three numbers >= 0 (train, validation, test) that sum to 1, got {fractions}"
         )

@@ -37,7 +37,7 @@ class FileTask(ItemTask):
 
 
 def load_file_task(
-    path: str | Path | Mapping[Split, str | Path],
+    path: str | Path | Mapping[str, str | Path],
     *,
     prompt: Template = "{prompt}",
     answer: str | None = "reference",

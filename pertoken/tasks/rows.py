@@ -42,7 +42,7 @@ class Source:
     rows: Iterable[Numbered]
 
 
-def sources_of(path: str | Path | Mapping[Split, str | Path]) -> list[Source]:
+def sources_of(path: str | Path | Mapping[str, str | Path]) -> list[Source]:
     """What there is to read, train first; `split` is None where the data does not say."""
     if isinstance(path, Mapping):
         if unknown := [name for name in path if name not in SPLITS]:
@@ -177,7 +177,9 @@ def _delimited(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
         # Bytes that are no UTF-8 become lone surrogates: the cell that holds them is refused later, not the file.
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             records = _records(csv.reader(lines, delimiter=delimiter, strict=True))
-            header = next((cells for _, cells in records if not isinstance(cells, str)), [])
+            _, header = next(records)
+            if isinstance(header, str):
+                raise TaskError(f"{file}: the header cannot be read: {header}")
             if twice := [name for name in header if header.count(name) > 1]:
                 raise TaskError(f"{file}: the header names the column {twice[0]!r} twice")
             for line, cells in records:
