@@ -140,8 +140,10 @@ _MAX_FILE_BYTES = 1_000_000
 
 def _files(package: str) -> list[tuple[str, Path]]:
     """(path from the package's name on, file), in an order by hash: a cap then takes a fair sample."""
-    # PathFinder first: to importlib, `os` and others are frozen, without a file.
-    spec = PathFinder.find_spec(package) or (importlib.util.find_spec(package) if "." not in package else None)
+    if "." in package:
+        return []
+    # PathFinder first: to importlib, `os` and others are frozen, without a file. Neither imports anything.
+    spec = PathFinder.find_spec(package) or importlib.util.find_spec(package)
     if spec is None:
         return []
     if spec.submodule_search_locations is None:

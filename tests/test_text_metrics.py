@@ -1,0 +1,162 @@
+"""Text metrics against numbers worked out by hand, intervals against exact ones."""
+
+from itertools import product
+from math import exp
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pertoken.text_metrics import (
+    CORPUS_METRICS,
+    ITEM_METRICS,
+    bootstrap_mean,
+    corpus_metrics,
+    distinct,
+    first_sentence,
+    item_metrics,
+    repetition,
+    words,
+)
+
+
+def one(text: str, *references: str) -> dict[str, float]:
+    return {name: values[0] for name, values in item_metrics([text], [references]).items()}
+
+
+def test_rouge_by_hand():
+    scores = one("the cat sat on mat", "the cat sat on the mat")
+    # 5 of 5 words and 5 of 6; 3 of 4 pairs and 3 of 5; the longest common sequence has 5 words
+    assert scores["rouge_1"] == pytest.approx(2 * 1 * (5 / 6) / (1 + 5 / 6))
+    assert scores["rouge_2"] == pytest.approx(2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5))
+    assert scores["rouge_l"] == pytest.approx(2 * 1 * (5 / 6) / (1 + 5 / 6))
+
+
+def test_sentence_bleu_by_hand():
+    # precisions 5/5, 3/4, 2/3, 1/2 and a brevity penalty of exp(1 - 6/5)
+    expected = 100 * exp(1 - 6 / 5) * (1 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert one("the cat sat on mat", "the cat sat on the mat")["bleu"] == pytest.approx(expected)
+    # two words have no runs of three: those orders are left out, only brevity is punished
+    assert one("the cat", "the cat sat")["bleu"] == pytest.approx(100 * exp(1 - 3 / 2))
+
+
+def test_scores_of_another_implementation():
+    # shared/fixtures/algorithms.json, case text_metrics: BLEU with exponential smoothing of missing orders
+    scores = one("a cat sat on a mat", "the cat sat on the mat")
+    assert scores["bleu"] == pytest.approx(32.4667915475)
+    scores = one("the cat sat on mat", "the cat sat on the mat")
+    assert scores["bleu"] == pytest.approx(57.8930067467)
+    assert scores["rouge_l"] == pytest.approx(0.909090909091)
+
+
+def test_chrf_by_hand():
+    # "ab" and "abc": runs of 1: 2/2 and 2/3; of 2: 1/1 and 1/2; of 3 only in the reference, so left out
+    precision, recall = (2 / 2 + 1 / 1) / 2, (2 / 3 + 1 / 2) / 2
+    assert one("ab", "abc")["chrf"] == pytest.approx(100 * 5 * precision * recall / (4 * precision + recall))
+
+
+def test_the_best_of_several_references_counts_whatever_their_order():
+    both = one("a cat sat", "dogs bark", "a cat sat")
+    assert both == one("a cat sat", "a cat sat", "dogs bark")
+    assert both["rouge_l"] == 1
+    assert both["chrf"] == pytest.approx(100)
+
+
+def test_an_empty_text_scores_nothing_and_repeats_nothing():
+    assert one("", "a cat") == dict.fromkeys(ITEM_METRICS, 0.0)
+
+
+def test_metrics_that_compare_need_a_reference_for_every_text():
+    assert set(item_metrics(["a", "b"], [["a"], []])) == {"words", "repetition"}
+    assert set(corpus_metrics(["a", "b"], [["a"], []])) == {"distinct_1", "distinct_2"}
+    assert set(item_metrics(["a"], [["a"]])) == set(ITEM_METRICS)
+    assert set(corpus_metrics(["a"], [["a"]])) == set(CORPUS_METRICS)
+    assert item_metrics([], []) == {"words": [], "repetition": []}
+
+
+def test_a_plain_string_of_references_is_not_taken_for_a_list_of_letters():
+    with pytest.raises(ValueError, match="plain string"):
+        item_metrics(["a"], ["a"])
+    with pytest.raises(ValueError, match="plain string"):
+        corpus_metrics(["a"], ["a"])
+
+
+def test_corpus_bleu_pools_counts_where_the_mean_of_items_does_not():
+    texts, references = ["a b c d e", "x"], [["a b c d e"], ["y"]]
+    # matches 5, 4, 3, 2 of 6, 4, 3, 2
+    assert corpus_metrics(texts, references)["corpus_bleu"] == pytest.approx(100 * (5 / 6) ** 0.25)
+    assert np.mean(item_metrics(texts, references)["bleu"]) == pytest.approx(50)
+
+
+def test_texts_may_have_different_numbers_of_references():
+    scores = corpus_metrics(["a b c d", "e f g h"], [["x", "a b c d"], ["e f g h i j k l m n"]])
+    # all runs are found; 8 words stand against references of 4 and 10 words
+    assert scores["corpus_bleu"] == pytest.approx(100 * exp(1 - 14 / 8))
+
+
+def test_repetition_is_the_share_of_runs_of_three_words_seen_before():
+    assert repetition("A cat sat. a cat sat!") == pytest.approx(1 - 3 / 4)  # acs, cs-a, s-ac, acs
+    assert repetition("no no no no no") == pytest.approx(2 / 3)
+    assert repetition("two words") == 0
+
+
+def test_distinct_pools_all_texts():
+    assert distinct(["a b a", "a b"], 1) == 2 / 5
+    assert distinct(["a b a", "a b"], 2) == 2 / 3  # ab, ba, ab: no pair reaches over two texts
+    assert distinct([], 1) == 0
+
+
+def test_words_of_languages_without_spaces_are_counted():
+    assert words("我喜欢猫。") == list("我喜欢猫")
+    assert one("我喜欢猫。", "我喜欢猫。")["words"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("It rains. It pours.", "It rains."),
+        ("It rains (e.g. today), vs. sun. So?", "It rains (e.g. today), vs. sun."),
+        ('He said "stop." Then he left.', 'He said "stop."'),
+        ("Version 2.0 of the U.S. law is out! More.", "Version 2.0 of the U.S. law is out!"),
+        ("Call f.open on graph G. Then wait.", "Call f.open on graph G."),
+        ("雨が降る。雪も。", "雨が降る。"),
+        ("  no end at all ", "no end at all"),
+        ("", ""),
+    ],
+)
+def test_the_first_sentence(text: str, sentence: str):
+    assert first_sentence(text) == sentence
+
+
+@given(st.text())
+def test_the_first_sentence_is_the_beginning_of_the_text(text: str):
+    assert text.strip().startswith(first_sentence(text))
+
+
+def test_the_bootstrap_agrees_with_all_resamples_of_three_values():
+    values = [0.0, 1.0, 5.0]
+    exact = sorted(float(np.mean(draw)) for draw in product(values, repeat=3))  # 27 equally likely means
+    interval = bootstrap_mean(values)
+    assert interval.mean == pytest.approx(2)
+    assert interval.low == pytest.approx(exact[0])  # 0: one in 27 is more than 2.5%
+    assert interval.high == pytest.approx(exact[-1])
+
+
+def test_the_bootstrap_is_as_wide_as_theory_says_and_the_same_each_time():
+    values = np.random.default_rng(1).normal(size=400).tolist()
+    interval = bootstrap_mean(values)
+    half = 1.96 * np.std(values) / 20
+    assert interval.low == pytest.approx(np.mean(values) - half, abs=0.1 * half)
+    assert interval.high == pytest.approx(np.mean(values) + half, abs=0.1 * half)
+    assert bootstrap_mean(values) == interval
+    assert bootstrap_mean(values, seed=1) != interval
+
+
+def test_pairs_find_a_small_gain_that_means_alone_do_not():
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=100) * 10
+    after = before + 0.5 + rng.normal(size=100) * 0.5
+    gain = bootstrap_mean((after - before).tolist())
+    assert gain.low > 0.3
+    assert bootstrap_mean(before.tolist()).high > bootstrap_mean(after.tolist()).low  # side by side they overlap
