@@ -36,7 +36,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
     if policy.layout == "padded":
         notes.append("this model takes no shared-prompt mask: rows are computed one by one, which is slower")
-    needs_reference = config.kl.measure or config.kl.place != "off"
+    needs_reference = config.kl.measure or config.kl.place != "none"
     reference = policy.reference() if needs_reference else None
     optimizer = build_optimizer(config, policy)
     run = Run(
@@ -127,7 +127,7 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
 def build_kl(config: RunConfig) -> FixedKL | AdaptiveKL:
     """The controller of the KL coefficient; the fixed one where no target is set."""
     kl = config.kl
-    coefficient = 0.0 if kl.place == "off" else kl.coefficient
+    coefficient = 0.0 if kl.place == "none" else kl.coefficient
     return FixedKL(coefficient) if kl.target is None else AdaptiveKL(coefficient, kl.target, kl.horizon)
 
 
@@ -156,7 +156,7 @@ def build_evaluator(config: EvaluationConfig, task: ItemTask, policy: Policy) ->
         raise TaskError(f"task {task.name}: the {config.split} split is empty; set evaluation.items=0 to go without")
     _refuse_too_long(items, policy)
     controls = Controls.resolve(config.sampling, policy.tokenizer, policy.eos_ids)
-    return Evaluator(items, controls, metric=config.metric, samples_shown=config.samples_shown)
+    return Evaluator(items, controls, metric=config.metric)
 
 
 def _fitting(

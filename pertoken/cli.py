@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-# Loading bars of the libraries below would tear our own lines; read before they are imported.
+# Bars and warnings of the libraries below would tear our own lines; they read these when imported.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -47,6 +48,7 @@ def main() -> None:
     """Entry point: named errors become one sentence on stderr and a non-zero exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is made
+    sys.path.insert(0, os.getcwd())  # so that `fn: my_rewards:brevity` finds my_rewards.py here
     try:
         app()
     except PertokenError as error:
@@ -265,3 +267,7 @@ def _coloured(pieces: Sequence[str], values: Sequence[float]) -> Text:
     for piece, value in zip(pieces, values, strict=True):
         text.append(piece, _shade(value / limit))
     return text
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pertoken.errors import ConfigError, closest
 from pertoken.sampling import Sampling
@@ -98,8 +98,8 @@ class FileTask(Section):
     type: Literal["file"] = "file"
     path: str | dict[Literal["train", "validation", "test"], str]
     """A file, a folder, a hub name, or one path per split."""
-    prompt: str | tuple[ChatMessage, ...] = "{prompt}"
-    """Template over the columns, plain or as chat messages; double a brace to mean the brace."""
+    prompt: str | tuple[ChatMessage, ...] = (ChatMessage(role="user", content="{prompt}"),)
+    """Template over the columns, plain text or chat messages; double a brace to mean the brace."""
     answer: str | None = "reference"
     """Column with the reference answer (text or list of texts); null if there is none."""
     id: str | None = None
@@ -157,9 +157,9 @@ class RewardConfig(BaseModel):
 class KLConfig(Section):
     """How far the policy may move from the reference (the model before training)."""
 
-    place: Literal["reward", "loss", "off"] = "reward"
+    place: Literal["reward", "loss", "none"] = "reward"
     """reward: each token pays coefficient * (log-prob - reference log-prob), the exact gradient of the sequence KL
-    with reward-to-go; loss: a per-token term in the loss; off: no penalty."""
+    with reward-to-go; loss: a per-token term in the loss; none: no penalty."""
     coefficient: float = Field(default=0.05, ge=0)
     """Weight of the penalty (its starting value if target is set)."""
     target: float | None = Field(default=None, gt=0)
@@ -241,7 +241,18 @@ class LeaveOneOutProcess(Section):
 CreditConfig = Annotated[
     RewardToGo | Gae | GroupRelative | GroupProcess | LeaveOneOut | LeaveOneOutProcess, Field(discriminator="type")
 ]
-TaskConfig = Annotated[DocstringsTask | FileTask, Field(discriminator="type")]
+
+
+def _task_type(values: Any) -> str:
+    """A task that names a path reads files; so a recipe is moved to other data by `task.path=...` alone."""
+    if not isinstance(values, dict):
+        return str(getattr(values, "type", ""))
+    return str(values.get("type") or ("file" if "path" in values else "docstrings"))
+
+
+TaskConfig = Annotated[
+    Annotated[DocstringsTask, Tag("docstrings")] | Annotated[FileTask, Tag("file")], Discriminator(_task_type)
+]
 
 
 class ObjectiveConfig(Section):
@@ -324,8 +335,6 @@ class EvaluationConfig(Section):
     """The metric that stop conditions, the verdict and the best checkpoint go by."""
     sampling: Sampling = Sampling(temperature=0.0)
     """How held-out answers are generated; greedy unless set."""
-    samples_shown: int = Field(default=12, ge=0)
-    """How many held-out answers go into the report token by token."""
 
 
 class CheckpointConfig(Section):
@@ -420,12 +429,12 @@ class RunConfig(Section):
             "stop.metric and stop.patience need evaluations while training: set evaluation.items and evaluation.every.",
         )
         yield (
-            stop.kl is not None and self.kl.place == "off" and not self.kl.measure,
+            stop.kl is not None and self.kl.place == "none" and not self.kl.measure,
             "stop.kl needs the KL to be measured: set kl.measure=true.",
         )
         yield (
-            self.kl.target is not None and self.kl.place == "off",
-            "kl.target adapts a penalty, but kl.place is off: set kl.place to reward or loss.",
+            self.kl.target is not None and self.kl.place == "none",
+            "kl.target adapts a penalty, but kl.place is none: set kl.place to reward or loss.",
         )
 
     def to_yaml(self) -> str:
@@ -438,7 +447,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
 
     Raises ConfigError naming the file or key, what was expected, and the nearest known name.
     """
-    merged: dict[str, Any] = RunConfig().model_dump(mode="json")
+    merged: dict[str, Any] = RunConfig().model_dump(mode="json", exclude={"task"})
     for file in files:
         merged = _merge(merged, _read_yaml(Path(file)))
     for override in overrides:
@@ -528,6 +537,9 @@ def _in_words(error: Any) -> str:
         known = section.model_fields if section is not None else {}
         parent = ".".join(path[:-1])
         return f"{where}: unknown key{f' in {parent}' if parent else ''}; {closest(path[-1], known)}"
+    if error["type"] == "union_tag_invalid":
+        known = [tag.strip("' ") for tag in error["ctx"]["expected_tags"].split(",")]
+        return f"{where}.type: unknown type {error['ctx']['tag']!r}; {closest(error['ctx']['tag'], known)}"
     if error["type"] == "value_error" and not path:
         return str(error["ctx"]["error"])
     return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"[:400]

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from pertoken.batching import to_batch
 from pertoken.errors import ConfigError, closest
@@ -23,8 +22,8 @@ from pertoken.text_metrics import (
     first_sentence,
     item_metrics,
 )
-from pertoken.tracking.runlog import prompt_text, token_columns
-from pertoken.types import Episode, Item
+from pertoken.tracking.runlog import prompt_text, six_digits, token_columns
+from pertoken.types import Item
 
 PERPLEXITY = "perplexity"
 """exp of the mean negative log-prob per token of the answers under the reference: how natural they read to it."""
@@ -37,7 +36,7 @@ class Evaluation:
     summary: dict[str, Any]
     """`metrics` by name, `main`, `intervals` (95%, bootstrap over items), `baselines`, `differences`."""
     rows: list[dict[str, Any]]
-    """Item by item: id, prompt, answer, output, metrics; the first few with tokens and streams."""
+    """Item by item: id, prompt, answer, output, metrics, and its tokens with their streams."""
 
     def logged(self, step: int, split: str) -> dict[str, Any]:
         """The row that `evaluations.jsonl` keeps of it: the summary, and each per-item metric as one column."""
@@ -52,7 +51,6 @@ class Evaluator:
     items: Sequence[Item]
     controls: Controls
     metric: str
-    samples_shown: int = 0
 
     def __post_init__(self) -> None:
         known = (*ITEM_METRICS, *CORPUS_METRICS, PERPLEXITY)
@@ -66,10 +64,15 @@ class Evaluator:
         episodes = collect(engine, self.items, policy.tokenizer, self.controls)
         outputs = [align(e.tokens[e.prompt_length :], policy.tokenizer).text for e in episodes]
         per_item, summary = _measure(outputs, self.items)
-        nats = _surprise(episodes, reference or policy, policy)
-        per_item["nats_per_token"] = [total / max(count, 1) for total, count in nats]
-        summary["metrics"][PERPLEXITY] = float(np.exp(sum(t for t, _ in nats) / max(sum(c for _, c in nats), 1)))
+        # Scored without the sampling controls: what is asked is how natural the words are, not how they were drawn.
+        batch = to_batch(episodes, Controls(), device=str(policy.device))
+        old, ref = policy.score(batch), reference.score(batch) if reference else None
+        nats, counts = -(ref or old).logprobs.sum(1), batch.action_mask.sum(1).clamp_min(1)
+        per_item["nats_per_token"] = (nats / counts).tolist()
+        summary["metrics"][PERPLEXITY] = float((nats.sum() / counts.sum()).exp())
         summary["main"] = self.metric
+        parts = score(rewards, Scene(batch, episodes, policy.tokenizer, old, ref))
+        tokens = token_rows(episodes, token_streams(batch, old, ref, parts), policy.tokenizer)
         rows = [
             {
                 "id": item.id,
@@ -77,19 +80,21 @@ class Evaluator:
                 "answer": item.answer,
                 "output": output,
                 "metrics": {name: float(values[k]) for name, values in per_item.items()},
+                "tokens": token_columns(episode.tokens, pieces, episode.action_mask),
+                "streams": {name: six_digits(values) for name, values in streams.items()},
             }
-            for k, (item, output) in enumerate(zip(self.items, outputs, strict=True))
+            for k, (item, output, (episode, pieces, streams)) in enumerate(
+                zip(self.items, outputs, tokens, strict=True)
+            )
         ]
-        shown = _tokens_of(episodes[: self.samples_shown], policy, reference, rewards)
-        shown += [{}] * (len(rows) - len(shown))
-        return Evaluation(summary, [row | extra for row, extra in zip(rows, shown, strict=True)])
+        return Evaluation(summary, rows)
 
 
 def _measure(outputs: Sequence[str], items: Sequence[Item]) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Per-item metrics, and the summary with intervals and what the trivial baselines would get."""
     references = [_references(item) for item in items]
     per_item = item_metrics(outputs, references)
-    summary: dict[str, Any] = {"metrics": {name: float(np.mean(v)) for name, v in per_item.items()}}
+    summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in per_item.items()}}
     summary["metrics"] |= corpus_metrics(outputs, references)
     summary["intervals"] = {}
     for name, values in per_item.items():
@@ -98,7 +103,7 @@ def _measure(outputs: Sequence[str], items: Sequence[Item]) -> tuple[dict[str, l
     sources = [_source(item) for item in items]
     trivial = {"first sentence": [first_sentence(s) for s in sources], "copy": sources, "empty": [""] * len(items)}
     summary["baselines"] = {
-        name: {metric: float(np.mean(v)) for metric, v in item_metrics(texts, references).items()}
+        name: {metric: fmean(v) for metric, v in item_metrics(texts, references).items()}
         | corpus_metrics(texts, references)
         for name, texts in trivial.items()
     }
@@ -117,27 +122,3 @@ def _source(item: Item) -> str:
         if isinstance(item.info.get(column), str):
             return str(item.info[column])
     return item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
-
-
-def _surprise(episodes: Sequence[Episode], judge: Any, policy: Policy) -> list[tuple[float, int]]:
-    """Negative log-prob and number of tokens of each answer under `judge`, undistorted by sampling controls."""
-    batch = to_batch(episodes, Controls(), device=str(policy.device))
-    logprobs = judge.score(batch).logprobs
-    return list(zip((-logprobs.sum(1)).tolist(), batch.action_mask.sum(1).tolist(), strict=True))
-
-
-def _tokens_of(
-    episodes: Sequence[Episode], policy: Policy, reference: Reference | None, rewards: Sequence[Weighted]
-) -> list[dict[str, Any]]:
-    """Tokens and streams of the samples that the report shows."""
-    if not episodes:
-        return []
-    batch = to_batch(episodes, Controls(), device=str(policy.device))
-    old = policy.score(batch)
-    ref = reference.score(batch) if reference else None
-    parts = score(rewards, Scene(batch, episodes, policy.tokenizer, old, ref))
-    streams = token_streams(batch, old, ref, parts)
-    return [
-        {"tokens": token_columns(e.tokens, pieces, e.action_mask), "streams": row}
-        for e, pieces, row in token_rows(episodes, streams, policy.tokenizer)
-    ]

@@ -234,9 +234,14 @@ def update(
         "ratio/max_deviation_first_update": deviation,
         "grad/norm": sum(norms) / len(norms) if norms else math.nan,
         "grad/clipped_share": sum(n > limit for n in norms) / len(norms) if limit and norms else 0.0,
+        "clip/share": streams["clipped"].sum().item() / max(batch.num_actions, 1) if streams else 0.0,
+        "kl/coefficient": run.kl.coefficient,
         "learning_rate": config.learning_rate * rate,
         "skipped/updates": float(run.progress.skipped),
     }
+    if "importance_weight" in streams:
+        at_cap = batch.action_mask & (streams["importance_weight"] >= (run.config.objective.importance_cap or math.inf))
+        metrics["importance/clipped_share"] = at_cap.sum().item() / max(batch.num_actions, 1)
     if run.policy.value_head is not None:
         metrics["loss/value"] = sums["loss/value"] / max(steps, 1)
     return Updated(metrics, streams)

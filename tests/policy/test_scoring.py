@@ -151,7 +151,7 @@ def test_a_head_that_is_not_understood_is_refused():
     model = tiny_model()
     plain = model.forward
     model.forward = lambda **inputs: _doubled(plain(**inputs))
-    with pytest.raises(NumericsError, match="its head does something|Its head does something"):
+    with pytest.raises(NumericsError, match="Its head does something"):
         scoring.find_layout(model)
 
 

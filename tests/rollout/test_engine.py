@@ -69,7 +69,14 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch():
 def test_sampled_frequencies_are_those_of_the_processed_distribution():
     """Chi-square on the first token over a vocabulary of 12, under every truncation and the temperature."""
     model = tiny_model(vocab=12, eos=11)
-    for settings in ({}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}, {"repetition_penalty": 2.0}):
+    for settings in (
+        {},
+        {"temperature": 0.5},
+        {"top_k": 4},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"repetition_penalty": 2.0},
+    ):
         c = Controls(Sampling(max_new_tokens=1, **settings), (11,))
         count = 4000
         got = engine_of(model, max_rows=4000).generate([[1, 2, 3]] * count, c, seeds=range(count))
@@ -84,7 +91,9 @@ def test_sampled_frequencies_are_those_of_the_processed_distribution():
 
 def test_ends_are_told_apart():
     model = tiny_model(seed=1)
-    completions = engine_of(model).generate([[1, 2, 3]] * 40, controls(max_new_tokens=300, stop=("A",)), seeds=range(40))
+    completions = engine_of(model).generate(
+        [[1, 2, 3]] * 40, controls(max_new_tokens=300, stop=("A",)), seeds=range(40)
+    )
     tokenizer = byte_tokenizer()
     reasons = {c.stop for c in completions}
     assert reasons <= {"eos", "stop_string", "context"}
@@ -135,6 +144,8 @@ def test_a_copy_samples_from_the_weights_that_it_was_given():
     engine.load_weights(dict(model.named_parameters()), version=7)
     after = engine.generate(PROMPTS, controls(), seeds=[1, 2, 3, 4])
     assert engine.version == 7
-    assert [c.tokens for c in after] == [
-        c.tokens for c in engine_of(model).generate(PROMPTS, controls(), seeds=[1, 2, 3, 4])
-    ] != [c.tokens for c in before]
+    assert (
+        [c.tokens for c in after]
+        == [c.tokens for c in engine_of(model).generate(PROMPTS, controls(), seeds=[1, 2, 3, 4])]
+        != [c.tokens for c in before]
+    )

@@ -40,7 +40,8 @@ def rollout(model, controls, *, group_size=4, seed=0):
     prompts = [p for p in PROMPTS for _ in range(group_size)]
     completions = engine.generate(prompts, controls, seeds=list(range(seed, seed + len(prompts))))
     return [
-        to_episode(str(i), Item(str(i), "p"), i // group_size, prompts[i], c, version=0) for i, c in enumerate(completions)
+        to_episode(str(i), Item(str(i), "p"), i // group_size, prompts[i], c, version=0)
+        for i, c in enumerate(completions)
     ]
 
 

@@ -1,0 +1,92 @@
+"""Ragged to padded and back, and parts that add up to the whole."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pertoken.batching import minibatches, to_batch
+from pertoken.sampling import Controls, Sampling
+from pertoken.testing import episode
+from pertoken.types import Credit, PolicyOutput
+
+
+def rows(num=12, group_size=3):
+    return [
+        episode(
+            [1] * (2 + k % 3), [2] * (1 + k % 5), id=str(k), group=k // group_size, stop="eos" if k % 2 else "length"
+        )
+        for k in range(num)
+    ]
+
+
+def parts_of(batch, **settings):
+    values = PolicyOutput(batch.sample_logprobs, batch.sample_logprobs)
+    defaults = {"epochs": 1, "num_minibatches": 1, "rows_per_micro_batch": 5, "seed": 0}
+    return list(minibatches(batch, values, None, Credit(batch.sample_logprobs), **(defaults | settings)))
+
+
+def test_masks_come_from_lengths():
+    batch = to_batch(rows(), Controls())
+    assert batch.attention_mask.sum(1).tolist() == [2 + k % 3 + 1 + k % 5 for k in range(12)]
+    assert batch.action_mask.sum(1).tolist() == [1 + k % 5 for k in range(12)]
+    assert batch.terminated.tolist() == [k % 2 == 1 for k in range(12)]
+    assert (batch.tokens[~batch.attention_mask] == 0).all()
+
+
+def test_trap_8_a_token_that_looks_like_padding_stays_an_action():
+    batch = to_batch([episode([5, 0], [0, 0, 7])], Controls(), pad_id=0)
+    assert batch.action_mask.tolist() == [[False, False, True, True, True]]
+
+
+@pytest.mark.parametrize(("epochs", "steps", "micro"), [(1, 1, 100), (1, 3, 5), (2, 2, 1), (3, 5, 4)])
+def test_every_row_is_used_once_per_epoch_and_counts_are_global(epochs, steps, micro):
+    batch = to_batch(rows(), Controls())
+    parts = parts_of(batch, epochs=epochs, num_minibatches=steps, rows_per_micro_batch=micro)
+    assert sum(part.last_of_step for part in parts) == epochs * steps
+    assert sorted(torch.cat([part.rows for part in parts]).tolist()) == sorted(list(range(12)) * epochs)
+    step = []
+    for part in parts:
+        step.append(part)
+        if part.last_of_step:
+            assert {p.num_actions for p in step} == {sum(p.batch.num_actions for p in step)}
+            assert {p.num_rows for p in step} == {sum(len(p.rows) for p in step)}
+            step = []
+        assert part.batch.episode_ids == tuple(str(k) for k in part.rows.tolist())
+
+
+def test_groups_stay_together():
+    for part in parts_of(to_batch(rows(), Controls()), num_minibatches=2, rows_per_micro_batch=3):
+        assert len(part.batch.group.unique()) == 1
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    batch = to_batch(rows(), Controls())
+    orders = {
+        seed: torch.cat([part.rows for part in parts_of(batch, epochs=2, seed=seed)]).tolist() for seed in (0, 1, 0)
+    }
+    assert orders[0] != orders[1]
+    assert orders[0] == torch.cat([part.rows for part in parts_of(batch, epochs=2, seed=0)]).tolist()
+    assert orders[0][:12] != orders[0][12:]
+
+
+def test_kept_sets_follow_their_rows():
+    episodes = [replace(e, support=np.full((sum(e.action_mask), 2), k, dtype=np.uint8)) for k, e in enumerate(rows())]
+    batch = to_batch(episodes, Controls(Sampling(top_k=2)))
+    picked = batch.rows(torch.tensor([7, 2]))
+    assert picked.support[:, 0].tolist() == [7] * 3 + [2] * 3
+    with pytest.raises(ValueError, match="brings no kept sets"):
+        to_batch(rows(), Controls(Sampling(top_p=0.9)))
+
+
+def test_a_batch_refuses_what_cannot_be():
+    batch = to_batch(rows(2), Controls())
+    with pytest.raises(ValueError, match="an action lies on padding"):
+        replace(batch, action_mask=torch.ones_like(batch.action_mask))
+    first = batch.action_mask.clone()
+    first[:, 0] = True
+    with pytest.raises(ValueError, match="column 0 cannot be an action"):
+        replace(batch, action_mask=first)
+    with pytest.raises(ValueError, match="differ in length"):
+        replace(rows(1)[0], logprobs=[0.0])
