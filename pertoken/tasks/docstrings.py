@@ -153,9 +153,8 @@ def _files(package: str) -> list[tuple[str, Path]]:
         folders = [Path(folder) for folder in spec.submodule_search_locations]
         paths = [(folder.parent, path) for folder in folders for path in folder.rglob("*.py")]
     named = [(path.relative_to(parent).as_posix(), path) for parent, path in paths]
-    return sorted(
-        ((name, path) for name, path in named if not _SKIPPED.search(name)), key=lambda file: _digest(file[0])
-    )
+    kept = [(name, path) for name, path in named if not _SKIPPED.search(name) and path.is_file()]
+    return sorted(kept, key=lambda file: _digest(file[0]))
 
 
 def _docstrings(files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, str, str]]:
@@ -183,9 +182,8 @@ def _documented(scope: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[s
     for node in scope.body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
             continue
-        kind = (
-            "class" if isinstance(node, ast.ClassDef) else "method" if isinstance(scope, ast.ClassDef) else "function"
-        )
+        is_class, in_class = isinstance(node, ast.ClassDef), isinstance(scope, ast.ClassDef)
+        kind = "class" if is_class else "method" if in_class else "function"
         if text := ast.get_docstring(node):
             yield f"{name}.{node.name}", kind, text
         if isinstance(node, ast.ClassDef):

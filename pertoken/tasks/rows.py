@@ -161,7 +161,7 @@ def _json_array(file: Path) -> Iterator[Numbered]:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise TaskError(f"{file}: not UTF-8 at byte {error.start}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "Extra data" not in str(error):
             raise TaskError(f"{file}: not valid JSON: {error}") from None
         yield from _json_lines(file)

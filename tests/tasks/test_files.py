@@ -359,6 +359,7 @@ def test_a_column_that_only_the_first_row_lacks_is_a_bad_row_not_a_wrong_name(tm
         ("a.json", b"[]", "there are no rows in it"),
         ("a.json", b'{"rows": []}', "expected a list of objects"),
         ("a.json", b"[{]", "not valid JSON"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
         ("a.json", b'["\xff"]', "not UTF-8 at byte 2"),
         ("a.parquet", b"PAR1 is not enough", "not a readable Parquet file"),
         ("a.xlsx", b"PK", "cannot read '.xlsx'; known: .jsonl"),
