@@ -538,8 +538,8 @@ def _in_words(error: Any) -> str:
         parent = ".".join(path[:-1])
         return f"{where}: unknown key{f' in {parent}' if parent else ''}; {closest(path[-1], known)}"
     if error["type"] == "union_tag_invalid":
-        known = [tag.strip("' ") for tag in error["ctx"]["expected_tags"].split(",")]
-        return f"{where}.type: unknown type {error['ctx']['tag']!r}; {closest(error['ctx']['tag'], known)}"
+        tags = [tag.strip("' ") for tag in error["ctx"]["expected_tags"].split(",")]
+        return f"{where}.type: unknown type {error['ctx']['tag']!r}; {closest(error['ctx']['tag'], tags)}"
     if error["type"] == "value_error" and not path:
         return str(error["ctx"]["error"])
     return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"[:400]

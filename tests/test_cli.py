@@ -8,15 +8,6 @@ import sys
 import pytest
 
 from pertoken import cli
-from pertoken.testing import byte_tokenizer, tiny_model
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(seed=1).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -14,17 +14,9 @@ from pertoken.errors import NumericsError, RewardError, RunFolderError, TaskErro
 from pertoken.policy.checkpoint import checkpoints
 from pertoken.rewards import episode_reward, token_reward
 from pertoken.sampling import Controls
-from pertoken.testing import byte_tokenizer, episode, tiny_model
+from pertoken.testing import episode
 from pertoken.trainer import learning_rate_factor
 from pertoken.types import PolicyOutput
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(seed=1).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

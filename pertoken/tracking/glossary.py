@@ -82,12 +82,8 @@ HELD_OUT: dict[str, Term] = {
     "rouge_l": Term("Longest common word sequence.", "F1 of its length, 0 to 1", "ROUGE-L", "higher"),
     "bleu": Term("N-gram precision with a brevity penalty, output by output.", "sacrebleu, 0 to 100", "BLEU", "higher"),
     "chrf": Term("Character n-grams shared with the reference answer.", "sacrebleu, 0 to 100", "chrF", "higher"),
-    "corpus_bleu": Term(
-        "The same, n-grams of all outputs together.", "sacrebleu", "BLEU, corpus", "higher"
-    ),
-    "corpus_chrf": Term(
-        "The same, n-grams of all outputs together.", "sacrebleu", "chrF, corpus", "higher"
-    ),
+    "corpus_bleu": Term("The same, n-grams of all outputs together.", "sacrebleu", "BLEU, corpus", "higher"),
+    "corpus_chrf": Term("The same, n-grams of all outputs together.", "sacrebleu", "chrF, corpus", "higher"),
     "words": Term("Length of the output.", "words"),
     "nats_per_token": Term("How odd the reference model finds each output.", "mean −log p_ref, nats", better="lower"),
     "repetition": Term("Repeated n-grams in the output.", "share, 0 to 1", better="lower"),
