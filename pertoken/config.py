@@ -299,7 +299,7 @@ class UpdateConfig(Section):
     """Passes over each step's samples."""
     minibatches: int = Field(default=1, ge=1)
     """Optimiser steps per pass."""
-    rows_per_micro_batch: int = Field(default=16, ge=1)
+    rows_per_micro_batch: int = Field(default=8, ge=1)
     """Rows per forward and backward; gradients add up to the same as in one piece."""
     max_skipped: int = Field(default=5, ge=0)
     """Updates with a non-finite loss or gradient are skipped; one more than this ends the run."""

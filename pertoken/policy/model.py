@@ -72,7 +72,7 @@ class Policy:
         lora: Lora | None = None,
         value_head: ValueHead | None = None,
         dropout: bool = False,
-        rows_per_pass: int = 64,
+        rows_per_pass: int = 32,
         layout: Layout | None = None,
     ) -> None:
         """`rows_per_pass` bounds the rows of one forward without gradient; `layout` overrides the measured one."""

@@ -28,8 +28,8 @@ from pertoken.types import PolicyOutput, TokenBatch
 
 Layout = Literal["shared", "padded"]
 
-ACTIONS_PER_CHUNK = 512
-"""Head rows at once: 512 x 49k vocabulary x 4 bytes = 100 MB of float32 logits."""
+ACTIONS_PER_CHUNK = 256
+"""Head rows at once: 256 x 49k vocabulary x 4 bytes = 50 MB of float32 logits."""
 
 
 @dataclass(frozen=True)
