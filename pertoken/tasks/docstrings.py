@@ -184,7 +184,7 @@ def _documented(scope: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[s
             continue
         is_class, in_class = isinstance(node, ast.ClassDef), isinstance(scope, ast.ClassDef)
         kind = "class" if is_class else "method" if in_class else "function"
-        if text := ast.get_docstring(node):
+        if text := ast.get_docstring(node, clean=False):
             yield f"{name}.{node.name}", kind, text
         if isinstance(node, ast.ClassDef):
             yield from _documented(node, f"{name}.{node.name}")
