@@ -20,7 +20,7 @@ from pertoken.rollout.engine import HFEngine
 from pertoken.sampling import Controls
 from pertoken.tasks.base import ItemTask, Split
 from pertoken.tasks.docstrings import load_docstring_task
-from pertoken.tasks.files import load_file_task
+from pertoken.tasks.files import FileTask, load_file_task
 from pertoken.trainer import Run
 from pertoken.types import Item
 
@@ -34,6 +34,8 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     rewards = build_rewards(config.rewards)
     policy = build_policy(config)
     items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
+    if isinstance(task, FileTask):
+        notes += [f"skipped {bad}" for bad in task.bad_rows]
     if policy.layout == "padded":
         notes.append("this model takes no shared-prompt mask: rows are computed one by one, which is slower")
     needs_reference = config.kl.measure or config.kl.place != "none"
@@ -94,10 +96,8 @@ def build_engine(policy: Policy, *, max_rows: int = 64) -> HFEngine:
 def build_task(config: TaskConfig) -> ItemTask:
     """The task that the configuration names, its data read and checked."""
     if isinstance(config, DocstringsTask):
-        docstrings: ItemTask = load_docstring_task(**config.model_dump(exclude={"type"}))
-        return docstrings
-    task: ItemTask = load_file_task(**config.model_dump(exclude={"type"}))
-    return task
+        return load_docstring_task(**config.model_dump(exclude={"type"}))
+    return load_file_task(**config.model_dump(exclude={"type"}))
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:

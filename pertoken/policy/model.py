@@ -72,17 +72,17 @@ class Policy:
         lora: Lora | None = None,
         value_head: ValueHead | None = None,
         dropout: bool = False,
-        rows_per_pass: int = 32,
+        tokens_per_pass: int = 4096,
         layout: Layout | None = None,
     ) -> None:
-        """`rows_per_pass` bounds the rows of one forward without gradient; `layout` overrides the measured one."""
+        """`tokens_per_pass` bounds a forward without gradient; `layout` overrides the measured one."""
         self.tokenizer = tokenizer
         self.autocast_dtype = resolve_precision(precision, model.device)
         self.layout: Layout = layout or find_layout(model)
         self.model = _with_lora(model, lora) if lora else model
         self.value_head = value_head.to(model.device) if value_head else None
         self.dropout = dropout
-        self.rows_per_pass = rows_per_pass
+        self.tokens_per_pass = tokens_per_pass
         self._has_adapters = lora is not None
         self.model.eval()
 
@@ -108,7 +108,7 @@ class Policy:
     def score(self, batch: TokenBatch, *, grad: bool = False, entropy_grad: bool = False) -> PolicyOutput:
         """Log-probs, entropies and values at the actions of `batch`, under the weights of now.
 
-        Without `grad` the rows go through in parts of `rows_per_pass`. Dropout is off unless the policy was
+        """`tokens_per_pass` bounds a forward without gradient; `layout` overrides the measured one."""
         made with `dropout=True`, and then on only in passes with gradient.
         """
         trunk = Trunk(self.hf_model, self.value_head, self.autocast_dtype, self.layout)
@@ -118,7 +118,7 @@ class Policy:
                 return score_batch(trunk, batch, entropy_grad=entropy_grad)
             finally:
                 self.model.eval()
-        return _score_in_parts(trunk, batch, self.rows_per_pass)
+        return _score_in_parts(trunk, batch, self.tokens_per_pass)
 
     def reference(self) -> "Reference":
         """The policy as it is now, frozen: adapters switched off (LoRA), else a copy of the weights."""
@@ -160,18 +160,24 @@ class Reference:
         policy = self._policy
         trunk = Trunk(self._copy or policy.hf_model, None, policy.autocast_dtype, policy.layout)
         with contextlib.nullcontext() if self._copy else policy.adapters_off():
-            return _score_in_parts(trunk, batch, policy.rows_per_pass)
+            return _score_in_parts(trunk, batch, policy.tokens_per_pass)
 
 
-def _score_in_parts(trunk: Trunk, batch: TokenBatch, rows_per_pass: int) -> PolicyOutput:
-    parts = torch.arange(len(batch.episode_ids)).split(rows_per_pass)
+def _score_in_parts(trunk: Trunk, batch: TokenBatch, tokens_per_pass: int) -> PolicyOutput:
+    """The whole batch without gradient, at most `tokens_per_pass` cells at a time, rows of like length together."""
+    group, lengths = batch.group.cpu(), batch.attention_mask.sum(1).cpu()
+    longest = [int(lengths[group == g].max()) for g in group]  # groups stay together: they share their prompt
+    order = torch.tensor(sorted(range(len(longest)), key=lambda b: (longest[b], int(group[b]))))
     with torch.no_grad():
+        parts = order.split(max(1, tokens_per_pass // max(longest)))
         outputs = [score_batch(trunk, batch.rows(rows)) for rows in parts]
-    columns = {
-        name: None if getattr(outputs[0], name) is None else torch.cat([getattr(out, name) for out in outputs])
-        for name in ("logprobs", "entropy", "values", "bootstrap")
-    }
-    return PolicyOutput(**columns)  # type: ignore[arg-type]
+    back = order.argsort()
+
+    def column(name: str) -> Any:
+        cells = [getattr(output, name) for output in outputs]
+        return None if cells[0] is None else torch.cat(cells)[back]
+
+    return PolicyOutput(column("logprobs"), column("entropy"), column("values"), column("bootstrap"))
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ def widened(batch, pad):
 def test_ratio_is_one_before_the_first_update(name, kind, layout):
     controls, model = resolve(**CONTROLS[name]), tiny_model(kind)
     episodes = rollout(model, controls)
-    policy = Policy(model, byte_tokenizer(), precision="float32", layout=layout, rows_per_pass=5)
+    policy = Policy(model, byte_tokenizer(), precision="float32", layout=layout, tokens_per_pass=130)
     for pad in (0, 1, 7):
         batch = widened(to_batch(episodes, controls), pad)
         gap = (policy.score(batch).logprobs - batch.sample_logprobs)[batch.action_mask].abs()
