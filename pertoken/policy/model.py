@@ -108,8 +108,8 @@ class Policy:
     def score(self, batch: TokenBatch, *, grad: bool = False, entropy_grad: bool = False) -> PolicyOutput:
         """Log-probs, entropies and values at the actions of `batch`, under the weights of now.
 
-        """`tokens_per_pass` bounds a forward without gradient; `layout` overrides the measured one."""
-        made with `dropout=True`, and then on only in passes with gradient.
+        Without `grad` the rows go through in parts of at most `tokens_per_pass` cells. Dropout is off unless the
+        policy was made with `dropout=True`, and then on only in passes with gradient.
         """
         trunk = Trunk(self.hf_model, self.value_head, self.autocast_dtype, self.layout)
         if grad:
