@@ -1,0 +1,164 @@
+"""Rewrites the generated parts of these pages: help texts, exit codes, configuration fields, the outputs of the tour.
+
+    python docs/generate.py            # writes what has changed, names it
+    python docs/generate.py --check    # names it only, exit code 1
+
+A generated part stands between `<!-- generated: name -->` and `<!-- end -->`; in the tour it is the ```text block
+after a ```python block. Everything around such parts is written by hand and left alone.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from pertoken import cli, errors
+from pertoken.config import RunConfig, explain
+
+DOCS = Path(__file__).parent
+MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TOUR_BLOCK = re.compile(r"(```python\n(.*?)```\n)(?:\n```text\n.*?```\n)?", re.DOTALL)
+
+TABLE = "| field | type | default | meaning |\n|---|---|---|---|\n"
+
+
+def pages() -> dict[Path, str]:
+    """Every page with generated parts, as it should be now."""
+    pages = {DOCS / name: marked(_read(DOCS / name)) for name in ("cli.md", "config.md")}
+    return pages | {DOCS / "tour.md": tour(_read(DOCS / "tour.md"))}
+
+
+def marked(text: str) -> str:
+    """`text` with each marked part made anew."""
+
+    def part(match: re.Match[str]) -> str:
+        kind, _, name = match[2].partition(" ")
+        made = {"help": lambda: help_text(name), "exit-codes": exit_codes, "fields": fields}[kind]()
+        return match[1] + made.strip("\n") + "\n" + match[3]
+
+    return MARKED.sub(part, text)
+
+
+def help_text(command: str) -> str:
+    """What `pertoken COMMAND --help` prints, 80 columns wide; of `pertoken` itself for an empty name."""
+    os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = "80"
+    result = CliRunner().invoke(cli.app, [*command.split(), "--help"], prog_name="pertoken")
+    if result.exit_code:
+        raise SystemExit(f"pertoken {command} --help failed: {result.output}")
+    lines = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
+    return f"```text\n{lines}\n```"
+
+
+def exit_codes() -> str:
+    """The table of exit codes; the errors behind them are the classes of `errors.py`."""
+    by_code: dict[int, list[str]] = {}
+    for error in named_errors():
+        by_code.setdefault(error.exit_code, []).append(f"`{error.__name__}`: {_first_paragraph(error)}")
+    rows = [
+        (0, "The command did what it was asked to."),
+        (1, "<br>".join(by_code[1])),
+        (2, "<br>".join([*by_code[2], "an option or command that does not exist"])),
+        (cli.INTERRUPTED, "Ctrl-C or SIGTERM: the step was finished and saved, and the last line says how to resume."),
+    ]
+    return "| code | when |\n|---|---|\n" + "\n".join(f"| {code} | {when} |" for code, when in rows)
+
+
+def named_errors() -> list[type[errors.PertokenError]]:
+    """The error classes that a person can meet, in the order of the file."""
+    found = [value for value in vars(errors).values() if isinstance(value, type)]
+    return [kind for kind in found if issubclass(kind, errors.PertokenError) and kind is not errors.PertokenError]
+
+
+def fields() -> str:
+    """A heading per section and a table row per field, out of `pertoken.config.explain`."""
+    rows, seen = explain(), set[str]()
+    typed = {name.partition(" ")[0] for name, *_ in rows if " (type: " in name}
+    defaults = RunConfig().model_dump(mode="json", exclude=typed)
+    lines = ["## At the top", "", TABLE.rstrip("\n")]
+    for name, kind, default, meaning in rows:
+        if kind == "section" and name in seen:  # said already, as a field of its own
+            continue
+        top, _, rest = name.partition(".")
+        if not rest and (kind == "section" or top == "rewards"):
+            key = top.partition(" ")[0]
+            heading = f"### {top[len(key) + 1 :].strip('()')}" if " " in top else f"## {top}"
+            if " " in top and key not in seen:
+                lines += ["", f"## {key}"]
+                seen.add(key)
+            lines += ["", heading, "", meaning, "", TABLE.rstrip("\n")]
+        else:
+            value = _default(name, defaults, default)
+            lines.append(f"| `{name}` | {_cell(_kind(kind))} | {value} | {_cell(meaning)} |")
+        seen.add(name)
+    return "\n".join(lines)
+
+
+def _default(name: str, defaults: Any, stated: str) -> str:
+    """The default of a field as a run has it: a section may set other ones than its fields have elsewhere."""
+    for part in name.split("."):
+        if not isinstance(defaults, dict) or part not in defaults:
+            return "required" if stated == "(required)" else f"`{stated}`" if stated else ""
+        defaults = defaults[part]
+    if isinstance(defaults, dict) or (defaults and isinstance(defaults, list) and isinstance(defaults[0], dict)):
+        return ""
+    return f"`{json.dumps(defaults) if not isinstance(defaults, str) else defaults}`"
+
+
+def _kind(kind: str) -> str:
+    return re.sub(r"\b[A-Z]\w*", "section", kind)
+
+
+def _cell(text: str) -> str:
+    """`text` on one line, with bars that do not end a cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def tour(text: str) -> str:
+    """The tour with what each block prints under it; the blocks run in order, in one namespace."""
+    names: dict[str, Any] = {"__name__": "tour"}
+
+    def run(match: re.Match[str]) -> str:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(match[2], "docs/tour.md", "exec"), names)
+        output = printed.getvalue()
+        return match[1] + (f"\n```text\n{output}```\n" if output else "")
+
+    return TOUR_BLOCK.sub(run, text)
+
+
+def _first_paragraph(kind: type) -> str:
+    return " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def stale() -> Iterator[tuple[Path, str]]:
+    """The pages that differ from what they should be."""
+    for path, text in pages().items():
+        if text != _read(path):
+            yield path, text
+
+
+def main() -> None:
+    """Write what is stale, or with --check name it."""
+    check, found = "--check" in sys.argv[1:], False
+    for path, text in stale():
+        found = True
+        print(f"{path.name}: {'stale; run: python docs/generate.py' if check else 'written'}")
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    sys.exit(int(check and found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Each example runs as a person runs it: as a script, from another folder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+SAYS = {
+    "own_data.py": ["'train': ", "step 3", "made all 3 steps; held-out ROUGE-L "],
+    "span_reward.py": ["spell out 12", "'reward/digits': -", "made all 3 steps"],
+    "stages_by_hand.py": ["step  1", "step 20"],
+}
+
+
+def run(name: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested():
+    assert set(SAYS) == {path.name for path in EXAMPLES.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_the_example_runs_and_leaves_nothing_behind(name, tmp_path):
+    out = run(name, tmp_path)
+    for words in SAYS[name]:
+        assert words in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_loop_by_hand_learns(tmp_path):
+    rewards = [float(line.split()[3]) for line in run("stages_by_hand.py", tmp_path).splitlines() if "letter_e" in line]
+    assert rewards[-1] > 0.5 > 0.1 > rewards[0]

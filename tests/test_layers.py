@@ -1,0 +1,121 @@
+"""Who may import whom: the tree is the architecture. Files are parsed, never imported.
+
+A module may import what `MAY` lists for the layer that it belongs to, and modules of its own package. A new module
+belongs to no layer until it is named here.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "pertoken"
+
+MATHS = {"credit", "objectives"}
+STAGES = {"policy", "rollout", "rewards", "batching"}
+
+MAY: dict[str, set[str]] = {
+    # what everyone may know
+    "errors": set(),
+    "sampling": {"errors"},
+    "types": {"errors", "sampling"},
+    # the stages of a step: each knows the types, none knows a sibling
+    **{stage: {"errors", "sampling", "types"} for stage in STAGES},
+    **{maths: {"types"} for maths in MATHS},
+    # beside the stages
+    "config": {"errors", "sampling"},
+    "text_metrics": {"errors", "types"},
+    "tasks": {"errors", "sampling", "types"},
+    "tracking": {"errors", "types", "text_metrics"},
+    "testing": {"errors", "types"},
+    # what joins them
+    "observe": {"types", "credit", "objectives", "rewards", "tracking"},
+    "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
+    "trainer": {
+        *("errors", "sampling", "types", "config", "tasks", "tracking", "observe", "evaluation"),
+        *(STAGES | MATHS),
+    },
+}
+MAY["build"] = MAY["trainer"] | {"trainer", "text_metrics"}
+MAY["run"] = MAY["build"] | {"build"}
+MAY["cli"] = MAY["run"] | {"run"}
+MAY["__init__"] = set()  # names are looked up when they are asked for
+
+OPTIONAL = {"peft", "datasets", "plotly", "gguf", "pyarrow"}
+"""Packages of the extras: imported where they are used, so that everything else works without them."""
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path, *, only_at_import_time: bool = False) -> Iterator[tuple[str, int]]:
+    """Dotted names that a file imports, with their lines; `from a import b` counts as `a.b`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in _outside_functions(tree) if only_at_import_time else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}:{node.lineno}: a relative import; name the module in full"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from _outside_functions(child)
+
+
+def violations(path: Path) -> list[str]:
+    own, allowed = layer(path), MAY[layer(path)]
+    return [
+        f"{path.relative_to(PACKAGE.parent)}:{line}: {own} imports {name}"
+        for name, line in imports(path)
+        if name.split(".")[0] == "pertoken" and name.split(".")[1] not in {own, *allowed}
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_knows_only_the_layers_below_it(path):
+    assert layer(path) in MAY, f"{layer(path)} belongs to no layer yet: give it one in this test"
+    assert not violations(path)
+
+
+def test_the_rule_has_no_circle_and_no_stale_name():
+    assert set(MAY) == {layer(path) for path in FILES}
+
+    def below(name: str, above: tuple[str, ...] = ()) -> None:
+        assert name not in above, " -> ".join((*above, name))
+        for lower in MAY[name]:
+            below(lower, (*above, name))
+
+    for name in MAY:
+        below(name)
+
+
+@pytest.mark.parametrize("source", ["from pertoken import config", "import pertoken.policy.scoring"])
+def test_the_rule_sees_what_it_forbids(tmp_path, monkeypatch, source):
+    path = tmp_path / "pertoken" / "credit.py"
+    path.parent.mkdir()
+    path.write_text(f"def late():\n    {source}\n")
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", path.parent)
+    assert len(violations(path)) == 1
+
+
+@pytest.mark.parametrize("name", sorted(MATHS))
+def test_the_maths_imports_torch_and_types_only(name):
+    for module, line in imports(PACKAGE / f"{name}.py"):
+        known = module.startswith("pertoken.types.") or module.split(".")[0] in {"torch", "jaxtyping"}
+        assert known or module.split(".")[0] in sys.stdlib_module_names, f"{name}.py:{line}: imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_optional_packages_are_imported_where_they_are_used(path):
+    found = [name for name, _ in imports(path, only_at_import_time=True) if name.split(".")[0] in OPTIONAL]
+    assert not found
