@@ -10,7 +10,6 @@ after a ```python block. Everything around such parts is written by hand and lef
 import contextlib
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -48,8 +47,8 @@ def marked(text: str) -> str:
 
 def help_text(command: str) -> str:
     """What `pertoken COMMAND --help` prints, 80 columns wide; of `pertoken` itself for an empty name."""
-    os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = "80"
-    result = CliRunner().invoke(cli.app, [*command.split(), "--help"], prog_name="pertoken")
+    runner = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    result = runner.invoke(cli.app, [*command.split(), "--help"], prog_name="pertoken")
     if result.exit_code:
         raise SystemExit(f"pertoken {command} --help failed: {result.output}")
     lines = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
