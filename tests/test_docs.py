@@ -54,7 +54,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_resolve(page):
-    text = page.read_text(encoding="utf-8")
+    text = read(page)
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
         if re.match(r"[a-z]+:", target):
             continue
@@ -63,17 +63,15 @@ def test_links_resolve(page):
         if linked.name == "report.png" and not linked.exists():
             continue  # the picture of the last run
         assert linked.exists(), f"{name_of(page)}: {target} is not there"
-        assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), f"{name_of(page)}: {target}"
+        assert not anchor or anchor in anchors(read(linked)), f"{name_of(page)}: {target}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_and_tests_that_a_page_names_exist(page):
-    text = page.read_text(encoding="utf-8")
+    text = read(page)
     for path in re.findall(r"`((?:tests|pertoken|docs|examples|recipes|benchmarks)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).is_file(), f"{name_of(page)}: {path}"
-    known = {
-        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
-    }
+    known = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", read(path))}
     named = set(re.findall(r"`(test_\w+)`", text))
     assert named <= known, f"{name_of(page)}: {named - known}"
 
@@ -154,9 +152,9 @@ def test_the_python_of_the_readme_runs(place, capsys):
     assert (place / "runs" / "mine-0" / "model" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("page", [path for path in PAGES if blocks(path.read_text(), "yaml")], ids=name_of)
+@pytest.mark.parametrize("page", [path for path in PAGES if blocks(read(path), "yaml")], ids=name_of)
 def test_recipes_on_pages_are_valid(page, place):
-    for text in blocks(page.read_text(encoding="utf-8"), "yaml"):
+    for text in blocks(read(page), "yaml"):
         (place / "recipe.yaml").write_text(text)
         config = load_config([place / "recipe.yaml"])
         assert set(yaml.safe_load(text)) <= set(RunConfig.model_fields)
@@ -168,10 +166,10 @@ def test_recipes_of_the_project_are_valid():
         build_rewards(load_config([recipe]).rewards)
 
 
-@pytest.mark.parametrize("page", [path for path in PAGES if blocks(path.read_text(), "bash")], ids=name_of)
+@pytest.mark.parametrize("page", [path for path in PAGES if blocks(read(path), "bash")], ids=name_of)
 def test_commands_on_pages_exist(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for line in "\n".join(blocks(page.read_text(encoding="utf-8"), "bash")).splitlines():
+    for line in "\n".join(blocks(read(page), "bash")).splitlines():
         words = shlex.split(line, comments=True)
         if words:
             check_command(words)
