@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from pertoken.sampling import Controls
@@ -44,6 +44,9 @@ def to_batch(episodes: Sequence[Episode], controls: Controls, *, pad_id: int = 0
         episode_ids=tuple(e.id for e in episodes),
         controls=controls,
         support=support,
+        sample_entropy=None
+        if any(e.entropies is None for e in episodes)
+        else padded([e.entropies or [] for e in episodes], 0.0, torch.float32),
     )
 
 
@@ -73,13 +76,15 @@ def minibatches(
     *,
     epochs: int,
     num_minibatches: int,
-    rows_per_micro_batch: int,
+    tokens_per_micro_batch: int,
     seed: int,
+    left_out: Bool[Tensor, " B"] | None = None,
 ) -> Iterator[Part]:
     """`epochs` passes over the batch in `num_minibatches` optimiser steps each, each in micro-batches.
 
-    Groups stay whole wherever their size allows, since the rows of a group share the computation of their
-    prompt. Every row is used exactly once per epoch; the order is a function of `seed` and epoch.
+    Micro-batches are cut by tokens, a prompt that rows share counted once; groups stay whole wherever their size
+    allows. Every row is used exactly once per epoch; the order is a function of `seed` and epoch. Rows in `left_out`
+    are counted in the denominators and not computed; an optimiser step of which nothing is left is not made.
     """
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -89,7 +94,8 @@ def minibatches(
             if not len(rows):
                 continue
             num_actions = int(batch.action_mask[rows].sum())
-            pieces = rows.split(rows_per_micro_batch)
+            used = rows if left_out is None else rows[~left_out.cpu()[rows]]
+            pieces = [used[part] for part in batch.rows(used).parts(tokens_per_micro_batch)] if len(used) else []
             for k, piece in enumerate(pieces):
                 yield Part(
                     rows=piece,

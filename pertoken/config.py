@@ -299,8 +299,9 @@ class UpdateConfig(Section):
     """Passes over each step's samples."""
     minibatches: int = Field(default=1, ge=1)
     """Optimiser steps per pass."""
-    rows_per_micro_batch: int = Field(default=8, ge=1)
-    """Rows per forward and backward; gradients add up to the same as in one piece."""
+    tokens_per_micro_batch: int = Field(default=2048, ge=1)
+    """Tokens per forward and backward, a prompt that rows share counted once; less takes less memory, and gradients
+    add up to the same as in one piece."""
     max_skipped: int = Field(default=5, ge=0)
     """Updates with a non-finite loss or gradient are skipped; one more than this ends the run."""
 

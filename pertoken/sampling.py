@@ -81,6 +81,12 @@ class Controls:
         return cls(sampling, eos_ids, tuple(sorted(s for s in sequences if s)))
 
     @property
+    def only_temperature(self) -> bool:
+        """True if the processed distribution is softmax(logits / temperature) at every place."""
+        s = self.sampling
+        return not (s.truncates or s.min_new_tokens or s.no_repeat_ngram or self.banned_ids or self.needs_history)
+
+    @property
     def needs_history(self) -> bool:
         s = self.sampling
         return s.repetition_penalty != 1.0 or s.no_repeat_ngram > 0 or any(len(ids) > 1 for ids in self.banned_ids)

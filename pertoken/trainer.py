@@ -102,8 +102,7 @@ def loop(
         episodes = generate(run, step)
         clock.lap("rollout")
         batch = to_batch(episodes, run.controls, device=str(run.policy.device))
-        old, ref = run.policy.score(batch), run.reference.score(batch) if run.reference else None
-        drift = check_ratio(batch, old, exact=run.policy.autocast_dtype is None)
+        old, ref = score_old(run, batch), run.reference.score(batch) if run.reference else None
         clock.lap("score")
         rewards = reward(run, Scene(batch, episodes, run.policy.tokenizer, old, ref, step))
         credit = assign(run.config.credit, rewards, batch, old)
@@ -111,7 +110,7 @@ def loop(
         updated = update(run, batch, old, ref, credit, step)
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
-        report = observe(step, episodes, batch, old, ref, rewards, credit, updated, drift | clock.seconds)
+        report = observe(step, episodes, batch, old, ref, rewards, credit, updated, clock.seconds)
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report)
         evaluate(run, log)
@@ -135,6 +134,22 @@ def generate(run: Run, step: int) -> list[Episode]:
         run_seed=seed,
         step=step,
     )
+
+
+def score_old(run: Run, batch: TokenBatch) -> PolicyOutput:
+    """The policy before the update at the actions of `batch`: what the sampler knows of it, or a pass of its own.
+
+    A pass is made where the sampler cannot stand in: for values, and where weights move before all rows have been
+    scored (minibatches; in bfloat16 further epochs too, as the sampler drifts from the scores). Otherwise the first
+    pass of the update scores the same weights anyway, and checks the ratio there.
+    """
+    config = run.config.update
+    several = config.minibatches > 1 or (config.epochs > 1 and run.policy.autocast_dtype is not None)
+    if run.policy.value_head is None and not several and not run.policy.dropout and batch.sample_entropy is not None:
+        return PolicyOutput(batch.sample_logprobs, batch.sample_entropy)
+    old = run.policy.score(batch)
+    check_ratio(batch, old, exact=run.policy.autocast_dtype is None)
+    return old
 
 
 def check_ratio(batch: TokenBatch, old: PolicyOutput, *, exact: bool) -> dict[str, float]:
@@ -196,27 +211,28 @@ def update(
     run: Run, batch: TokenBatch, old: PolicyOutput, ref: PolicyOutput | None, credit: Credit, step: int
 ) -> Updated:
     """All optimiser steps on one batch. A non-finite loss or gradient skips its optimiser step and is counted."""
-    config = run.config.update
+    config, exact = run.config.update, run.policy.autocast_dtype is None
     rate = learning_rate_factor(run.config, step)
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * rate
     streams: dict[str, Tensor] = {}
     sums = {"loss/policy": 0.0, "loss/value": 0.0}
     norms: list[float] = []
-    steps, moved, bad, deviation = 0, False, "", 0.0
+    first = old.logprobs.clone()  # of the weights before the update; where a pass of the update is the first to know
+    steps, moved, bad = 0, False, ""
     parts = minibatches(
         batch, old, ref, credit, epochs=config.epochs, num_minibatches=config.minibatches,
-        rows_per_micro_batch=config.rows_per_micro_batch, seed=run.config.seed * 1_000_003 + step,
+        tokens_per_micro_batch=config.tokens_per_micro_batch, seed=run.config.seed * 1_000_003 + step,
+        left_out=_without_effect(run, credit),
     )  # fmt: skip
     for part in parts:
         new = run.policy.score(part.batch, grad=True, entropy_grad=run.config.objective.entropy_coefficient != 0)
-        if not moved:
+        if not moved and not run.policy.dropout:
             # Until the weights move, old and new are the same policy; taking the same pass for both removes the
-            # rounding noise between passes of different shapes, which is logged instead.
-            gap = torch.where(part.batch.action_mask, new.logprobs.detach() - part.old.logprobs, 0.0).abs()
-            deviation = max(deviation, gap.max().item() if gap.numel() else 0.0)
-            if not run.policy.dropout:
-                part = replace(part, old=replace(part.old, logprobs=new.logprobs.detach()))  # noqa: PLW2901
+            # rounding noise between passes of different shapes (and the drift of the sampler).
+            part = replace(part, old=replace(part.old, logprobs=new.logprobs.detach()))  # noqa: PLW2901
+            check_ratio(part.batch, part.old, exact=exact)
+            first[part.rows] = part.old.logprobs
         loss = _part_loss(run, part, new, sums, streams, batch)
         if math.isfinite(loss.item()):
             loss.backward()
@@ -229,10 +245,9 @@ def update(
             norms += [] if norm is None else [norm]
             bad = ""
     limit = config.max_grad_norm
-    metrics = {
+    metrics = check_ratio(batch, replace(old, logprobs=first), exact=exact) | {
         "loss/policy": sums["loss/policy"] / max(steps, 1),
-        "ratio/max_deviation_first_update": deviation,
-        "grad/norm": sum(norms) / len(norms) if norms else math.nan,
+        "grad/norm": sum(norms) / len(norms) if norms else math.nan if steps else 0.0,
         "grad/clipped_share": sum(n > limit for n in norms) / len(norms) if limit and norms else 0.0,
         "clip/share": streams["clipped"].sum().item() / max(batch.num_actions, 1) if streams else 0.0,
         "kl/coefficient": run.kl.coefficient,
@@ -245,6 +260,14 @@ def update(
     if run.policy.value_head is not None:
         metrics["loss/value"] = sums["loss/value"] / max(steps, 1)
     return Updated(metrics, streams)
+
+
+def _without_effect(run: Run, credit: Credit) -> Tensor | None:
+    """Rows whose loss and gradient are 0 whatever the weights: no advantage, and no other term of the loss."""
+    config = run.config
+    if config.kl.place == "loss" or config.objective.entropy_coefficient or run.policy.value_head is not None:
+        return None
+    return ~credit.advantages.any(1)
 
 
 def _part_loss(
@@ -275,7 +298,8 @@ def _part_loss(
         loss = loss + head.coefficient * value
         seen |= errors.aux
     for name, cells in seen.items():
-        streams.setdefault(name, torch.zeros_like(batch.sample_logprobs))[part.rows] = cells.to(torch.float32)
+        neutral = batch.action_mask.float() * (name == "ratio")  # of rows that the update leaves out
+        streams.setdefault(name, neutral)[part.rows] = cells.to(torch.float32)
     return loss
 
 

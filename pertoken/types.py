@@ -55,6 +55,8 @@ class Completion:
     support: np.ndarray[Any, np.dtype[np.uint8]] | None = None
     """Kept set of each draw as packed bits `[len(tokens), ceil(V / 8)]` (`numpy.packbits`, big-endian bit
     order), or None when no control truncates the distribution (top-k, top-p, min-p off)."""
+    entropies: list[float] | None = None
+    """Entropy of the distribution that each token was drawn from (nats); None from engines that do not tell."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,15 @@ class Episode:
     info: dict[str, Any] = field(default_factory=dict)
     support: np.ndarray[Any, np.dtype[np.uint8]] | None = field(default=None, repr=False, compare=False)
     """Kept sets of the actions, as in `Completion.support`; lives in memory only, never in the run folder."""
+    entropies: list[float] | None = field(default=None, repr=False)
+    """Entropy at sampling time of each action; 0.0 elsewhere. Same length as `tokens`; None if it is not known."""
 
     def __post_init__(self) -> None:
-        lengths = {len(self.tokens), len(self.action_mask), len(self.logprobs), len(self.env_rewards)}
-        if len(lengths) != 1:
+        columns = [self.tokens, self.action_mask, self.logprobs, self.env_rewards, self.entropies or self.tokens]
+        lengths = [len(column) for column in columns]
+        if len(set(lengths)) != 1:
             raise ValueError(
-                f"episode {self.id}: tokens, action_mask, logprobs, env_rewards differ in length: {lengths}"
+                f"episode {self.id}: tokens, action_mask, logprobs, env_rewards, entropies differ in length: {lengths}"
             )
 
     @property
@@ -125,6 +130,8 @@ class TokenBatch:
     """The controls that the tokens were drawn with: scoring reproduces their distribution."""
     support: UInt8[Tensor, "A V8"] | None = None
     """Kept sets of the actions (packed bits, see `Completion.support`), row by row."""
+    sample_entropy: Float[Tensor, "B T"] | None = None
+    """Entropy of the distribution that each action was drawn from (nats); None if an episode does not know it."""
 
     def __post_init__(self) -> None:
         if bool((self.action_mask & ~self.attention_mask).any()):
@@ -138,6 +145,45 @@ class TokenBatch:
     def num_actions(self) -> int:
         return int(self.action_mask.sum())
 
+    def prompt_lengths(self) -> list[int]:
+        """Tokens before each row's first action; rows without actions are all prompt."""
+        first = self.action_mask.int().argmax(1)
+        return torch.where(self.action_mask.any(1), first, self.attention_mask.sum(1)).tolist()
+
+    def prompt_groups(self) -> list[list[int]]:
+        """The rows that share a prompt, in order of first appearance: same group and the same ids before the actions.
+
+        What is computed for a prompt can be computed once for each of these lists.
+        """
+        tokens, prompts = self.tokens.tolist(), self.prompt_lengths()
+        found: dict[tuple[int, ...], list[int]] = {}
+        for b, group in enumerate(self.group.tolist()):
+            found.setdefault((group, *tokens[b][: prompts[b]]), []).append(b)
+        return list(found.values())
+
+    def parts(self, tokens: int) -> list[Int[Tensor, " R"]]:
+        """All rows in parts of at most about `tokens` tokens each, a shared prompt counted once per part.
+
+        Groups are torn apart only where one alone is larger. Rows keep the order of their groups.
+        """
+        sizes, prompts = self.attention_mask.sum(1).tolist(), self.prompt_lengths()
+        parts: list[list[int]] = []
+        room = 0
+        for members in self.prompt_groups():
+            prompt = prompts[members[0]]
+            whole = prompt + sum(sizes[b] - prompt for b in members)
+            begin = not parts or whole > room
+            for b in members:
+                rest = sizes[b] - prompt
+                if begin or rest > room:
+                    parts.append([])
+                    room, begin = tokens - prompt, False
+                elif b == members[0]:
+                    room -= prompt
+                parts[-1].append(b)
+                room -= rest
+        return [torch.tensor(part) for part in parts]
+
     def rows(self, index: Int[Tensor, " R"]) -> "TokenBatch":
         """The batch made of the rows `index`, in that order."""
         support = None
@@ -149,10 +195,11 @@ class TokenBatch:
             episode_ids=tuple(self.episode_ids[i] for i in index.tolist()),
             controls=self.controls,
             support=support,
+            sample_entropy=None if self.sample_entropy is None else self.sample_entropy[index],
         )
 
 
-_NOT_BY_ROW = ("episode_ids", "controls", "support")
+_NOT_BY_ROW = ("episode_ids", "controls", "support", "sample_entropy")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def rows(num=12, group_size=3):
 
 def parts_of(batch, **settings):
     values = PolicyOutput(batch.sample_logprobs, batch.sample_logprobs)
-    defaults = {"epochs": 1, "num_minibatches": 1, "rows_per_micro_batch": 5, "seed": 0}
+    defaults = {"epochs": 1, "num_minibatches": 1, "tokens_per_micro_batch": 5, "seed": 0}
     return list(minibatches(batch, values, None, Credit(batch.sample_logprobs), **(defaults | settings)))
 
 
@@ -43,7 +43,7 @@ def test_trap_8_a_token_that_looks_like_padding_stays_an_action():
 @pytest.mark.parametrize(("epochs", "steps", "micro"), [(1, 1, 100), (1, 3, 5), (2, 2, 1), (3, 5, 4)])
 def test_every_row_is_used_once_per_epoch_and_counts_are_global(epochs, steps, micro):
     batch = to_batch(rows(), Controls())
-    parts = parts_of(batch, epochs=epochs, num_minibatches=steps, rows_per_micro_batch=micro)
+    parts = parts_of(batch, epochs=epochs, num_minibatches=steps, tokens_per_micro_batch=micro)
     assert sum(part.last_of_step for part in parts) == epochs * steps
     assert sorted(torch.cat([part.rows for part in parts]).tolist()) == sorted(list(range(12)) * epochs)
     step = []
@@ -57,7 +57,7 @@ def test_every_row_is_used_once_per_epoch_and_counts_are_global(epochs, steps, m
 
 
 def test_groups_stay_together():
-    for part in parts_of(to_batch(rows(), Controls()), num_minibatches=2, rows_per_micro_batch=3):
+    for part in parts_of(to_batch(rows(), Controls()), num_minibatches=2, tokens_per_micro_batch=3):
         assert len(part.batch.group.unique()) == 1
 
 

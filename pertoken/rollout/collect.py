@@ -84,4 +84,5 @@ def to_episode(
         stop=completion.stop,
         policy_version=(version, version),
         support=completion.support,
+        entropies=None if completion.entropies is None else [0.0] * n + completion.entropies,
     )

@@ -148,6 +148,7 @@ class _Decoding:
         self.uniforms = torch.stack([_uniforms(seed, budget) for seed in seeds]).to(engine.device)
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
+        self.entropies: list[list[float]] = [[] for _ in prompts]
         self.support: list[list[np.ndarray[Any, np.dtype[np.uint8]]]] = [[] for _ in prompts]
         self.stop: list[StopReason] = ["length"] * len(prompts)
 
@@ -179,8 +180,10 @@ class _Decoding:
             position = position + 1
             logits = self.engine.logits(output.last_hidden_state[:, -1])
         return [
-            Completion(t, lp, stop, np.stack(kept) if kept else None)
-            for t, lp, stop, kept in zip(self.tokens, self.logprobs, self.stop, self.support, strict=True)
+            Completion(t, lp, stop, np.stack(kept) if kept else None, entropies)
+            for t, lp, stop, kept, entropies in zip(
+                self.tokens, self.logprobs, self.stop, self.support, self.entropies, strict=True
+            )
         ]
 
     def _prefill(self) -> tuple[Float[Tensor, "B V"], DynamicCache, Bool[Tensor, "B L"], Int[Tensor, " B"]]:
@@ -207,14 +210,17 @@ class _Decoding:
         logprobs = (z if keep is None else z.masked_fill(~keep, -torch.inf)).log_softmax(1)
         chosen = logprobs.argmax(1) if sampling.greedy else draw(logprobs, self.uniforms[alive, step])
         taken = logprobs.gather(1, chosen[:, None]).squeeze(1)
+        entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(1)
         packed = None if keep is None else np.packbits(keep.cpu().numpy(), axis=1)
-        for k, (b, token, logprob) in enumerate(zip(alive.tolist(), chosen.tolist(), taken.tolist(), strict=True)):
+        columns = zip(alive.tolist(), chosen.tolist(), taken.tolist(), entropy.tolist(), strict=True)
+        for k, (b, token, logprob, nats) in enumerate(columns):
             self.tokens[b].append(token)
             self.logprobs[b].append(logprob)
+            self.entropies[b].append(nats)
             if packed is not None:
                 self.support[b].append(packed[k])
             if self.tell is not None:
-                self.tell(b, token, logprob, _entropy(logprobs[k]))
+                self.tell(b, token, logprob, nats)
         return chosen
 
     def _stops(self, alive: Tensor, chosen: Tensor, ended: Tensor, position: Tensor) -> Bool[Tensor, " R"]:
@@ -240,11 +246,6 @@ class _Decoding:
 
 def _renumbered(on_token: OnToken, places: list[int]) -> OnToken:
     return lambda k, token, logprob, entropy: on_token(places[k], token, logprob, entropy)
-
-
-def _entropy(logprobs: Float[Tensor, " V"]) -> float:
-    probs = logprobs.exp()
-    return -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum().item()
 
 
 def _uniforms(seed: int, count: int) -> Float[Tensor, " T"]:

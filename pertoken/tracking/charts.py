@@ -32,7 +32,6 @@ PLAN: dict[str, dict[str, str]] = {
     },
     "Health of the update": {
         "Clipped tokens": r"(clip/share|importance/clipped_share)",
-        "Ratio before the first update": r"ratio/max_deviation_first_update",
         "Drift, sampled against scored": r"drift/.*",
         "Gradient norm": r"grad/norm",
         "Clipped gradients": r"grad/clipped_share",

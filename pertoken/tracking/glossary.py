@@ -39,12 +39,9 @@ METRICS: dict[str, Term] = {
     "kl/sequence": Term("The same distance for whole completions.", "mean over e of Σ KL, nats"),
     "kl/coefficient": Term("Weight of the KL penalty in this step.", "per nat"),
     "entropy": Term("How undecided the policy is.", "mean over a of −Σ p log p, nats"),
-    "ratio/max_deviation_first_update": Term(
-        "Check of the token maths: before the first update the policy is the one that sampled, so this is about 0.",
-        "max over a of |log p_new − log p_old|, nats, before the first optimiser step",
-    ),
     "drift/mean": Term(
-        "Difference between sampling and scoring, from number formats.",
+        "Check of the token maths: the same weights sampled and scored the token, so the ratio is 1 before the first "
+        "update and this is 0 but for number formats.",
         "mean over a of |log p_scored − log p_sampled|, nats",
     ),
     "drift/max": Term("The same at the worst token.", "max over a of |log p_scored − log p_sampled|, nats"),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 
 from pertoken.batching import to_batch
 from pertoken.errors import NumericsError
@@ -43,7 +44,7 @@ def oracle(model, batch):
     return torch.where(batch.action_mask, logprobs, 0.0), torch.where(batch.action_mask, entropy, 0.0)
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_logprobs_and_entropy_equal_the_plain_forward(kind, layout):
     model, batch = tiny_model(kind), ragged_batch()
@@ -53,7 +54,7 @@ def test_logprobs_and_entropy_equal_the_plain_forward(kind, layout):
     torch.testing.assert_close(out.entropy, entropy.detach(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_gradients_equal_the_plain_forward(layout, monkeypatch):
     monkeypatch.setattr(scoring, "ACTIONS_PER_CHUNK", 3)
     batch, weights = ragged_batch(), torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
@@ -86,7 +87,7 @@ def test_values_speak_of_the_state_before_the_token_and_bootstrap_of_the_one_aft
     lengths = batch.attention_mask.sum(1)
     wanted = torch.zeros(batch.tokens.shape)
     wanted[:, 1:] = torch.where(batch.action_mask[:, 1:], values[:, :-1], 0.0)
-    for layout in ("shared", "padded"):
+    for layout in ("packed", "padded"):
         out = Policy(model, byte_tokenizer(), precision="float32", value_head=head, layout=layout).score(batch)
         torch.testing.assert_close(out.values, wanted.detach(), atol=1e-5, rtol=0)
         torch.testing.assert_close(out.bootstrap, values[range(6), lengths - 1].detach(), atol=1e-5, rtol=0)
@@ -162,6 +163,6 @@ def _doubled(output):
 
 def test_layout_is_measured_and_falls_back():
     model = tiny_model()
-    assert scoring.find_layout(model) == "shared"
-    model.set_attn_implementation("eager")  # adds masks instead of reading them as yes and no
-    assert scoring.find_layout(model) == "padded"
+    assert scoring.find_layout(model) == "packed"
+    alibi = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)).eval()
+    assert scoring.find_layout(alibi) == "padded"  # distances between tokens are in a mask that it makes by itself

@@ -60,10 +60,11 @@ def widened(batch, pad):
         batch, tokens=more(batch.tokens, 77), attention_mask=more(batch.attention_mask, False),
         action_mask=more(batch.action_mask, False), sample_logprobs=more(batch.sample_logprobs, 0.0),
         env_rewards=more(batch.env_rewards, 0.0), turn=more(batch.turn, 0),
+        sample_entropy=more(batch.sample_entropy, 0.0),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", CONTROLS)
 def test_ratio_is_one_before_the_first_update(name, kind, layout):

@@ -79,7 +79,6 @@ def step_metrics(draw: random.Random, step: int, skill: float) -> dict[str, floa
         "kl/reference": 0.09 * skill + abs(draw.gauss(0, 0.006)),
         "kl/sequence": 2.4 * skill + abs(draw.gauss(0, 0.2)),
         "entropy": 2.3 - 1.1 * skill + draw.gauss(0, 0.06),
-        "ratio/max_deviation_first_update": abs(draw.gauss(0, 8e-6)),
         "drift/mean": abs(draw.gauss(0, 3e-6)),
         "drift/max": abs(draw.gauss(0, 3e-5)),
         "importance/clipped_share": 0.0,

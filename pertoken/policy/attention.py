@@ -1,0 +1,148 @@
+"""Attention of packed rows: every token of a batch in one long row, each prompt once, nothing padded.
+
+    [prompt of pack 0 | row 0 | row 1 | prompt of pack 1 | row 2 | ...]
+
+A token sees its own prompt and what stands before it in its own row. A dense mask over such a row would cost
+the square of its length; here each pack is two small calls: its prompt with itself, and its rows, side by side
+in a rectangle, with prompt and row. It reaches the model through the attention interface of transformers
+(`ALL_ATTENTION_FUNCTIONS`), so any model that uses that interface takes it; `scoring.find_layout` measures
+whether a model gives the right numbers with it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "pertoken_packed"
+"""Under this name transformers finds `packed_attention`; it has no mask function, so no mask is ever built."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One prompt and the rows behind it: cells `[start, start + prompt + rows)` of the packed row."""
+
+    start: int
+    prompt: int
+    """Tokens of the prompt."""
+    rows: int
+    """Tokens of all rows together."""
+    rectangle: Int[Tensor, "n L"] | None
+    """Cell of each row's tokens, counted from `start`; rows shorter than L end in copies of a cell that exists,
+    which nothing reads. None if the pack is one sequence (a single row, or none): it is plainly causal."""
+    inside: Bool[Tensor, "n L"] | None
+    """True where `rectangle` holds a token of the row."""
+
+
+_packs: ContextVar[tuple[Pack, ...]] = ContextVar("packs")
+
+
+@contextlib.contextmanager
+def packed(model: Any, packs: tuple[Pack, ...]) -> Iterator[None]:
+    """Within it, `model` attends as `packs` say (forward only: the backward pass knows by itself)."""
+    config = model.config.get_text_config()
+    before, token = config._attn_implementation, _packs.set(packs)
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _packs.reset(token)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Float[Tensor, "1 Hq N D"],
+    key: Float[Tensor, "1 Hk N D"],
+    value: Float[Tensor, "1 Hk N Dv"],
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "1 N Hq Dv"], None]:
+    """The attention function that a model calls in each layer; heads behind tokens in what it returns.
+
+    Raises NotImplementedError for a kind of attention that it does not compute (soft caps, sinks, biases).
+    """
+    for name in ("softcap", "s_aux", "position_bias", "cache"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"packed attention without {name}")
+    common = torch.float32 if query.device.type == "cpu" else value.dtype  # on CPUs bfloat16 attention is no faster
+    settings: dict[str, Any] = {"scale": scaling, "dropout_p": dropout}
+    outputs: list[Tensor] = []
+    with torch.autocast(query.device.type, enabled=False):
+        for pack in _packs.get():
+            cells = slice(pack.start, pack.start + pack.prompt + pack.rows)
+            q, k, v = (x[0, :, cells].to(common) for x in (query, key, value))
+            outputs += _one_pack(q, k, v, pack, sliding_window, settings)
+    return torch.cat(outputs)[None].to(value.dtype), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+def _one_pack(
+    q: Float[Tensor, "Hq S D"],
+    k: Float[Tensor, "Hk S D"],
+    v: Float[Tensor, "Hk S Dv"],
+    pack: Pack,
+    window: int | None,
+    settings: dict[str, Any],
+) -> list[Float[Tensor, "_ Hq Dv"]]:
+    """Outputs of the prompt's tokens and of the rows' tokens, in their order in the packed row."""
+    size = pack.prompt if pack.rectangle is not None else pack.prompt + pack.rows
+    itself = _attend(q[None, :, :size], k[None, :, :size], v[None, :, :size], _causal(size, 0, window, q), settings)
+    outputs = [itself[0].transpose(0, 1)]
+    if pack.rectangle is None or pack.inside is None:
+        return outputs
+    n, width = pack.rectangle.shape
+    flat = pack.rectangle.flatten()
+
+    def rows_of(x: Tensor) -> Tensor:  # [H, S, D] -> [n, H, L, D]
+        return x.transpose(0, 1).index_select(0, flat).view(n, width, *x.shape[::2]).transpose(1, 2)
+
+    def behind_prompt(x: Tensor) -> Tensor:
+        return torch.cat([x[:, : pack.prompt].expand(n, -1, -1, -1), rows_of(x)], 2)
+
+    rows = _attend(
+        rows_of(q), behind_prompt(k), behind_prompt(v), _causal(width, pack.prompt, window, q), settings
+    )  # [n, Hq, L, Dv]
+    return [*outputs, rows.transpose(1, 2)[pack.inside]]
+
+
+def _causal(length: int, before: int, window: int | None, like: Tensor) -> Bool[Tensor, "L K"] | None:
+    """Which of `before + length` keys each of the last `length` positions sees; None for the plain triangle."""
+    if before == 0 and (window is None or length <= window):
+        return None
+    distance = torch.arange(length, device=like.device)[:, None] + before
+    distance = distance - torch.arange(before + length, device=like.device)[None]
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
+def _attend(
+    q: Float[Tensor, "n Hq L D"],
+    k: Float[Tensor, "n Hk K D"],
+    v: Float[Tensor, "n Hk K Dv"],
+    mask: Bool[Tensor, "L K"] | None,
+    settings: dict[str, Any],
+) -> Float[Tensor, "n Hq L Dv"]:
+    """Scaled dot-product attention; query heads that share a key head become more queries of that head."""
+    n, heads, length, width = q.shape
+    shared = heads // k.shape[1]
+    if shared == 1:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **settings)
+    if mask is None:  # `is_causal` speaks of one triangle, so heads cannot be folded into it
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, **settings)
+    folded = q.reshape(n, k.shape[1], shared * length, width)
+    out = scaled_dot_product_attention(folded, k, v, attn_mask=mask.repeat(shared, 1), **settings)
+    return out.view(n, heads, length, v.shape[-1])
