@@ -16,7 +16,7 @@ from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import KLToReference, Sample, Scene, Weighted, score, token_reward
 from pertoken.rollout.collect import collect
-from pertoken.rollout.engine import HFEngine
+from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.types import Credit, Item
@@ -24,7 +24,7 @@ from pertoken.types import Credit, Item
 tokenizer = byte_tokenizer()
 policy = Policy(tiny_model(), tokenizer, precision="float32")
 reference = policy.reference()
-engine = HFEngine(policy.model, tokenizer, head_logits=head_logits)
+engine = NativeEngine(policy.model, tokenizer, head_logits=head_logits)
 optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-2)
 
 # %% what is asked, how tokens are drawn, and what is good

@@ -16,7 +16,7 @@ from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Weighted, resolve
 from pertoken.rollout.collect import prompt_ids
-from pertoken.rollout.engine import HFEngine
+from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
 from pertoken.tasks.base import ItemTask, Split
 from pertoken.tasks.docstrings import load_docstring_task
@@ -81,9 +81,9 @@ def build_policy(config: RunConfig) -> Policy:
     )
 
 
-def build_engine(policy: Policy, *, max_rows: int = 64) -> HFEngine:
+def build_engine(policy: Policy, *, max_rows: int = 64) -> NativeEngine:
     """The rollout engine on the policy's own model, or on a bfloat16 copy of it where bfloat16 is in use."""
-    return HFEngine(
+    return NativeEngine(
         policy.model,
         policy.tokenizer,
         head_logits=head_logits,

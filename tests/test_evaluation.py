@@ -10,7 +10,7 @@ from pertoken.evaluation import Evaluator
 from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Weighted, episode_reward
-from pertoken.rollout.engine import HFEngine
+from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.text_metrics import item_metrics
@@ -37,7 +37,7 @@ def length(sample):
 def result():
     tokenizer = byte_tokenizer()
     policy = Policy(tiny_model(seed=1), tokenizer, precision="float32")
-    engine = HFEngine(policy.model, tokenizer, head_logits=head_logits)
+    engine = NativeEngine(policy.model, tokenizer, head_logits=head_logits)
     controls = Controls.resolve(Sampling(temperature=0.0, max_new_tokens=10, repetition_penalty=1.2), tokenizer, (256,))
     other = Policy(tiny_model(seed=2), tokenizer, precision="float32").reference()
     return (

@@ -1,22 +1,25 @@
 """Token ids in, sampled token ids out: the rollout engine on plain Hugging Face models.
 
 The engine knows nothing of text (stop strings apart), tasks or rewards. Each distinct prompt is computed
-once however many samples it gets; keys and values are cached; a row that has finished leaves the batch; and
-every token comes with its log-prob under the processed distribution that it was really drawn from. The
+once however many samples it gets; a row that has finished leaves the batch, and a waiting prompt takes its
+place; and every token comes with its log-prob under the processed distribution that it was really drawn from. The
 model's own `generation_config` is never consulted.
 """
 
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat, takewhile
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from pertoken.errors import ModelError
+from pertoken.rollout.decoder import Decoder, HFDecoder
 from pertoken.sampling import NO_TOKEN, Controls, draw, keep_set, processed_logits
 from pertoken.types import Completion, StopReason
 
@@ -45,8 +48,8 @@ class RolloutEngine(Protocol):
         ...
 
 
-class HFEngine:
-    """The engine on a Hugging Face causal LM, `max_rows` sequences at a time."""
+class NativeEngine:
+    """The engine on a Hugging Face causal LM, at most `max_rows` sequences at a time."""
 
     def __init__(
         self,
@@ -69,9 +72,9 @@ class HFEngine:
         self._model.eval()
         self._hf = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         self._tokenizer = tokenizer
-        self._head_logits = head_logits
         self._max_rows = max_rows
         self._context = context_length or getattr(self._hf.config, "max_position_embeddings", None) or 1 << 30
+        self.decoder: Decoder = HFDecoder(self._hf, head_logits)
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy the trained parameters into the engine's model; nothing to copy if it is the policy's own."""
@@ -81,6 +84,7 @@ class HFEngine:
                 for name, value in weights.items():
                     if name in own:  # the value head's parameters are not the engine's
                         own[name].copy_(value)
+        self.decoder.load(weights)
         self.version = version
 
     @torch.no_grad()
@@ -101,22 +105,9 @@ class HFEngine:
                     f"a prompt has {len(prompt)} tokens; this model takes 1 to {self._context - 1}, room to "
                     "answer included. Shorten the prompt template or leave long items out (rollout.max_prompt_tokens)."
                 )
-        # Prompts of like length side by side waste little padding; equal prompts must not be torn apart.
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i]), i))
-        done: dict[int, Completion] = {}
-        for start in range(0, len(order), self._max_rows):
-            part = order[start : start + self._max_rows]
-            tell = _renumbered(on_token, part) if on_token else None
-            batch = _Decoding(self, [list(prompts[i]) for i in part], controls, [seeds[i] for i in part], tell)
-            done.update(zip(part, batch.run(), strict=True))
-        return [done[i] for i in range(len(prompts))]
-
-    def forward(self, **inputs: Any) -> Any:
-        return self._hf.base_model(use_cache=True, return_dict=True, **inputs)
-
-    def logits(self, hidden: Float[Tensor, "A H"]) -> Float[Tensor, "A V"]:
-        logits: Tensor = self._head_logits(self._hf, hidden)
-        return logits
+        if not prompts:
+            return []
+        return _Decoding(self, prompts, controls, seeds, on_token).run()
 
     @property
     def device(self) -> torch.device:
@@ -127,125 +118,145 @@ class HFEngine:
     def context(self) -> int:
         return int(self._context)
 
+    @property
+    def max_rows(self) -> int:
+        return self._max_rows
+
     def decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
 
+@dataclass
+class _Row:
+    """One completion on its way."""
+
+    index: int
+    """Its place in what `generate` was asked for."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    support: list[np.ndarray[Any, np.dtype[np.uint8]]] = field(default_factory=list)
+    stop: StopReason = "length"
+
+    def completion(self) -> Completion:
+        support = np.stack(self.support) if self.support else None
+        return Completion(self.tokens, self.logprobs, self.stop, support, self.entropies)
+
+
 class _Decoding:
-    """One batch on its way from prompts to completions. Arrays over rows shrink as rows finish."""
+    """All prompts on their way to completions: live rows stand in slots 0, 1, ...; a slot that becomes free takes
+    the last live row, and waiting prompts are let in behind."""
 
     def __init__(
         self,
-        engine: HFEngine,
-        prompts: list[list[int]],
+        engine: NativeEngine,
+        prompts: Sequence[Sequence[int]],
         controls: Controls,
-        seeds: list[int],
+        seeds: Sequence[int],
         tell: OnToken | None,
     ) -> None:
-        self.engine, self.prompts, self.controls, self.tell = engine, prompts, controls, tell
-        budget = controls.sampling.max_new_tokens
-        self.uniforms = torch.stack([_uniforms(seed, budget) for seed in seeds]).to(engine.device)
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.logprobs: list[list[float]] = [[] for _ in prompts]
-        self.entropies: list[list[float]] = [[] for _ in prompts]
-        self.support: list[list[np.ndarray[Any, np.dtype[np.uint8]]]] = [[] for _ in prompts]
-        self.stop: list[StopReason] = ["length"] * len(prompts)
+        self.engine, self.decoder, self.controls, self.tell = engine, engine.decoder, controls, tell
+        self.prompts = [tuple(prompt) for prompt in prompts]
+        self.budget = controls.sampling.max_new_tokens
+        self.uniforms = torch.stack([_uniforms(seed, self.budget) for seed in seeds])
+        self.eos = torch.tensor(controls.eos_ids or (NO_TOKEN,), device=engine.device)
+        # Equal prompts side by side are computed once; long ones first, so that the last to run are short.
+        order = sorted(range(len(prompts)), key=lambda i: (-len(self.prompts[i]), self.prompts[i], i))
+        self.waiting = deque(order)
+        self.live: list[_Row] = []
+        self.done: dict[int, Completion] = {}
 
     def run(self) -> list[Completion]:
-        eos = torch.tensor(self.controls.eos_ids or (NO_TOKEN,), device=self.engine.device)
-        logits, cache, visible, position = self._prefill()
-        alive = torch.arange(len(self.prompts), device=self.engine.device)
-        history = _left_padded(self.prompts, self.engine.device) if self.controls.needs_history else None
-        for step in range(self.controls.sampling.max_new_tokens):
-            chosen = self._choose(logits, alive, step, history)
-            finished = torch.isin(chosen, eos)
-            finished |= self._stops(alive, chosen, finished, position)
-            if bool(finished.all()) or step + 1 == self.controls.sampling.max_new_tokens:
+        longest = max(map(len, self.prompts))
+        slots = min(self.engine.max_rows, len(self.prompts))
+        self.decoder.reserve(slots, min(longest + self.budget, self.engine.context))
+        while self.waiting or self.live:
+            fresh = self._admit(slots)
+            if fresh:  # they draw their first token before they join the others
+                first = len(self.live) - sum(count for _, count in fresh)
+                self._choose(torch.cat([logits.expand(count, -1) for logits, count in fresh]), self.live[first:])
+                self._retire()
+            if self.live:
+                last = torch.tensor([row.tokens[-1] for row in self.live], device=self.engine.device)
+                self._choose(self.decoder.step(last), self.live)
+                self._retire()
+        return [self.done[i] for i in range(len(self.prompts))]
+
+    def _admit(self, slots: int) -> list[tuple[Float[Tensor, "1 V"], int]]:
+        """Let waiting prompts into free slots: the logits behind each distinct prompt, and how many rows take it.
+
+        A group enters together, or into whatever room there is if it is larger than all slots.
+        """
+        fresh = []
+        while self.waiting:
+            prompt = self.prompts[self.waiting[0]]
+            group = list(takewhile(lambda i: self.prompts[i] == prompt, self.waiting))[:slots]
+            if len(self.live) + len(group) > slots:
                 break
-            if bool(finished.any()):
-                keep = (~finished).nonzero().squeeze(1)
-                alive, chosen, position, visible = alive[keep], chosen[keep], position[keep], visible[keep]
-                history = None if history is None else history[keep]
-                cache.batch_select_indices(keep)
-            if history is not None:
-                history = torch.cat([history, chosen[:, None]], 1)
-            visible = torch.cat([visible, torch.ones_like(visible[:, :1])], 1)
-            output = self.engine.forward(
-                input_ids=chosen[:, None],
-                position_ids=position[:, None],
-                attention_mask=visible[:, None, None, :],
-                past_key_values=cache,
-            )
-            position = position + 1
-            logits = self.engine.logits(output.last_hidden_state[:, -1])
-        return [
-            Completion(t, lp, stop, np.stack(kept) if kept else None, entropies)
-            for t, lp, stop, kept, entropies in zip(
-                self.tokens, self.logprobs, self.stop, self.support, self.entropies, strict=True
-            )
-        ]
+            places = range(len(self.live), len(self.live) + len(group))
+            self.live += [_Row(self.waiting.popleft()) for _ in group]
+            fresh.append((self.decoder.prefill(prompt, places)[None], len(group)))
+        return fresh
 
-    def _prefill(self) -> tuple[Float[Tensor, "B V"], DynamicCache, Bool[Tensor, "B L"], Int[Tensor, " B"]]:
-        """Compute each distinct prompt once; then give every row its prompt's logits, keys and values."""
-        distinct = list(dict.fromkeys(map(tuple, self.prompts)))
-        index = {prompt: n for n, prompt in enumerate(distinct)}
-        row_of = torch.tensor([index[tuple(p)] for p in self.prompts], device=self.engine.device)
-        ids = _left_padded([list(p) for p in distinct], self.engine.device)
-        real = ids != NO_TOKEN
-        position = (real.long().cumsum(1) - 1).clamp_min(0)
-        cache = DynamicCache()
-        output = self.engine.forward(
-            input_ids=ids.clamp_min(0), position_ids=position, attention_mask=real, past_key_values=cache
-        )
-        logits = self.engine.logits(output.last_hidden_state[:, -1])
-        cache.batch_select_indices(row_of)
-        return logits[row_of], cache, real[row_of], position[row_of, -1] + 1
-
-    def _choose(self, logits: Tensor, alive: Tensor, step: int, history: Tensor | None) -> Int[Tensor, " R"]:
-        """Draw one token per live row and record it with its log-prob (and kept set)."""
-        sampling = self.controls.sampling
-        z = processed_logits(logits, self.controls, torch.full_like(alive, step), history)
+    def _choose(self, logits: Float[Tensor, "R V"], rows: Sequence[_Row]) -> None:
+        """Draw one token for each of `rows` and record it with its log-prob, entropy and kept set."""
+        sampling, device = self.controls.sampling, logits.device
+        taken = torch.tensor([len(row.tokens) for row in rows], device=device)
+        z = processed_logits(logits, self.controls, taken, self._history(rows))
         keep = None if sampling.greedy else keep_set(z, sampling)
-        logprobs = (z if keep is None else z.masked_fill(~keep, -torch.inf)).log_softmax(1)
-        chosen = logprobs.argmax(1) if sampling.greedy else draw(logprobs, self.uniforms[alive, step])
-        taken = logprobs.gather(1, chosen[:, None]).squeeze(1)
-        entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(1)
-        packed = None if keep is None else np.packbits(keep.cpu().numpy(), axis=1)
-        columns = zip(alive.tolist(), chosen.tolist(), taken.tolist(), entropy.tolist(), strict=True)
-        for k, (b, token, logprob, nats) in enumerate(columns):
-            self.tokens[b].append(token)
-            self.logprobs[b].append(logprob)
-            self.entropies[b].append(nats)
-            if packed is not None:
-                self.support[b].append(packed[k])
+        logprobs = (z if keep is None else z.masked_fill_(~keep, -torch.inf)).log_softmax(1)
+        if sampling.greedy:
+            chosen = logprobs.argmax(1)
+        else:
+            points = [self.uniforms[row.index, len(row.tokens)] for row in rows]
+            chosen = draw(logprobs, torch.stack(points).to(device))
+        entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(1)
+        packed = repeat(None) if keep is None else np.packbits(keep.cpu().numpy(), axis=1)
+        by_eos = torch.isin(chosen, self.eos).tolist()
+        columns = (chosen.tolist(), logprobs.gather(1, chosen[:, None])[:, 0].tolist(), entropy.tolist())
+        for row, token, logprob, nats, kept, ended in zip(rows, *columns, packed, by_eos, strict=False):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            row.entropies.append(nats)
+            if kept is not None:
+                row.support.append(kept)
             if self.tell is not None:
-                self.tell(b, token, logprob, nats)
-        return chosen
+                self.tell(row.index, token, logprob, nats)
+            self._note_end(row, ended)
 
-    def _stops(self, alive: Tensor, chosen: Tensor, ended: Tensor, position: Tensor) -> Bool[Tensor, " R"]:
-        """Record why rows end now; True for those that a stop string or the context's end stops."""
-        sampling = self.controls.sampling
-        more = torch.zeros_like(ended)
-        full = (position + 1 >= self.engine.context).tolist()
-        for k, (b, by_eos) in enumerate(zip(alive.tolist(), ended.tolist(), strict=True)):
-            if by_eos:
-                self.stop[b] = "eos"
-            elif sampling.stop and len(self.tokens[b]) >= sampling.min_new_tokens and self._says_stop(self.tokens[b]):
-                self.stop[b], more[k] = "stop_string", True
-            elif full[k]:
-                self.stop[b], more[k] = "context", True
-        return more
+    def _history(self, rows: Sequence[_Row]) -> Int[Tensor, "R L"] | None:
+        if not self.controls.needs_history:
+            return None
+        return _left_padded([[*self.prompts[row.index], *row.tokens] for row in rows], self.engine.device)
+
+    def _note_end(self, row: _Row, by_eos: bool) -> None:
+        """Take the row off the decoder's hands if its last token ends it."""
+        sampling, count = self.controls.sampling, len(row.tokens)
+        if by_eos:
+            row.stop = "eos"
+        elif sampling.stop and count >= sampling.min_new_tokens and self._says_stop(row.tokens):
+            row.stop = "stop_string"
+        elif len(self.prompts[row.index]) + count >= self.engine.context:
+            row.stop = "context"
+        elif count < self.budget:
+            return
+        self.done[row.index] = row.completion()
+
+    def _retire(self) -> None:
+        """Free the slots of rows that have ended."""
+        for slot in reversed([k for k, row in enumerate(self.live) if row.index in self.done]):
+            last = len(self.live) - 1
+            if slot != last:
+                self.decoder.move(last, slot)
+                self.live[slot] = self.live[last]
+            self.live.pop()
 
     def _says_stop(self, tokens: list[int]) -> bool:
         # A token adds at least one character, save for pieces of a multi-byte one: 4 per character is enough.
         longest = max(map(len, self.controls.sampling.stop))
         tail = self.engine.decode(tokens[-(4 * longest + 4) :])
         return any(stop in tail for stop in self.controls.sampling.stop)
-
-
-def _renumbered(on_token: OnToken, places: list[int]) -> OnToken:
-    return lambda k, token, logprob, entropy: on_token(places[k], token, logprob, entropy)
 
 
 def _uniforms(seed: int, count: int) -> Float[Tensor, " T"]:

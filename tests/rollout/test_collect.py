@@ -5,7 +5,7 @@ import pytest
 from pertoken.errors import ModelError
 from pertoken.policy.scoring import head_logits
 from pertoken.rollout.collect import collect, prompt_ids, sample_seed
-from pertoken.rollout.engine import HFEngine
+from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.types import Item
@@ -15,7 +15,7 @@ ITEMS = [Item("a", "first"), Item("b", "the second")]
 
 def episodes(step=0, seed=0, items=ITEMS):
     tokenizer = byte_tokenizer()
-    engine = HFEngine(tiny_model(seed=1), tokenizer, head_logits=head_logits)
+    engine = NativeEngine(tiny_model(seed=1), tokenizer, head_logits=head_logits)
     engine.load_weights({}, version=7)
     controls = Controls.resolve(Sampling(max_new_tokens=12), tokenizer, (256,))
     return collect(engine, items, tokenizer, controls, samples_per_prompt=3, run_seed=seed, step=step)

@@ -5,7 +5,7 @@ import torch
 
 from pertoken.errors import ModelError
 from pertoken.policy.scoring import head_logits
-from pertoken.rollout.engine import HFEngine
+from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
 
@@ -13,7 +13,7 @@ PROMPTS = [[5, 9, 12, 7, 31, 40], [1, 2, 3], [8] * 9, [5, 9, 12, 7, 31, 40]]
 
 
 def engine_of(model, **settings):
-    return HFEngine(model, byte_tokenizer(), head_logits=head_logits, **settings)
+    return NativeEngine(model, byte_tokenizer(), head_logits=head_logits, **settings)
 
 
 def controls(**settings):
@@ -130,7 +130,7 @@ def test_trap_8_pad_equal_to_eos_changes_nothing():
     model, tokenizer = tiny_model(seed=1), byte_tokenizer()
     wanted = engine_of(model).generate(PROMPTS, controls(), seeds=[1, 2, 3, 4])
     tokenizer.pad_token = tokenizer.eos_token
-    got = HFEngine(model, tokenizer, head_logits=head_logits).generate(PROMPTS, controls(), seeds=[1, 2, 3, 4])
+    got = NativeEngine(model, tokenizer, head_logits=head_logits).generate(PROMPTS, controls(), seeds=[1, 2, 3, 4])
     assert [c.tokens for c in got] == [c.tokens for c in wanted]
 
 

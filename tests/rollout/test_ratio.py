@@ -7,7 +7,7 @@ from pertoken.batching import to_batch
 from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
 from pertoken.rollout.collect import to_episode
-from pertoken.rollout.engine import HFEngine
+from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.types import Item
@@ -36,7 +36,7 @@ PROMPTS = [[5, 9, 12, 9, 12, 7, 31, 40], [1, 2, 3], [8] * 9 + [1, 8]]
 
 def rollout(model, controls, *, group_size=4, seed=0):
     tokenizer = byte_tokenizer()
-    engine = HFEngine(model, tokenizer, head_logits=head_logits)
+    engine = NativeEngine(model, tokenizer, head_logits=head_logits)
     prompts = [p for p in PROMPTS for _ in range(group_size)]
     completions = engine.generate(prompts, controls, seeds=list(range(seed, seed + len(prompts))))
     return [
