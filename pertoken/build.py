@@ -37,7 +37,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     if isinstance(task, FileTask):
         notes += [f"skipped {bad}" for bad in task.bad_rows]
     if policy.layout == "padded":
-        notes.append("this model takes no shared-prompt mask: rows are computed one by one, which is slower")
+        notes.append("this model's attention cannot be packed: rows are scored one by one and padded, which is slower")
     needs_reference = config.kl.measure or config.kl.place != "none"
     reference = policy.reference() if needs_reference else None
     optimizer = build_optimizer(config, policy)

@@ -193,3 +193,12 @@ def draw(logprobs: Float[Tensor, "A V"], uniform: Float[Tensor, " A"]) -> Int[Te
     index = (inside.cumsum(1) <= rest[:, None]).sum(1)
     last_possible = torch.where(inside > 0, torch.arange(width, device=inside.device), -1).max(1).values
     return block * width + torch.minimum(index, last_possible)
+
+
+def entropy_of(logprobs: Float[Tensor, "A V"]) -> Float[Tensor, " A"]:
+    """Entropy of each row in nats; tokens of probability 0 (log-prob -inf) add nothing.
+
+    >>> entropy_of(torch.tensor([[0.5, 0.5, 0.0]]).log())
+    tensor([0.6931])
+    """
+    return -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(1)

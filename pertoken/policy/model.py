@@ -6,7 +6,6 @@ shared trunk, and one precision setting for all matrix work. What it computes fo
 
 import contextlib
 import copy
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from pertoken.cache import cache_folder
 from pertoken.errors import MissingExtraError, ModelError, closest
 from pertoken.policy.scoring import Layout, Trunk, find_layout, score_batch
 from pertoken.types import PolicyOutput, TokenBatch
@@ -200,14 +200,6 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
             fast = False
         precision = "bfloat16" if fast else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$PERTOKEN_CACHE`, else `pertoken` in the user's cache folder."""
-    base = os.environ.get("PERTOKEN_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertoken"
 
 
 def load_model(name: str, *, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -6,7 +6,7 @@ A decoder knows ids, weights and memory; who samples what, and when a row ends, 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +15,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from pertoken.sampling import draw, entropy_of
+
 NAME = "pertoken_slots"
 """Under this name transformers finds `slot_attention`; it has no mask function, so no mask is ever built."""
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Rows in slots 0, 1, ...; the first R of them are live."""
 
@@ -40,6 +43,12 @@ class Decoder(Protocol):
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take over changed weights (names as in `Policy.trainable()`)."""
+        ...
+
+    def draw(
+        self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]
+    ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
+        """Ids drawn from softmax(logits / temperature), one uniform number each; their log-probs, the entropies."""
         ...
 
 
@@ -89,6 +98,13 @@ class HFDecoder:
                 buffer[target, :, :length] = buffer[source, :, :length]
         self._lengths[target] = length
 
+    def draw(
+        self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]
+    ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
+        logprobs = (logits.float() / temperature).log_softmax(1)
+        ids = draw(logprobs, uniforms)
+        return ids, logprobs.gather(1, ids[:, None])[:, 0], entropy_of(logprobs)
+
     def _forward(self, ids: Tensor, positions: Tensor, slots: list[int], before: list[int]) -> Float[Tensor, "R S H"]:
         with _writing(self._model, _Writing(self, slots, before, ids.shape[1])):
             states: Tensor = self._model.base_model(
@@ -108,6 +124,65 @@ class HFDecoder:
             self._memory[layer] = found
         assert found is not None
         return found
+
+
+class RecomputingDecoder:
+    """The slow, obvious twin: keeps ids and nothing else, and runs the whole text through the model at each step.
+
+    For models that attend in ways of their own (ALiBi, recurrence), and as the oracle of tests.
+    """
+
+    def __init__(self, model: Any, head_logits: Any) -> None:
+        self._model, self._head_logits = model, head_logits
+        self._rows: list[list[int]] = []
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Nothing to do: the engine's model holds the weights."""
+
+    def reserve(self, slots: int, length: int) -> None:
+        self._rows = [[] for _ in range(slots)]
+
+    def prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
+        for slot in slots:
+            self._rows[slot] = list(prompt)
+        return self._logits([list(prompt)])[0]
+
+    def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        for row, token in zip(self._rows, tokens.tolist(), strict=False):
+            row.append(token)
+        return self._logits(self._rows[: len(tokens)])
+
+    def move(self, source: int, target: int) -> None:
+        self._rows[target] = self._rows[source]
+
+    draw = HFDecoder.draw
+
+    def _logits(self, rows: list[list[int]]) -> Float[Tensor, "R V"]:
+        lengths = torch.tensor([len(row) for row in rows], device=self._model.device)
+        width = int(lengths.max())
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=lengths.device)
+        mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+        states = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        logits: Tensor = self._head_logits(self._model, states[torch.arange(len(rows)), lengths - 1])
+        return logits
+
+
+@torch.no_grad()
+def agrees(decoder: Decoder, model: Any, *, tolerance: float) -> bool:
+    """Whether a prompt and a few steps behind it give the model's own logits; measured, not assumed.
+
+    tolerance: largest difference in standard deviations of the logits.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(12, device=model.device) * 31 + 7) % vocabulary
+    try:
+        decoder.reserve(2, 16)
+        found = [decoder.prefill(ids[:8].tolist(), [0, 1])]
+        found += [decoder.step(ids[k : k + 1].expand(2))[1] for k in range(8, 12)]
+    except Exception:  # attention that cannot be replaced, or an operator that is missing, may fail in any way
+        return False
+    wanted = model(input_ids=ids[None], use_cache=False).logits[0, 7:].float()
+    return bool((torch.stack(found).float() - wanted).abs().max() < tolerance * wanted.std())
 
 
 class _Writing:

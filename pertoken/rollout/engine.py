@@ -10,7 +10,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat, takewhile
+from itertools import takewhile
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pertoken.errors import ModelError
-from pertoken.rollout.decoder import Decoder, HFDecoder
-from pertoken.sampling import NO_TOKEN, Controls, draw, keep_set, processed_logits
+from pertoken.rollout.decoder import Decoder, HFDecoder, RecomputingDecoder, agrees
+from pertoken.rollout.fused import fused_decoder
+from pertoken.sampling import NO_TOKEN, Controls, draw, entropy_of, keep_set, processed_logits
 from pertoken.types import Completion, StopReason
 
 OnToken = Callable[[int, int, float, float], None]
@@ -67,14 +68,17 @@ class NativeEngine:
         head_logits: maps (model, hidden states `[A, H]`) to logits, as `policy.scoring.head_logits` does.
         """
         self.version = 0
-        self._shares_weights = dtype is None
-        self._model = model if dtype is None else copy.deepcopy(model).to(dtype).requires_grad_(False)
+        fused = fused_decoder(model) if dtype is torch.bfloat16 else None
+        self._shares_weights = dtype is None or fused is not None
+        self._model = model if self._shares_weights else copy.deepcopy(model).to(dtype).requires_grad_(False)
         self._model.eval()
         self._hf = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         self._tokenizer = tokenizer
         self._max_rows = max_rows
         self._context = context_length or getattr(self._hf.config, "max_position_embeddings", None) or 1 << 30
-        self.decoder: Decoder = HFDecoder(self._hf, head_logits)
+        self.decoder: Decoder = fused or HFDecoder(self._hf, head_logits)
+        if fused is None and not agrees(self.decoder, self._hf, tolerance=1e-3 if dtype is None else 0.3):
+            self.decoder = RecomputingDecoder(self._hf, head_logits)
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy the trained parameters into the engine's model; nothing to copy if it is the policy's own."""
@@ -201,29 +205,34 @@ class _Decoding:
 
     def _choose(self, logits: Float[Tensor, "R V"], rows: Sequence[_Row]) -> None:
         """Draw one token for each of `rows` and record it with its log-prob, entropy and kept set."""
-        sampling, device = self.controls.sampling, logits.device
-        taken = torch.tensor([len(row.tokens) for row in rows], device=device)
-        z = processed_logits(logits, self.controls, taken, self._history(rows))
-        keep = None if sampling.greedy else keep_set(z, sampling)
-        logprobs = (z if keep is None else z.masked_fill_(~keep, -torch.inf)).log_softmax(1)
-        if sampling.greedy:
-            chosen = logprobs.argmax(1)
-        else:
-            points = [self.uniforms[row.index, len(row.tokens)] for row in rows]
-            chosen = draw(logprobs, torch.stack(points).to(device))
-        entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(1)
-        packed = repeat(None) if keep is None else np.packbits(keep.cpu().numpy(), axis=1)
-        by_eos = torch.isin(chosen, self.eos).tolist()
-        columns = (chosen.tolist(), logprobs.gather(1, chosen[:, None])[:, 0].tolist(), entropy.tolist())
-        for row, token, logprob, nats, kept, ended in zip(rows, *columns, packed, by_eos, strict=False):
+        ids, logprobs, entropies, support = self._draw(logits, rows)
+        by_eos = torch.isin(ids, self.eos).tolist()
+        columns = (ids.tolist(), logprobs.tolist(), entropies.tolist(), by_eos)
+        for k, (row, token, logprob, nats, ended) in enumerate(zip(rows, *columns, strict=True)):
             row.tokens.append(token)
             row.logprobs.append(logprob)
             row.entropies.append(nats)
-            if kept is not None:
-                row.support.append(kept)
+            if support is not None:
+                row.support.append(support[k])
             if self.tell is not None:
                 self.tell(row.index, token, logprob, nats)
             self._note_end(row, ended)
+
+    def _draw(
+        self, logits: Float[Tensor, "R V"], rows: Sequence[_Row]
+    ) -> tuple[Tensor, Tensor, Tensor, np.ndarray[Any, np.dtype[np.uint8]] | None]:
+        """Ids, their log-probs, the entropies, and the kept sets where a control truncates."""
+        sampling, device = self.controls.sampling, logits.device
+        uniforms = torch.stack([self.uniforms[row.index, len(row.tokens)] for row in rows]).to(device)
+        if self.controls.only_temperature and not sampling.greedy:
+            return *self.decoder.draw(logits, sampling.temperature, uniforms), None
+        taken = torch.tensor([len(row.tokens) for row in rows], device=device)
+        z = processed_logits(logits, self.controls, taken, self._history(rows))
+        keep = None if sampling.greedy else keep_set(z, sampling)
+        logprobs = (z if keep is None else z.masked_fill(~keep, -torch.inf)).log_softmax(1)
+        ids = logprobs.argmax(1) if sampling.greedy else draw(logprobs, uniforms)
+        support = None if keep is None else np.packbits(keep.cpu().numpy(), axis=1)
+        return ids, logprobs.gather(1, ids[:, None])[:, 0], entropy_of(logprobs), support
 
     def _history(self, rows: Sequence[_Row]) -> Int[Tensor, "R L"] | None:
         if not self.controls.needs_history:

@@ -1,0 +1,321 @@
+// One decoding step of a Llama-shaped model as one call: no Python between the layers, packed bfloat16 weights,
+// keys and values read in place. Built on first use by fused.py, which also checks its numbers against the model.
+//
+// Layout of one layer's weights in the list: input norm, packed qkv, qkv bias (or empty), packed o, packed gate+up,
+// packed down, norm before the MLP, query norm (or empty), key norm (or empty): `kPerLayer` tensors.
+// The residual stream stays float32, as it does in training under autocast; products are bfloat16.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <vector>
+
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+
+constexpr int64_t kPerLayer = 9;
+constexpr int kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef uint16_t Half __attribute__((vector_size(kLanes * 2), aligned(2)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+inline Lanes load16(const BFloat16* p) {
+  Words wide = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Words) << 16;
+  return reinterpret_cast<Lanes&>(wide);
+}
+
+inline float sum16(Lanes v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+struct Shape {
+  int64_t heads, kv_heads, width, shared, queries, columns;
+  Shape(int64_t heads, int64_t kv_heads, int64_t width)
+      : heads(heads), kv_heads(kv_heads), width(width), shared(heads / kv_heads), queries(heads * width),
+        columns((heads + 2 * kv_heads) * width) {}
+};
+
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
+                       .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
+                                     c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>)>();
+  return op.call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+// residual += update (if there is one); returns the normalised residual in bfloat16.
+Tensor add_and_norm(Tensor& residual, const Tensor& update, const Tensor& scale, double eps) {
+  const int64_t rows = residual.size(0), width = residual.size(1);
+  Tensor out = at::empty({rows, width}, residual.options().dtype(at::kBFloat16));
+  float* base = residual.data_ptr<float>();
+  const BFloat16* add = update.defined() ? update.const_data_ptr<BFloat16>() : nullptr;
+  const float* weight = scale.const_data_ptr<float>();
+  BFloat16* target = out.data_ptr<BFloat16>();
+  at::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      float* x = base + r * width;
+      float squares = 0;
+      for (int64_t i = 0; i < width; ++i) {
+        if (add) x[i] += static_cast<float>(add[r * width + i]);
+        squares += x[i] * x[i];
+      }
+      const float factor = 1.0f / std::sqrt(squares / width + static_cast<float>(eps));
+      for (int64_t i = 0; i < width; ++i) target[r * width + i] = x[i] * factor * weight[i];
+    }
+  });
+  return out;
+}
+
+Tensor silu_product(const Tensor& gate_up) {
+  const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+  Tensor out = at::empty({rows, width}, gate_up.options());
+  const BFloat16* in = gate_up.const_data_ptr<BFloat16>();
+  BFloat16* target = out.data_ptr<BFloat16>();
+  at::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const BFloat16 *gate = in + r * 2 * width, *up = gate + width;
+      for (int64_t i = 0; i < width; ++i) {
+        const float g = gate[i];
+        target[r * width + i] = g / (1.0f + std::exp(-g)) * static_cast<float>(up[i]);
+      }
+    }
+  });
+  return out;
+}
+
+// Norm (where the family has one) and rotation of one head at one position, from bfloat16 to float32.
+void rotate(const BFloat16* in, const float* norm, const float* cos, const float* sin, int64_t width, double eps,
+            float* out) {
+  std::vector<float> x(width);
+  float factor = 1;
+  for (int64_t i = 0; i < width; ++i) x[i] = in[i];
+  if (norm) {
+    float squares = 0;
+    for (float v : x) squares += v * v;
+    factor = 1.0f / std::sqrt(squares / width + static_cast<float>(eps));
+    for (int64_t i = 0; i < width; ++i) x[i] *= factor * norm[i];
+  }
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    out[i] = x[i] * cos[i] - x[i + half] * sin[i];
+    out[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
+  }
+}
+
+const float* maybe(const Tensor& t) { return t.numel() ? t.const_data_ptr<float>() : nullptr; }
+
+// Scores of `count` keys for the `shared` queries of one key head; scores[g * stride + j].
+void add_scores(const float* queries, const BFloat16* keys, int64_t count, int64_t shared, int64_t width, float scale,
+                float* scores, int64_t stride) {
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t g = 0; g < shared; ++g) {
+      Lanes total = {};
+      for (int64_t i = 0; i < width; i += kLanes)
+        total += load16(keys + j * width + i) * *reinterpret_cast<const Lanes*>(queries + g * width + i);
+      scores[g * stride + j] = sum16(total) * scale;
+    }
+  }
+}
+
+void add_values(const float* weights, const BFloat16* values, int64_t count, int64_t shared, int64_t width,
+                int64_t stride, float* out) {
+  for (int64_t g = 0; g < shared; ++g) {
+    float* target = out + g * width;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      Lanes total = *reinterpret_cast<Lanes*>(target + i);
+      for (int64_t j = 0; j < count; ++j) total += weights[g * stride + j] * load16(values + j * width + i);
+      *reinterpret_cast<Lanes*>(target + i) = total;
+    }
+  }
+}
+
+struct Memory {  // of one layer
+  std::vector<const BFloat16*> prompt_keys, prompt_values;  // by row: [kv_heads, prompt length, width]
+  std::vector<int64_t> prompt_lengths;
+  BFloat16 *own_keys, *own_values;  // [slots, kv_heads, capacity, width] with `slot_stride` between slots
+  int64_t slot_stride, capacity;
+};
+
+// Rotates, stores the new key and value, and attends; one task for each row and key head.
+Tensor attend_step(const Tensor& qkv, const Memory& memory, const Tensor& positions, const Tensor& cos,
+                   const Tensor& sin, const float* query_norm, const float* key_norm, double eps, const Shape& s) {
+  const int64_t rows = qkv.size(0);
+  Tensor out = at::empty({rows, s.queries}, qkv.options());
+  const BFloat16* in = qkv.const_data_ptr<BFloat16>();
+  BFloat16* target = out.data_ptr<BFloat16>();
+  const int64_t* at_position = positions.const_data_ptr<int64_t>();
+  const float *cosines = cos.const_data_ptr<float>(), *sines = sin.const_data_ptr<float>();
+  const float scale = 1.0f / std::sqrt(static_cast<float>(s.width));
+  at::parallel_for(0, rows * s.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> queries(s.shared * s.width), rotated(s.width), result(s.shared * s.width), scores;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t r = task / s.kv_heads, h = task % s.kv_heads, position = at_position[r];
+      const int64_t prompt = memory.prompt_lengths[r], own = position - prompt, count = position + 1;
+      const float *c = cosines + position * s.width, *n = sines + position * s.width;
+      const BFloat16* row = in + r * s.columns;
+      for (int64_t g = 0; g < s.shared; ++g)
+        rotate(row + (h * s.shared + g) * s.width, query_norm, c, n, s.width, eps, queries.data() + g * s.width);
+      BFloat16* keys = memory.own_keys + r * memory.slot_stride + h * memory.capacity * s.width;
+      BFloat16* values = memory.own_values + r * memory.slot_stride + h * memory.capacity * s.width;
+      rotate(row + s.queries + h * s.width, key_norm, c, n, s.width, eps, rotated.data());
+      for (int64_t i = 0; i < s.width; ++i) {
+        keys[own * s.width + i] = rotated[i];
+        values[own * s.width + i] = row[s.queries + (s.kv_heads + h) * s.width + i];
+      }
+      scores.resize(s.shared * count);
+      const int64_t before = h * prompt * s.width;
+      add_scores(queries.data(), memory.prompt_keys[r] + before, prompt, s.shared, s.width, scale, scores.data(), count);
+      add_scores(queries.data(), keys, own + 1, s.shared, s.width, scale, scores.data() + prompt, count);
+      for (int64_t g = 0; g < s.shared; ++g) {
+        float *p = scores.data() + g * count, top = p[0], mass = 0;
+        for (int64_t j = 1; j < count; ++j) top = std::max(top, p[j]);
+        for (int64_t j = 0; j < count; ++j) mass += p[j] = std::exp(p[j] - top);
+        for (int64_t j = 0; j < count; ++j) p[j] /= mass;
+      }
+      std::fill(result.begin(), result.end(), 0.0f);
+      add_values(scores.data(), memory.prompt_values[r] + before, prompt, s.shared, s.width, count, result.data());
+      add_values(scores.data() + prompt, values, own + 1, s.shared, s.width, count, result.data());
+      for (int64_t i = 0; i < s.shared * s.width; ++i) target[r * s.queries + h * s.shared * s.width + i] = result[i];
+    }
+  });
+  return out;
+}
+
+template <typename Attend>
+Tensor run_layers(const Tensor& ids, const Tensor& embedding, const std::vector<Tensor>& weights,
+                  const Tensor& last_norm, double eps, Attend attend) {
+  Tensor residual = embedding.index_select(0, ids).to(at::kFloat);
+  Tensor update;
+  for (size_t layer = 0; layer * kPerLayer < weights.size(); ++layer) {
+    const Tensor* w = weights.data() + layer * kPerLayer;
+    std::optional<Tensor> bias;
+    if (w[2].numel()) bias = w[2];
+    Tensor x = add_and_norm(residual, update, w[0], eps);
+    update = packed_linear(attend(layer, packed_linear(x, w[1], bias), maybe(w[7]), maybe(w[8])), w[3], std::nullopt);
+    x = add_and_norm(residual, update, w[6], eps);
+    update = packed_linear(silu_product(packed_linear(x, w[4], std::nullopt)), w[5], std::nullopt);
+  }
+  return add_and_norm(residual, update, last_norm, eps);
+}
+
+// Last hidden states [R, H] after one more token in each of the first R slots.
+//   prompt_keys, prompt_values: by row [layers, kv_heads, prompt length, width]; own: [slots, layers, kv_heads, C, width]
+Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& embedding, const std::vector<Tensor>& weights,
+            const Tensor& last_norm, const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& prompt_keys,
+            const std::vector<Tensor>& prompt_values, Tensor own_keys, Tensor own_values, int64_t heads, double eps) {
+  const Shape s(heads, own_keys.size(2), own_keys.size(4));
+  const int64_t layer_stride = own_keys.stride(1);
+  return run_layers(ids, embedding, weights, last_norm, eps,
+                    [&](size_t layer, const Tensor& qkv, const float* query_norm, const float* key_norm) {
+                      Memory memory{{}, {}, {}, own_keys.data_ptr<BFloat16>() + layer * layer_stride,
+                                    own_values.data_ptr<BFloat16>() + layer * layer_stride, own_keys.stride(0),
+                                    own_keys.size(3)};
+                      for (size_t r = 0; r < prompt_keys.size(); ++r) {
+                        const int64_t offset = layer * prompt_keys[r].stride(0);
+                        memory.prompt_keys.push_back(prompt_keys[r].const_data_ptr<BFloat16>() + offset);
+                        memory.prompt_values.push_back(prompt_values[r].const_data_ptr<BFloat16>() + offset);
+                        memory.prompt_lengths.push_back(prompt_keys[r].size(2));
+                      }
+                      return attend_step(qkv, memory, positions, cos, sin, query_norm, key_norm, eps, s);
+                    });
+}
+
+// Last hidden state [1, H] of one prompt; its keys and values go into keys, values [layers, kv_heads, length, width].
+Tensor prefill(const Tensor& ids, const Tensor& embedding, const std::vector<Tensor>& weights, const Tensor& last_norm,
+               const Tensor& cos, const Tensor& sin, Tensor keys, Tensor values, int64_t heads, double eps) {
+  const int64_t length = ids.size(0);
+  const Shape s(heads, keys.size(1), keys.size(3));
+  Tensor hidden = run_layers(
+      ids, embedding, weights, last_norm, eps,
+      [&](size_t layer, const Tensor& qkv, const float* query_norm, const float* key_norm) {
+        Tensor q = at::empty({heads, length, s.width}, qkv.options().dtype(at::kFloat));
+        Tensor k = at::empty({s.kv_heads, length, s.width}, q.options());
+        const BFloat16* in = qkv.const_data_ptr<BFloat16>();
+        float *to_q = q.data_ptr<float>(), *to_k = k.data_ptr<float>();
+        const float *cosines = cos.const_data_ptr<float>(), *sines = sin.const_data_ptr<float>();
+        at::parallel_for(0, length, 8, [&](int64_t begin, int64_t end) {
+          for (int64_t t = begin; t < end; ++t)
+            for (int64_t h = 0; h < heads + s.kv_heads; ++h) {
+              const bool query = h < heads;
+              float* out = query ? to_q + (h * length + t) * s.width : to_k + ((h - heads) * length + t) * s.width;
+              rotate(in + t * s.columns + h * s.width, query ? query_norm : key_norm, cosines + t * s.width,
+                     sines + t * s.width, s.width, eps, out);
+            }
+        });
+        Tensor v = qkv.narrow(1, s.queries + s.kv_heads * s.width, s.kv_heads * s.width)
+                       .view({length, s.kv_heads, s.width})
+                       .transpose(0, 1);
+        keys[layer].copy_(k);
+        values[layer].copy_(v);
+        Tensor out = at::scaled_dot_product_attention(q.unsqueeze(0), k.repeat_interleave(s.shared, 0).unsqueeze(0),
+                                                      v.to(at::kFloat).repeat_interleave(s.shared, 0).unsqueeze(0),
+                                                      std::nullopt, 0.0, true);
+        return out[0].transpose(0, 1).reshape({length, s.queries}).to(at::kBFloat16);
+      });
+  return hidden.narrow(0, length - 1, 1);
+}
+
+// Inverse-CDF draws from softmax(logits / temperature): ids, log-probs and entropies (nats), one uniform per row.
+std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperature, const Tensor& uniforms) {
+  const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+  Tensor ids = at::empty({rows}, logits.options().dtype(at::kLong));
+  Tensor logprobs = at::empty({rows}, logits.options().dtype(at::kDouble));
+  Tensor entropies = at::empty({rows}, logits.options().dtype(at::kDouble));
+  const BFloat16* in = logits.const_data_ptr<BFloat16>();
+  const double* points = uniforms.const_data_ptr<double>();
+  const float warmth = 1.0 / temperature;
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kBlock = 256;
+    std::vector<float> p(vocabulary);
+    std::vector<double> mass((vocabulary + kBlock - 1) / kBlock);
+    for (int64_t r = begin; r < end; ++r) {
+      const BFloat16* z = in + r * vocabulary;
+      float top = -INFINITY;
+      for (int64_t i = 0; i < vocabulary; ++i) top = std::max(top, static_cast<float>(z[i]));
+      double total = 0, moment = 0;
+      for (size_t block = 0; block < mass.size(); ++block) {
+        const int64_t first = block * kBlock, last = std::min(vocabulary, first + kBlock);
+        float weight = 0, weighted = 0;
+        for (int64_t i = first; i < last; ++i) {
+          const float x = (static_cast<float>(z[i]) - top) * warmth;
+          p[i] = std::exp(x);
+          weight += p[i];
+          weighted += p[i] * x;
+        }
+        mass[block] = weight;
+        total += weight;
+        moment += weighted;
+      }
+      double point = points[r] * total;
+      size_t block = 0;
+      while (block + 1 < mass.size() && point >= mass[block]) point -= mass[block++];
+      const int64_t first = block * kBlock, last = std::min(vocabulary, first + kBlock);
+      int64_t chosen = first;
+      for (int64_t i = first; i < last; ++i) {
+        if (p[i] > 0) chosen = i;
+        if (point < p[i]) break;
+        point -= p[i];
+      }
+      ids.data_ptr<int64_t>()[r] = chosen;
+      const double log_total = std::log(total);
+      logprobs.data_ptr<double>()[r] = (static_cast<float>(z[chosen]) - top) * warmth - log_total;
+      entropies.data_ptr<double>()[r] = log_total - moment / total;
+    }
+  });
+  return {ids, logprobs, entropies};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(pertoken, m) {
+  m.def("step", &step);
+  m.def("prefill", &prefill);
+  m.def("sample", &sample);
+}

@@ -1,0 +1,215 @@
+"""A decoder for Llama-shaped models on CPUs: a whole step in compiled code (`fused.cpp`), weights packed once a step.
+
+What it gains over `HFDecoder`: no Python between layers, matrix products on packed bfloat16 weights, and a prompt's
+keys and values in memory once for all the rows behind it. It is built with the machine's C++ compiler on first use and
+compared with the model before it is trusted; wherever one of these fails, the engine goes on with `HFDecoder`.
+"""
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pertoken.cache import cache_folder
+from pertoken.rollout.decoder import agrees
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type`s whose layers have the shape that the code computes."""
+
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-ffast-math", "-fno-finite-math-only")
+
+PROBE_TOLERANCE = 0.3
+"""Largest difference of a probe's logits from the model's own, in standard deviations of the logits (bfloat16)."""
+
+
+def fused_decoder(model: Any) -> "FusedDecoder | None":
+    """A decoder that reads the weights of `model` (adapters included), or None where it does not apply."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if inner.device.type != "cpu" or not _has_the_shape(inner) or not _library():
+        return None
+    decoder = FusedDecoder(model, inner)
+    return decoder if agrees(decoder, inner, tolerance=PROBE_TOLERANCE) else None
+
+
+class FusedDecoder:
+    """See `Decoder`. A row is its prompt, shared with others, and an own part that grows."""
+
+    def __init__(self, model: Any, inner: Any) -> None:
+        self._model, self._config = inner, inner.config.get_text_config()
+        self._weights: list[Tensor] = []
+        self._head = torch.empty(0)
+        self._prompts: list[tuple[Tensor, Tensor]] = []
+        self._lengths: list[int] = []
+        self._table = (torch.empty(0, 0), torch.empty(0, 0))
+        self.load({})
+
+    @property
+    def _width(self) -> int:
+        c = self._config
+        return int(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Pack the weights that the model has now."""
+        packed: list[Tensor] = []
+        with torch.no_grad():
+            for layer in self._model.base_model.layers:
+                a, m = layer.self_attn, layer.mlp
+                qkv = (a.q_proj, a.k_proj, a.v_proj)
+                biases = [p.bias for p in qkv if p.bias is not None]
+                packed += [
+                    layer.input_layernorm.weight.float(),
+                    _pack(torch.cat([_weight(p) for p in qkv])),
+                    torch.cat(biases).bfloat16() if biases else torch.empty(0, dtype=torch.bfloat16),
+                    _pack(_weight(a.o_proj)),
+                    _pack(torch.cat([_weight(m.gate_proj), _weight(m.up_proj)])),
+                    _pack(_weight(m.down_proj)),
+                    layer.post_attention_layernorm.weight.float(),
+                    a.q_norm.weight.float() if hasattr(a, "q_norm") else torch.empty(0),
+                    a.k_norm.weight.float() if hasattr(a, "k_norm") else torch.empty(0),
+                ]
+            self._weights, self._head = packed, _pack(_weight(self._model.get_output_embeddings()))
+
+    def reserve(self, slots: int, length: int) -> None:
+        c = self._config
+        # How much of a row is prompt is known only when it comes: room for a row without one.
+        shape = (slots, c.num_hidden_layers, c.num_key_value_heads, length, self._width)
+        if not hasattr(self, "_own") or any(a < b for a, b in zip(self._own[0].shape, shape, strict=True)):
+            self._own = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16)
+        self._prompts, self._lengths = [(torch.empty(0), torch.empty(0))] * slots, [0] * slots
+        if length > len(self._table[0]):
+            positions = torch.arange(length)[None]
+            cos, sin = self._model.base_model.rotary_emb(torch.empty(1, dtype=torch.float32), positions)
+            self._table = cos[0].contiguous(), sin[0].contiguous()
+
+    def prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
+        c = self._config
+        shape = (c.num_hidden_layers, c.num_key_value_heads, len(prompt), self._width)
+        keys, values = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16)
+        hidden = torch.ops.pertoken.prefill(
+            torch.tensor(prompt), self._embedding, self._weights, self._last_norm, *self._table, keys, values,
+            c.num_attention_heads, c.rms_norm_eps,
+        )  # fmt: skip
+        for slot in slots:
+            self._prompts[slot], self._lengths[slot] = (keys, values), len(prompt)
+        return self._logits(hidden)[0]
+
+    def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        rows, c = len(tokens), self._config
+        hidden = torch.ops.pertoken.step(
+            tokens, torch.tensor(self._lengths[:rows]), self._embedding, self._weights, self._last_norm, *self._table,
+            [keys for keys, _ in self._prompts[:rows]], [values for _, values in self._prompts[:rows]], *self._own,
+            c.num_attention_heads, c.rms_norm_eps,
+        )  # fmt: skip
+        for slot in range(rows):
+            self._lengths[slot] += 1
+        return self._logits(hidden)
+
+    def move(self, source: int, target: int) -> None:
+        own = self._lengths[source] - self._prompts[source][0].shape[2]
+        for buffer in self._own:
+            buffer[target, :, :, :own] = buffer[source, :, :, :own]
+        self._prompts[target], self._lengths[target] = self._prompts[source], self._lengths[source]
+
+    def draw(
+        self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]
+    ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
+        ids, logprobs, entropies = torch.ops.pertoken.sample(logits, temperature, uniforms.double())
+        return ids, logprobs, entropies
+
+    @property
+    def _embedding(self) -> Tensor:
+        weight: Tensor = self._model.get_input_embeddings().weight
+        return weight
+
+    @property
+    def _last_norm(self) -> Tensor:
+        weight: Tensor = self._model.base_model.norm.weight
+        return weight
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._head, None, "none", [], "")
+        return logits
+
+
+def _weight(layer: Any) -> Tensor:
+    """The weight that a linear layer multiplies with now, adapters merged."""
+    if not hasattr(layer, "get_delta_weight"):
+        weight: Tensor = layer.weight
+        return weight
+    total: Tensor = layer.get_base_layer().weight
+    for name in layer.active_adapters:
+        total = total + layer.get_delta_weight(name)
+    return total
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), 64)
+    return packed
+
+
+def _has_the_shape(model: Any) -> bool:
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return bool(
+        config.model_type in FAMILIES
+        and config.hidden_act == "silu"
+        and width % 16 == 0
+        and getattr(config, "sliding_window", None) is None
+        and "sliding_attention" not in (getattr(config, "layer_types", None) or ())
+        and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+        and not getattr(config, "mlp_bias", False)
+        and type(model.get_output_embeddings()) is nn.Linear
+        and getattr(model.base_model.layers[0].self_attn.o_proj, "bias", None) is None
+    )
+
+
+@cache
+def _library() -> bool:
+    """Build (once per machine, compiler and version) and load the compiled code; False if that cannot be done."""
+    source = Path(__file__).with_name("fused.cpp")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or not torch.backends.mkldnn.is_available():
+        return False
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = "\n".join([source.read_text(), version, torch.__version__, *FLAGS, platform.processor(), _features()])
+    target = cache_folder() / "native" / f"fused-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    try:
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as place:
+                built, part = Path(place) / "fused.so", Path(place) / "fused.o"
+                includes = [f"-I{path}" for path in include_paths()]
+                abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+                _run([compiler, *FLAGS, abi, *includes, "-c", str(source), "-o", str(part)])
+                # Linked in a step of its own: with -ffast-math it would turn subnormal numbers off for the process.
+                where = [f"-L{path}" for path in library_paths()]
+                _run([compiler, "-shared", "-fopenmp", str(part), *where, "-ltorch_cpu", "-lc10", "-o", str(built)])
+                built.replace(target)
+        torch.ops.load_library(str(target))
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, check=True, timeout=600)
+
+
+def _features() -> str:
+    """What the processor can do: code built for one machine must not be loaded on another by way of a shared home."""
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return platform.machine()
