@@ -50,6 +50,48 @@ def tiny_model(
     return model
 
 
+_SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 63, "pad_token_id": None,
+}  # fmt: skip
+_GROUPED = _SMALL | {"num_key_value_heads": 2}
+_OLDER = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": None, "eos_token_id": 63}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GROUPED),
+    "mistral": ("mistral", _GROUPED | {"sliding_window": 5}),
+    "qwen2": ("qwen2", _GROUPED),
+    "qwen3": ("qwen3", _GROUPED | {"head_dim": 16}),
+    "gemma": ("gemma", _GROUPED | {"head_dim": 8}),
+    "gemma2": ("gemma2", _GROUPED | {"head_dim": 8, "sliding_window": 5}),
+    "gemma3": (
+        "gemma3_text",
+        _GROUPED | {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi": ("phi", _SMALL | {"partial_rotary_factor": 0.5}),
+    "gpt2": ("gpt2", _OLDER | {"hidden_size": 32, "n_positions": 128}),
+    "opt": ("opt", _OLDER | {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "pad_token_id": 1}),
+    "gpt_neox": ("gpt_neox", _SMALL),
+    "bloom": ("bloom", _OLDER | {"hidden_size": 32}),
+}
+"""Families of causal LMs that attend, place and normalise in different ways: model type, configuration."""
+
+
+def family_model(name: str) -> Any:
+    """A random two-layer model of a family, float32, in eval mode: 64 ids, of which 63 ends a text."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind, settings = FAMILIES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings), attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
 def episode(
     prompt: Sequence[int],
     answer: Sequence[int],

@@ -19,10 +19,11 @@ STAGES = {"policy", "rollout", "rewards", "batching"}
 MAY: dict[str, set[str]] = {
     # what everyone may know
     "errors": set(),
+    "cache": set(),
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
     # the stages of a step: each knows the types, none knows a sibling
-    **{stage: {"errors", "sampling", "types"} for stage in STAGES},
+    **{stage: {"errors", "cache", "sampling", "types"} for stage in STAGES},
     **{maths: {"types"} for maths in MATHS},
     # beside the stages
     "config": {"errors", "sampling"},

@@ -6,6 +6,7 @@ shared trunk, and one precision setting for all matrix work. What it computes fo
 
 import contextlib
 import copy
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -261,7 +262,8 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     except ImportError as error:
         raise MissingExtraError("gguf", "gguf", "reading a GGUF file") from error
     try:
-        with _no_progress_bars():
+        # The bar of the conversion knows no switch; what is wrong comes as an exception all the same.
+        with _no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation=ATTENTION
             )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pertoken.errors import ModelError
+from pertoken.cache import cache_folder
 from pertoken.policy import model as policies
 from pertoken.policy.model import Policy, end_ids, load_model, resolve_precision
 from pertoken.testing import byte_tokenizer, tiny_model
@@ -51,10 +52,10 @@ def test_the_embedded_model_names_the_package_that_carries_it(monkeypatch, tmp_p
 
 def test_the_cache_folder_can_be_moved(monkeypatch, tmp_path):
     monkeypatch.setenv("PERTOKEN_CACHE", str(tmp_path / "mine"))
-    assert policies.cache_folder() == tmp_path / "mine"
+    assert cache_folder() == tmp_path / "mine"
     monkeypatch.delenv("PERTOKEN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert policies.cache_folder() == tmp_path / "pertoken"
+    assert cache_folder() == tmp_path / "pertoken"
 
 
 def test_every_end_that_the_model_knows_ends_a_completion():
