@@ -1,17 +1,19 @@
 """From a configuration to the parts of a run: policy, task, rewards, engine, optimiser, evaluator."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pertoken.config import DocstringsTask, EvaluationConfig, RewardConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.objectives import AdaptiveKL, FixedKL
-from pertoken.policy.checkpoint import load_checkpoint
+from pertoken.policy.checkpoint import load_state
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Weighted, resolve
@@ -30,6 +32,9 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
 
     Everything that can be wrong with data, model or rewards is found here, before the first token.
     """
+    # The package draws from no global generator; rewards of others may, and should do so alike in each run.
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
     task = build_task(config.task)
     rewards = build_rewards(config.rewards)
     policy = build_policy(config)
@@ -55,7 +60,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         notes=notes,
     )
     if checkpoint is not None:
-        run.load_state_dict(load_checkpoint(checkpoint, policy, optimizer))
+        run.load_state_dict(load_state(checkpoint, policy, optimizer))
         run.engine.load_weights(policy.trainable(), version=run.progress.step)
     return run
 

@@ -345,6 +345,8 @@ class CheckpointConfig(Section):
     """Save after every so many steps; an interrupted run saves in any case."""
     keep: int = Field(default=1, ge=1)
     """How many of the newest to keep."""
+    keep_best: bool = True
+    """Also keep the one with the best held-out evaluation.metric, among those that were evaluated when saved."""
 
 
 class LogConfig(Section):
