@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from pertoken import run
+from pertoken import build, run, trainer
 from pertoken.config import RunConfig
 from pertoken.tracking.lock import RunLock
 from pertoken.tracking.runs import find_runs, verify_run
@@ -153,3 +153,30 @@ def test_a_second_ctrl_c_ends_at_once_and_the_run_can_be_resumed(folder, pertoke
     code, _, _ = pertoken("train", "--resume", folder, "stop.steps=5")
     assert code == 0
     assert verify_run(folder) == []
+
+
+def test_sigterm_finishes_the_step_and_saves(folder, pertoken, monkeypatch):
+    """The notice that a cluster gives before it takes a machine away."""
+    with monkeypatch.context() as patch:
+        whole = trainer.record
+        patch.setattr(trainer, "record", lambda *parts: (os.kill(os.getpid(), signal.SIGTERM), whole(*parts)))
+        code, out, err = pertoken("train", "--resume", folder, "stop.steps=9")
+    assert (code, "finishing this step, then saving" in err) == (130, True)
+    assert f"resume with: pertoken train --resume {folder}" in out
+    assert (folder / "checkpoints" / "step-000004").is_dir()
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    assert verify_run(folder) == []
+
+
+def test_sigterm_while_the_model_is_loaded_starts_nothing(folder, pertoken, monkeypatch):
+    whole = build.build_policy
+    patched = lambda config: (os.kill(os.getpid(), signal.SIGTERM), whole(config))[1]  # noqa: E731
+    monkeypatch.setattr(build, "build_policy", patched)
+    config, new = folder / "config.yaml", folder.parent / "new"
+    code, out, _ = pertoken("train", config, f"folder={new}", "stop.steps=1")
+    assert (code, "resume with" in out) == (130, True)
+    assert not (new / "checkpoints").exists()
+    assert not (new / "evaluations.jsonl").exists()
+    monkeypatch.setattr(build, "build_policy", whole)
+    assert pertoken("runs", "resume", new)[0] == 0
+    assert verify_run(new) == []
