@@ -268,6 +268,7 @@ class Experiment:
             span = self.seconds[setting]
             deaths = [{"after": source.uniform(0, span)} for _ in range(source.randint(1, 5))]
             self.disturbed(setting, self.place / f"run-{self.runs}", deaths)
+            print(f"so far: {self.report()}", flush=True)
 
     def at_operations(self, every: int = 1, first: int = 1) -> None:
         """A run per file operation of the undisturbed one, killed right before it (before every n-th of them)."""
@@ -275,6 +276,7 @@ class Experiment:
             operation = first
             while self.disturbed(setting, self.place / f"run-{self.runs}", [{"operation": operation}]):
                 operation += every
+                print(f"so far: {self.report()}", flush=True)
 
     def report(self) -> str:
         stages = ", ".join(f"{name} {count}" for name, count in self.stages.most_common())

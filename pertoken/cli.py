@@ -60,8 +60,10 @@ RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
 
 def main() -> None:
     """Entry point: named errors become one sentence on stderr and a non-zero exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is made
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A log file shows each step when it is made, and what a terminal has no character for ends no run.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.path.insert(0, os.getcwd())  # so that `fn: my_rewards:brevity` finds my_rewards.py here
     try:
         app()
@@ -149,7 +151,7 @@ def generate(
 
     if by not in ("none", "logprob", "entropy", "advantage"):
         raise ConfigError(f"--by {by}: expected none, logprob, entropy or advantage")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = (sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)).decode(errors="replace")
     speaker = Speaker(_config(settings), model=model, chat=not plain)
     if by == "advantage":
         for pieces, advantages, total in speaker.group(text, answer, seed=seed):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 
@@ -180,3 +181,18 @@ def test_sigterm_while_the_model_is_loaded_starts_nothing(folder, pertoken, monk
     monkeypatch.setattr(build, "build_policy", whole)
     assert pertoken("runs", "resume", new)[0] == 0
     assert verify_run(new) == []
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
+def test_a_folder_whose_name_is_no_text_ends_in_sentences(folder, pertoken):
+    odd = folder.rename(folder.with_name(os.fsdecode(b"run-\xff")))
+    code, out, _ = pertoken("runs", "list", odd.parent)
+    assert (code, "run-\\udcff" in out) == (0, True)
+    assert pertoken("runs", "verify", odd)[0] == 0
+    code, _, err = pertoken("runs", "resume", odd, "stop.steps=4")  # safetensors takes no such name
+    assert (code, err.startswith("error: "), "is not valid UTF-8" in err) == (1, True, True)
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_answered(folder, pertoken):
+    code, _, err = pertoken("generate", "say \udcff:", folder / "config.yaml", "--plain")
+    assert (code, err) == (0, "")
