@@ -64,7 +64,12 @@ def exit_codes() -> str:
         (0, "The command did what it was asked to."),
         (1, "<br>".join(by_code[1])),
         (2, "<br>".join([*by_code[2], "an option or command that does not exist"])),
-        (cli.INTERRUPTED, "Ctrl-C or SIGTERM: the step was finished and saved, and the last line says how to resume."),
+        (cli.TIME_IS_UP, "`--max-time` is over: the run was saved, and the last line says how to resume."),
+        (
+            cli.INTERRUPTED,
+            "Ctrl-C or SIGTERM: the step was finished and saved, and the last line says how to resume.<br>"
+            "a second Ctrl-C: ended at once, to be resumed from the newest checkpoint",
+        ),
     ]
     return "| code | when |\n|---|---|\n" + "\n".join(f"| {code} | {when} |" for code, when in rows)
 

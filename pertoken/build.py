@@ -1,17 +1,19 @@
 """From a configuration to the parts of a run: policy, task, rewards, engine, optimiser, evaluator."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pertoken.config import DocstringsTask, EvaluationConfig, RewardConfig, RunConfig, TaskConfig
-from pertoken.errors import ConfigError, TaskError, closest
+from pertoken.errors import ConfigError, ModelError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.objectives import AdaptiveKL, FixedKL
-from pertoken.policy.checkpoint import load_checkpoint
+from pertoken.policy.checkpoint import load_state
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Weighted, resolve
@@ -30,10 +32,14 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
 
     Everything that can be wrong with data, model or rewards is found here, before the first token.
     """
+    # The package draws from no global generator; rewards of others may, and should do so alike in each run.
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
     task = build_task(config.task)
     rewards = build_rewards(config.rewards)
     policy = build_policy(config)
     items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
+    _refuse_unknown_tokens(items, policy)
     if isinstance(task, FileTask):
         notes += [f"skipped {bad}" for bad in task.bad_rows]
     if policy.layout == "padded":
@@ -55,7 +61,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         notes=notes,
     )
     if checkpoint is not None:
-        run.load_state_dict(load_checkpoint(checkpoint, policy, optimizer))
+        run.load_state_dict(load_state(checkpoint, policy, optimizer))
         run.engine.load_weights(policy.trainable(), version=run.progress.step)
     return run
 
@@ -155,6 +161,7 @@ def build_evaluator(config: EvaluationConfig, task: ItemTask, policy: Policy) ->
     if not items:
         raise TaskError(f"task {task.name}: the {config.split} split is empty; set evaluation.items=0 to go without")
     _refuse_too_long(items, policy)
+    _refuse_unknown_tokens(items, policy)
     controls = Controls.resolve(config.sampling, policy.tokenizer, policy.eos_ids)
     return Evaluator(items, controls, metric=config.metric)
 
@@ -187,3 +194,19 @@ def _refuse_too_long(items: Sequence[Item], policy: Policy) -> None:
                 f"item {item.id}: its prompt has {length} tokens, and this model's context is {policy.context_length}. "
                 "Shorten the prompt template, or set rollout.max_prompt_tokens to leave such training items out."
             )
+
+
+def _refuse_unknown_tokens(items: Sequence[Item], policy: Policy) -> None:
+    """A token that was added to the tokenizer alone has no embedding: found here, not deep inside of the model."""
+    embeddings: Any = policy.hf_model.get_input_embeddings()
+    known = int(embeddings.weight.shape[0])
+    if max(policy.tokenizer.get_vocab().values(), default=0) < known:
+        return
+    for item in items:
+        for token in prompt_ids(item, policy.tokenizer):
+            if token >= known:
+                raise ModelError(
+                    f"item {item.id}: its prompt has the token {policy.tokenizer.convert_ids_to_tokens(token)!r} (id "
+                    f"{token}), but this model has embeddings for {known} ids: the tokenizer was extended, the model "
+                    "was not. Call model.resize_token_embeddings(len(tokenizer)) and save both."
+                )

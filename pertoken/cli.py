@@ -1,7 +1,9 @@
-"""The command line: train, evaluate, generate, report, config."""
+"""The command line: train, evaluate, generate, report, config, runs."""
 
 import io
+import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,18 +38,32 @@ app = typer.Typer(
 )
 out = Console(highlight=False, soft_wrap=True)
 
+runs_app = typer.Typer(name="runs", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(runs_app, help="List, verify, prune and resume runs.")
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells use it."""
+TIME_IS_UP = 75
+"""Exit code when --max-time was over before the run was: the "try again later" of sysexits.h."""
 
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="CONFIG.yaml... [KEY=VALUE]...", help="YAML files, then overrides.")
 ]
 
 
+MaxTime = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Save and end within this time (90, 45m, 1h30m), to be resumed."),
+]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
+
+
 def main() -> None:
     """Entry point: named errors become one sentence on stderr and a non-zero exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is made
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A log file shows each step when it is made, and what a terminal has no character for ends no run.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.path.insert(0, os.getcwd())  # so that `fn: my_rewards:brevity` finds my_rewards.py here
     try:
         app()
@@ -60,6 +76,7 @@ def main() -> None:
 def train(
     settings: Settings = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    max_time: MaxTime = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
     """Train a policy. Ctrl-C finishes the step, saves, and says how to resume."""
@@ -72,18 +89,31 @@ def train(
     if dry_run:
         out.print(config.to_yaml(), markup=False, end="")
         return
+    _train(config, resume, _seconds(max_time))
+
+
+def _train(config: RunConfig, resume: Path | None, max_seconds: float) -> None:
     from pertoken.run import train as run_training
 
     with _interrupts() as interrupted, _StepDisplay(config) as display:
-        result = run_training(
-            config, resume=resume, on_step=display.step, on_note=display.note, interrupted=interrupted
-        )
+        try:
+            result = run_training(
+                config,
+                resume=resume,
+                on_step=display.step,
+                on_note=display.note,
+                interrupted=interrupted,
+                max_seconds=max_seconds,
+            )
+        except KeyboardInterrupt:
+            Console(stderr=True).print("[yellow]stopped at once; what was written before stays[/]")
+            raise typer.Exit(INTERRUPTED) from None
     out.print(f"\n{result.reason}; run folder: {result.folder}")
     if result.comparison is not None:
         _print_table(result.comparison.before, result.comparison, ("before", "after"))
     if result.interrupted:
         out.print(f"resume with: pertoken train --resume {result.folder}")
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(TIME_IS_UP if result.out_of_time else INTERRUPTED)
     out.print(f"model:  {result.folder / 'model'}\nreport: {result.report or 'not written (see above)'}")
 
 
@@ -121,7 +151,7 @@ def generate(
 
     if by not in ("none", "logprob", "entropy", "advantage"):
         raise ConfigError(f"--by {by}: expected none, logprob, entropy or advantage")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = (sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)).decode(errors="replace")
     speaker = Speaker(_config(settings), model=model, chat=not plain)
     if by == "advantage":
         for pieces, advantages, total in speaker.group(text, answer, seed=seed):
@@ -159,6 +189,83 @@ def show_config(
         style = "bold" if kind == "section" else ""
         table.add_row(*(Text(cell, style=style) for cell in (name, kind, default, " ".join(meaning.split()))))
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@runs_app.command(name="list")
+def list_runs(root: Annotated[Path, typer.Argument(help="Folder with runs in it.")] = Path("runs")) -> None:
+    """List the runs in a folder: how they stand, how far they came, what they take on disk."""
+    from pertoken.tracking.runs import find_runs
+
+    table = Table("run", "status", "step", "held-out metric", "checkpoints", "size", box=None, pad_edge=False)
+    for run in find_runs(root):
+        step = f"{run.step}/{run.steps}" if run.steps else str(run.step)
+        metric = "" if run.metric is None else f"{run.main} {run.metric:.4g}"
+        cells = (str(run.folder), run.status, step, metric, str(run.checkpoints), f"{run.size / 1e6:,.1f} MB")
+        table.add_row(*map(Text, cells))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@runs_app.command()
+def verify(folder: RunFolder) -> None:
+    """Check every row of the logs and every byte of the checkpoints; exit code 1 if something is wrong."""
+    from pertoken.tracking.runs import verify_run
+
+    problems = verify_run(folder)
+    for problem in problems:
+        out.print(problem, markup=False)
+    if problems:
+        raise typer.Exit(1)
+    out.print(f"{folder}: sound", markup=False)
+
+
+@runs_app.command()
+def prune(
+    folder: RunFolder,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest checkpoints to keep.")] = 1,
+    keep_best: Annotated[bool, typer.Option(help="Also keep the one with the best held-out metric.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+) -> None:
+    """Remove checkpoints that are not needed to go on, and those that are damaged."""
+    from pertoken.tracking.checkpoints import CheckpointStore
+    from pertoken.tracking.lock import RunLock
+    from pertoken.tracking.runlog import read_run
+
+    read_run(folder)
+    lock = RunLock(folder)
+    try:
+        removed = CheckpointStore(folder / "checkpoints").prune(keep=keep, keep_best=keep_best, dry_run=dry_run)
+    finally:
+        lock.release()
+    for path in removed:
+        out.print(f"{'would remove' if dry_run else 'removed'} {path}", markup=False)
+    out.print(f"{len(removed)} checkpoints {'would go' if dry_run else 'removed'}")
+
+
+@runs_app.command()
+def resume(
+    folder: RunFolder,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides for the rest of the run.")
+    ] = None,
+    max_time: MaxTime = None,
+) -> None:
+    """Go on with a run from its newest sound checkpoint; the same as train --resume."""
+    _train(load_config([folder / "config.yaml"], settings or []), folder, _seconds(max_time))
+
+
+def _seconds(text: str | None) -> float:
+    """A duration: seconds, or hours, minutes and seconds with their letters.
+
+    >>> _seconds("90"), _seconds("1h30m"), _seconds("2.5m")
+    (90.0, 5400.0, 150.0)
+    """
+    if text is None:
+        return math.inf
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch(rf"(?:{number}d)?(?:{number}h)?(?:{number}m)?(?:{number}s?)?", text.strip())
+    if not found or not text.strip():
+        raise ConfigError(f"--max-time {text!r}: expected seconds, or a time such as 45m, 1h30m or 2d")
+    return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
 
 
 def _is_override(setting: str) -> bool:

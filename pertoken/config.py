@@ -5,6 +5,7 @@ pairs. `train(RunConfig(...))` in Python is the same path. Unknown keys are refu
 name; combinations that cannot work are refused with what to change.
 """
 
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from pertoken.sampling import Sampling
 class Section(BaseModel):
     """A part of the configuration: frozen, unknown keys refused, fields documented by the text under them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class LoraConfig(Section):
@@ -345,6 +346,8 @@ class CheckpointConfig(Section):
     """Save after every so many steps; an interrupted run saves in any case."""
     keep: int = Field(default=1, ge=1)
     """How many of the newest to keep."""
+    keep_best: bool = True
+    """Also keep the one with the best held-out evaluation.metric, among those that were evaluated when saved."""
 
 
 class LogConfig(Section):
@@ -361,7 +364,7 @@ class RunConfig(Section):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the run folder."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides items, samples and minibatches."""
     folder: str | None = None
     """Run folder; null makes runs/<name>-<seed>."""
@@ -464,9 +467,58 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("\n".join(dict.fromkeys(map(_in_words, error.errors())))) from None
 
 
+MAX_VALUES = 100_000
+"""Most values in one YAML text, aliases written out: a few lines of aliases can stand for billions."""
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader (plain values only), with a bound on what merge keys (`<<`) copy."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, "merge keys copy too much", node.start_mark)
+
+
+def _parse(text: str, where: str) -> Any:
+    """The value of a YAML text; ConfigError if it is too deep, too large, or holds text that cannot be written."""
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply for a configuration") from None
+    except ValueError as error:  # a number of thousands of digits, a day that no calendar has
+        raise ConfigError(f"{where}: {error}") from None
+    open_values, seen = [value], 0
+    while open_values:
+        part = open_values.pop()
+        seen += 1
+        if seen > MAX_VALUES:
+            raise ConfigError(f"{where}: more than {MAX_VALUES} values, or one that holds itself; are aliases meant?")
+        if isinstance(part, dict):
+            open_values += [*part.keys(), *part.values()]
+        elif isinstance(part, list):
+            open_values += part
+        elif isinstance(part, str):
+            _refuse_unwritable(part, where)
+    return value
+
+
+def _refuse_unwritable(text: str, where: str) -> None:
+    """Text that has no place in a file or in a file name is found here, not when the run has begun."""
+    if "\0" in text:
+        raise ConfigError(f"{where}: a NUL character in {text[:60]!a}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: half a character (U+{ord(text[error.start]):04X}) at {error.start} of {text[:60]!a}; "
+            "only whole Unicode characters can be written to files"
+        ) from None
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f" {closest(str(path), near)}" if near else ""
@@ -502,9 +554,9 @@ def _set(target: Any, override: str) -> None:
         raise ConfigError(f"{override!r}: expected key.sub=value, for instance update.learning_rate=1e-5")
     *path, last = key.split(".")
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text, ascii(key))
     except yaml.YAMLError:
-        value = text
+        value = _parse(json.dumps(text), ascii(key))
     for depth, name in enumerate(path):
         if isinstance(target, list):
             target = target[_index(target, name, key)]
@@ -524,7 +576,7 @@ def _set(target: Any, override: str) -> None:
 
 
 def _index(target: list[Any], name: str, key: str) -> int:
-    if not name.isdigit() or int(name) >= len(target):
+    if not name.isdecimal() or int(name) >= len(target):
         raise ConfigError(f"{key}: {name!r} is not a place in a list of {len(target)}")
     return int(name)
 

@@ -69,8 +69,8 @@ def observe(
     if old.values is not None and credit.returns is not None:
         error, returns = (credit.returns - old.values)[mask], credit.returns[mask]
         metrics |= {
-            "value/error": error.square().mean().sqrt().item(),
-            "value/explained_variance": 1.0 - (error.var() / returns.var()).item() if returns.var() > 0 else 0.0,
+            "value/error": error.square().mean().sqrt().item() if batch.num_actions else 0.0,
+            "value/explained_variance": 1.0 - (error.var() / returns.var()).item() if _varies(returns) else 0.0,
         }
     return StepReport(step, metrics | updated.metrics | dict(extra), episodes, streams)
 
@@ -129,6 +129,10 @@ def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
             pieces.append(aligned.text[shown:end])
             shown = end
     return pieces
+
+
+def _varies(values: Tensor) -> bool:
+    return len(values) > 1 and bool(values.var() > 0)
 
 
 def _mean(cells: Tensor, mask: Tensor) -> float:

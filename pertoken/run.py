@@ -1,29 +1,34 @@
 """Whole jobs, as the command line and notebooks call them: train, evaluate, generate."""
 
 import contextlib
-import shlex
+import math
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from pertoken import build
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, RunConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RunFolderError
 from pertoken.observe import StepReport, token_pieces
-from pertoken.policy.checkpoint import checkpoints
 from pertoken.policy.model import Policy
 from pertoken.rewards import Scene, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect, prompt_ids, sample_seed
 from pertoken.sampling import Controls
+from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.comparison import Comparison, compare
+from pertoken.tracking.lock import RunLock
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import write_report
-from pertoken.tracking.runlog import RunLog
-from pertoken.trainer import assign, checkpoint, loop
+from pertoken.tracking.runlog import RunLog, Status, read_run
+from pertoken.trainer import Run, assign, checkpoint, loop
 from pertoken.types import Item
 
 
@@ -34,6 +39,9 @@ class RunResult:
     folder: Path
     reason: str
     interrupted: bool
+    """It is not finished and can be resumed."""
+    out_of_time: bool
+    """It was interrupted because `max_seconds` were over."""
     comparison: Comparison | None
     """Held-out quality before and after; None without evaluation or if the run was interrupted."""
     report: Path | None
@@ -46,52 +54,83 @@ def train(
     on_step: Callable[[StepReport, float], None] = lambda report, seconds: None,
     on_note: Callable[[str], None] = lambda note: None,
     interrupted: Callable[[], bool] = lambda: False,
+    max_seconds: float = math.inf,
 ) -> RunResult:
     """Train as `config` says, in its run folder; or go on with the run in `resume` from its last checkpoint.
 
     `on_step` hears of each step, with the seconds of training so far; `on_note` of what a person should know.
-    Whatever happens, what was written stays: a named error or an interrupt leaves a run folder in order.
+    Whatever happens, what was written stays: a named error or an interrupt leaves a run folder in order. `max_seconds`
+    is for a machine that is yours for a while: the run saves and ends in time, to be resumed.
     """
     folder = resume or config.run_folder
-    saved = checkpoints(folder / "checkpoints")[-1:] if resume else []
-    if resume is None:
-        _refuse_occupied(folder)
-    run = build.build_run(config, checkpoint=saved[0] if saved else None)
-    command = shlex.join(["pertoken", *sys.argv[1:]])
-    if resume is None:
-        log = RunLog.create(
-            folder, config_text=config.to_yaml(), seed=config.seed, about=_about(config), command=[command]
-        )
-    else:
-        log = RunLog.open(folder, step=run.progress.step, config_text=config.to_yaml())
-        run.notes += log.notes
-        run.notes.append(f"resumed after step {run.progress.step}")
-    told = 0
+    budget = TimeBudget(max_seconds)
+    with contextlib.ExitStack() as stack:
+        saved, lock = None, None
+        notes: list[str] = []
+        if resume is None:
+            _refuse_occupied(folder)
+        else:
+            read_run(folder)  # a folder that is no run gets no lock
+            lock = RunLock(folder)
+            stack.callback(lock.release)
+            saved, notes = CheckpointStore(folder / "checkpoints").newest()
+        run = build.build_run(config, checkpoint=saved.path if saved else None)
+        if lock is None:
+            log = RunLog.create(
+                folder,
+                config_text=config.to_yaml(),
+                seed=config.seed,
+                about=_about(config),
+                command=["pertoken", *sys.argv[1:]],
+            )
+        else:
+            step = run.progress.step if saved else -1
+            log = RunLog.open(folder, step=step, config_text=config.to_yaml(), lock=lock)
+            run.notes += [*notes, *log.notes, f"resumed after step {run.progress.step}"]
+        stack.enter_context(log)
+        return _train(run, log, on_step, _Notes(run, on_note), interrupted, budget)
 
-    def tell() -> None:
-        nonlocal told
-        for note in run.notes[told:]:
-            on_note(note)
-        told = len(run.notes)
 
+def _train(
+    run: Run,
+    log: RunLog,
+    on_step: Callable[[StepReport, float], None],
+    notes: "_Notes",
+    interrupted: Callable[[], bool],
+    budget: "TimeBudget",
+) -> RunResult:
     def after_step(report: StepReport) -> None:
-        tell()
+        notes.tell()
         on_step(report, run.progress.seconds)
 
-    tell()
+    def should_end() -> bool:
+        return interrupted() or budget.is_spent()
+
+    notes.tell()
     try:
-        reason = loop(run, log, on_step=after_step, interrupted=interrupted)
+        # What ends before the first evaluation has nothing to save: resumed, it begins at the beginning.
+        reason = "interrupted"
+        if not should_end():
+            reason = loop(run, log, on_step=after_step, interrupted=should_end)
+            if run.stop_reason() is None:
+                checkpoint(run, log)
         stopped_early = run.stop_reason() is None
-        if stopped_early:
-            checkpoint(run, log)
-        else:
+        out_of_time = stopped_early and not interrupted()
+        if out_of_time:
+            reason = f"time is up ({budget.seconds:g} s)"
+        if not stopped_early:
             _save_model(run.policy, log.folder / "model")
         log.finish("interrupted" if stopped_early else "finished", reason)
-    except (PertokenError, KeyboardInterrupt) as error:
-        _mark_failed(log, error)
+    except PertokenError as error:
+        _mark(log, "failed", str(error))
+        raise
+    except KeyboardInterrupt:
+        _mark(log, "interrupted", "stopped at once, in the middle of a step")
         raise
     comparison = None if stopped_early else compare(RunReader(log.folder).evaluations())
-    return RunResult(log.folder, reason, stopped_early, comparison, _write_report(log.folder, on_note))
+    return RunResult(
+        log.folder, reason, stopped_early, out_of_time, comparison, _write_report(log.folder, notes.on_note)
+    )
 
 
 def evaluate(config: RunConfig, *, model: str | None = None, against: str | None = None) -> list[dict[str, Any]]:
@@ -164,6 +203,38 @@ class Speaker:
             yield pieces, advantages, totals[row].item()
 
 
+class TimeBudget:
+    """Tells a loop that asks before each step when to stop, so that it ends within `seconds` from now.
+
+    A step is not begun if, taking as long as the longest one so far, it would not end in time.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self._clock = seconds, clock
+        self._end = clock() + seconds
+        self._last: float | None = None
+        self._longest = 0.0
+
+    def is_spent(self) -> bool:
+        now = self._clock()
+        if self._last is not None:
+            self._longest = max(self._longest, now - self._last)
+        self._last = now
+        return now + self._longest >= self._end
+
+
+class _Notes:
+    """Tells each note of a run once."""
+
+    def __init__(self, run: Run, on_note: Callable[[str], None]) -> None:
+        self._run, self.on_note, self._told = run, on_note, 0
+
+    def tell(self) -> None:
+        for note in self._run.notes[self._told :]:
+            self.on_note(note)
+        self._told = len(self._run.notes)
+
+
 def _policy(config: RunConfig, name: str) -> Policy:
     """The policy of `config` with another model: a name, a file, or a run folder."""
     folder = Path(name)
@@ -199,18 +270,27 @@ def _refuse_occupied(folder: Path) -> None:
 
 
 def _save_model(policy: Policy, folder: Path) -> None:
+    """Write the trained model so that a kill leaves the folder of before, the new one, or none: never a part."""
+    draft, old = folder.with_name(".partial-model"), folder.with_name(".removed-model")
     try:
-        policy.save(folder)
-    except (OSError, RuntimeError) as error:
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        policy.save(draft)
+        if folder.exists():
+            folder.rename(old)
+        draft.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
         raise RunFolderError(
             f"cannot write the trained model to {folder}: {error}. Logs and checkpoints are as they were; free some "
             "space and resume the run."
         ) from error
 
 
-def _mark_failed(log: RunLog, error: BaseException) -> None:
+def _mark(log: RunLog, status: Status, reason: str) -> None:
     with contextlib.suppress(RunFolderError):  # on a full disk the reason for the failure counts, not this mark
-        log.finish("failed", str(error) or type(error).__name__)
+        log.finish(status, reason)
 
 
 def _write_report(folder: Path, on_note: Callable[[str], None]) -> Path | None:

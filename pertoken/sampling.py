@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from pertoken.errors import NumericsError
+
 NO_TOKEN = -1
 """Fills the left of a history shorter than the widest one."""
 
@@ -179,12 +181,19 @@ def draw(logprobs: Float[Tensor, "A V"], uniform: Float[Tensor, " A"]) -> Int[Te
 
     One number per row, instead of V, makes a row's tokens independent of which rows share its batch.
     Works in two levels (blocks, then inside the block), so float32 rounding cannot reach a token of
-    probability 0.
+    probability 0. Raises NumericsError where there is no distribution to draw from.
     """
     rows, vocab = logprobs.shape
     width = 256
     probs = torch.nn.functional.pad(logprobs.exp(), (0, -vocab % width)).view(rows, -1, width)
     cumulative = probs.sum(2, dtype=torch.float64).cumsum(1)
+    lost = ~(cumulative[:, -1] > 0)  # NaN is not above 0
+    if bool(lost.any()):
+        raise NumericsError(
+            f"row {int(lost.nonzero()[0])} of {rows} in this rollout: the model gives no distribution over the next "
+            "token, its logits are not finite. If it has trained for a while, lower update.learning_rate and resume "
+            "from an earlier checkpoint; if not, its weights are broken or need policy.precision float32."
+        )
     point = uniform.double() * cumulative[:, -1]
     block = (cumulative <= point[:, None]).sum(1).clamp_max(cumulative.shape[1] - 1)
     everyone = torch.arange(rows, device=logprobs.device)

@@ -21,14 +21,15 @@ from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation, Evaluator
 from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
-from pertoken.policy.checkpoint import save_checkpoint
+from pertoken.policy.checkpoint import save_state, state_size
 from pertoken.policy.model import Policy, Reference
-from pertoken.rewards import Scene, Weighted, score
+from pertoken.rewards import Scene, Stateful, Weighted, score
 from pertoken.rewards.kl import KLToReference
 from pertoken.rollout.collect import collect
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
 from pertoken.tasks.base import batch_of
+from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.runlog import RunLog
 from pertoken.types import Credit, Episode, Item, PolicyOutput, TokenBatch, TokenRewards
 
@@ -48,6 +49,9 @@ class Progress:
     """Mean KL per sequence to the reference in the last step (nats)."""
     best_metric: float = -math.inf
     evaluations_since_best: int = 0
+    evaluated: int | None = None
+    """Step of the last evaluation, and what its main metric was."""
+    metric: float | None = None
 
 
 @dataclass
@@ -83,12 +87,22 @@ class Run:
         return next((words for limit, reached, words in conditions if limit is not None and reached >= limit), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside weights and optimiser that the next step depends on."""
-        return {"progress": vars(self.progress).copy(), "kl": self.kl.state_dict()}
+        """Everything beside weights, optimiser and random states that the next step depends on, as JSON."""
+        rewards = {part.name: part.state() for part in self.rewards if isinstance(part.reward, Stateful)}
+        return {"progress": vars(self.progress).copy(), "kl": self.kl.state_dict(), "rewards": rewards}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
         self.progress = Progress(**state["progress"])
-        self.kl.load_state_dict(state["kl"])
+        if state["kl"].keys() == self.kl.state_dict().keys():
+            self.kl.load_state_dict(state["kl"])
+        else:
+            self.notes.append("kl: the checkpoint is from a run with another controller; its coefficient starts anew")
+        for part in self.rewards:
+            if isinstance(part.reward, Stateful) and part.name in state["rewards"]:
+                part.reward.set_state(state["rewards"][part.name])
+            elif isinstance(part.reward, Stateful):
+                self.notes.append(f"rewards: the checkpoint has no state of {part.name!r}; it starts anew")
 
 
 def loop(
@@ -114,6 +128,8 @@ def loop(
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report)
         evaluate(run, log)
+        if run.config.checkpoint.every and step % run.config.checkpoint.every == 0:
+            checkpoint(run, log)  # after the evaluation: what is saved has counted it
         on_step(report)
     return reason or "interrupted"
 
@@ -350,26 +366,25 @@ def advance(run: Run, report: StepReport, *, seconds: float) -> None:
 
 
 def record(run: Run, log: RunLog, report: StepReport) -> None:
-    """Write the step to the run folder: its figures always, its samples every so often, a checkpoint when due."""
-    step, every = report.step, run.config.checkpoint.every
+    """Write the step to the run folder: its figures always, its samples every so often."""
+    step = report.step
     log.step(step, report.metrics)
     due = step % run.config.log.episodes_every == 0 or step == 1 or run.stop_reason() is not None
     if due and run.config.log.episodes_per_step:
         shown = report.episodes[: run.config.log.episodes_per_step]
         log.episodes(step, episode_records(shown, report.streams, run.policy.tokenizer, step=step))
-    if every and step % every == 0:
-        checkpoint(run, log)
 
 
 def checkpoint(run: Run, log: RunLog) -> Path:
-    """Save all that is needed to go on from here; older checkpoints beyond `checkpoint.keep` are removed."""
-    return save_checkpoint(
-        log.folder / "checkpoints",
-        run.progress.step,
-        run.policy,
-        run.optimizer,
-        run.state_dict(),
-        keep=run.config.checkpoint.keep,
+    """Save all that is needed to go on from here; older checkpoints that `checkpoint` does not keep are removed."""
+    now, config = run.progress, run.config.checkpoint
+    return CheckpointStore(log.folder / "checkpoints").save(
+        now.step,
+        lambda folder: save_state(folder, run.policy, run.optimizer, run.state_dict()),
+        size=state_size(run.policy, run.optimizer),
+        metric=now.metric if now.evaluated == now.step else None,
+        keep=config.keep,
+        keep_best=config.keep_best,
     )
 
 
@@ -385,6 +400,7 @@ def evaluate(run: Run, log: RunLog) -> Evaluation | None:
     result = run.evaluator(run.engine, run.policy, run.reference, run.rewards)
     log.evaluation(step, config.split, result.summary, result.rows)
     value = result.summary["metrics"][config.metric]
+    run.progress.evaluated, run.progress.metric = step, value
     if value > run.progress.best_metric:
         run.progress.best_metric, run.progress.evaluations_since_best = value, 0
     elif step:

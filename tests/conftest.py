@@ -1,11 +1,22 @@
 """The shape checker is on in every test: each annotated tensor is checked at each call."""
 
 import os
+import random
+import signal
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
+# The checker draws which entries of a list it looks at, from a source of its own here: runs are compared to the last
+# bit, and the rewards in them draw from the global one.
+drawn_from = random.getrandbits
+random.getrandbits = random.Random(0).getrandbits
+import beartype._check.code.codemain  # noqa: E402, F401 - takes the function when it is imported
+
+random.getrandbits = drawn_from
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 _hook = install_import_hook("pertoken", "beartype.beartype")
 
@@ -21,3 +32,63 @@ def model_folder(tmp_path_factory):
     tiny_model(seed=1).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def killed_at():
+    """`killed_at(n, work)`: does `work()` in a process that is killed at its n-th file operation; whether it was."""
+    return _killed_at
+
+
+def _killed_at(operation, work):
+    pid = os.fork()
+    if not pid:
+        _die_at(operation)
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+def _die_at(operation):
+    """SIGKILL for this process right before its n-th file operation: what Python reports to auditors, and fsync."""
+    left = operation
+
+    def count(event, _):
+        nonlocal left
+        if event == "open" or event.startswith(("os.", "shutil.")):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (count("os.fsync", ()), fsync(descriptor))
+    sys.addaudithook(count)
+
+
+@pytest.fixture
+def pertoken(capsys, monkeypatch):
+    """`pertoken("runs", "list")`: (exit code, standard output, standard error) of a command, run in this process."""
+    from pertoken import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pertoken", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(cli, "out", cli.Console(highlight=False, soft_wrap=True))
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call

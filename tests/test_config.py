@@ -109,6 +109,61 @@ def test_files_that_are_no_configuration(tmp_path, content, words):
     assert load_config([write(tmp_path, "", "empty.yaml")]) == RunConfig()
 
 
+def aliases(levels, line):
+    """The laughing billions: each level holds the one below it nine times."""
+    return "".join(line.format(name=f"n{k}", below=",".join([f"*n{k - 1}"] * 9)) for k in range(1, levels))
+
+
+HOSTILE = {
+    "billion laughs": ("n0: &n0 [x]\n" + aliases(9, "{name}: &{name} [{below}]\n"), "more than 100000 values"),
+    "a billion merged": ("n0: &n0 {x: 1}\n" + aliases(9, "{name}: &{name} {{<<: [{below}]}}\n"), "copy too much"),
+    "a list in itself": ("rewards: &r\n - *r\n", "one that holds itself"),
+    "a section in itself": ("kl: &k\n  estimator: *k\n", "one that holds itself"),
+    "a tag that calls": ("name: !!python/object/apply:os.system ['exit 1']", "could not determine a constructor"),
+    "a tag that imports": ("name: !!python/name:os.system", "could not determine a constructor"),
+    "deep lists": ("name: " + "[" * 1500, "nested too deeply"),
+    "deep sections": ("{a: " * 3000 + "1" + "}" * 3000, "nested too deeply"),
+    "a huge number": ("seed: " + "9" * 5000, "digits"),
+    "a large seed": ("seed: " + "9" * 30, "seed: Input should be less than"),
+    "an infinite rate": ("update: {learning_rate: .inf}", "finite number"),
+    "no day": ("name: 2020-99-99", "month must be in 1..12"),
+    "half a character": ('task: {path: x, prompt: "a \\ud83d b"}', "half a character (U+D83D) at 2 of 'a \\ud83d b'"),
+    "NUL in a path": ('folder: "a\\0b"', "a NUL character in 'a\\x00b'"),
+    "a path as a name": ("name: ../../x", "name: String should match pattern"),
+    "the folder above as a name": ("name: ..", "name: String should match pattern"),
+    "a line end in a name": ('name: "a\\n"', "name: String should match pattern"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_end_in_one_sentence_at_once(tmp_path, name):
+    content, words = HOSTILE[name]
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config([write(tmp_path, content)])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("name=" + "[" * 1500, "'name': nested too deeply"),
+        (
+            "task.path=\udcff.jsonl",
+            "'task.path': half a character (U+DCFF)",
+        ),  # a byte of a command line that is no text
+        ("kl.estimator=&r [*r]", "one that holds itself"),
+        ("rewards.\u00b2=1", "is not a place in a list of 1"),
+    ],
+)
+def test_hostile_overrides_too(override, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config([], [override])
+
+
+def test_aliases_within_reason_are_welcome(tmp_path):
+    content = "rollout: {sampling: &s {top_p: 0.9}}\nevaluation: {sampling: {<<: *s, temperature: 0.0}}\n"
+    assert load_config([write(tmp_path, content)]).evaluation.sampling.top_p == 0.9
+
+
 def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path, "", "quickstart.yaml")
     with pytest.raises(ConfigError, match=r"quickstrat\.yaml.*did you mean '.*quickstart\.yaml'"):

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 COMMANDS = typer.main.get_command(cli.app).commands
+ALL_COMMANDS = COMMANDS | {f"runs {name}": command for name, command in COMMANDS["runs"].commands.items()}
 
 SPEC = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
 generate = importlib.util.module_from_spec(SPEC)
@@ -103,11 +104,11 @@ def test_defaults_on_the_configuration_page_are_those_of_a_run():
     assert shown["stop.steps"] == str(config.stop.steps)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ALL_COMMANDS)
 def test_every_command_and_option_is_documented(command):
     page = read("docs/cli.md")
-    assert f"\n## pertoken {command}\n" in page
-    for parameter in COMMANDS[command].params:
+    assert f"# pertoken {command}\n" in page
+    for parameter in ALL_COMMANDS[command].params:
         assert parameter.param_type_name != "option" or parameter.opts[0] in page
 
 
@@ -179,7 +180,9 @@ def test_commands_on_pages_exist(page, monkeypatch):
 
 def check_command(words: list[str]) -> None:
     program, *rest = words
-    if program == "pertoken":
+    if program == "pertoken" and rest[0] == "runs":
+        check_pertoken(COMMANDS["runs"].commands[rest[1]], rest[2:])
+    elif program == "pertoken":
         check_pertoken(COMMANDS[rest[0]], rest[1:])
     elif program == "make":
         assert f"\n{rest[0]}:" in read("Makefile")
@@ -202,7 +205,8 @@ def check_pertoken(command, arguments: list[str]) -> None:
         elif not options[word].is_flag:
             arguments = arguments[1:]
     takes_settings = "settings" in {parameter.name for parameter in command.params}
-    settings = settings[1:] if command.name == "generate" else settings if takes_settings else []
+    takes_one_first = command.name in ("generate", "resume")
+    settings = settings[1:] if takes_one_first else settings if takes_settings else []
     load_config([s for s in settings if "=" not in s], [s for s in settings if "=" in s])
 
 

@@ -11,10 +11,10 @@ from pertoken import build, run, trainer
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import NumericsError, RewardError, RunFolderError, TaskError
-from pertoken.policy.checkpoint import checkpoints
 from pertoken.rewards import episode_reward, token_reward
 from pertoken.sampling import Controls
 from pertoken.testing import episode
+from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.trainer import learning_rate_factor
 from pertoken.types import PolicyOutput
 
@@ -185,10 +185,14 @@ def test_interrupted_and_resumed_goes_on_where_it_was(model_folder, data, tmp_pa
 def test_checkpoints_are_kept_as_told_and_a_torn_one_is_not_taken(model_folder, data, tmp_path):
     config = settings(model_folder, data, tmp_path, checkpoint__every=1, checkpoint__keep=2, stop__steps=4)
     run.train(config)
-    folder = tmp_path / "run" / "checkpoints"
-    assert [path.name for path in checkpoints(folder)] == ["step-000003", "step-000004"]
-    (folder / "step-000004" / "state.json").unlink()
-    assert [path.name for path in checkpoints(folder)] == ["step-000003"]
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in store.paths()] == ["step-000003", "step-000004"]
+    (store.folder / "step-000004" / "state.json").unlink()
+    notes = []
+    run.train(config, resume=tmp_path / "run", on_note=notes.append)
+    assert notes[0].startswith("checkpoint step-000004 cannot be used: state.json is missing; an older one is taken")
+    assert "resumed after step 3" in notes
+    assert store.problem(store.folder / "step-000004") is None
 
 
 def test_a_full_disk_leaves_what_was_written(model_folder, data, tmp_path, monkeypatch):

@@ -1,88 +1,54 @@
-"""Checkpoints: trained weights and optimiser as safetensors, counters as JSON; no pickle anywhere.
+"""The state of a run as files: weights and optimiser as safetensors, counters as JSON; no pickle anywhere.
 
-    checkpoints/step-000050/state.safetensors   weight/<name>, optimizer/<name>/<field>, rng
-    checkpoints/step-000050/state.json          format, step, controllers, counters
+    state.safetensors   weight/<name>, optimizer/<name>/<field>, random/torch, random/cuda/<device>
+    state.json          counters and controllers of the trainer, random states of Python and NumPy
 
-A checkpoint is written under a temporary name and renamed when it is complete, so a torn one is never taken
-for a whole one. Weights that are not trained (a LoRA base, say) are not in it: they come from `policy.model`.
+When such a folder is written, kept and trusted is the business of `tracking/checkpoints.py`. Weights that are not
+trained (a LoRA base, say) are not in it: they come from `policy.model`.
 """
 
 import json
-import os
-import shutil
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pertoken.errors import RunFolderError
 from pertoken.policy.model import Policy
 
-FORMAT_VERSION = 1
 
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    *,
-    keep: int,
-) -> Path:
-    """Write `folder/step-<step>` and remove all but the newest `keep`; raises RunFolderError if it cannot."""
-    target, partial = folder / f"step-{step:06d}", folder / f".partial-{step:06d}"
+def save_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Write weights, optimiser and random states of now into `folder`, and `state` with them."""
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(_tensors(policy, optimizer), partial / "state.safetensors")
-        content = {"format": FORMAT_VERSION, "step": step, **state}
-        with open(partial / "state.json", "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunFolderError(
-            f"cannot write the checkpoint {target}: {error}. Earlier checkpoints and logs are as they were. Free some "
-            "space or choose another run folder, then resume."
-        ) from error
-    return target
+        save_file(_tensors(policy, optimizer), folder / "state.safetensors")
+    except SafetensorError as error:  # a full disk, for one; it inherits nothing that says so
+        raise OSError(f"state.safetensors: {error}") from error
+    content = {**state, "random": {"python": random.getstate(), "numpy": _numpy_state()}}
+    (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+def state_size(policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+    """About how many bytes `save_state` writes."""
+    return sum(tensor.nbytes for tensor in _tensors(policy, optimizer).values()) + (1 << 16)
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put weights, optimiser and random state back in place; returns the rest of the state."""
+def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put weights, optimiser and random states back in place; returns the rest of the state."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state.get("format") != FORMAT_VERSION:
-            raise RunFolderError(
-                f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT_VERSION}."
-            )
-        with safe_open(path / "state.safetensors", framework="pt", device=str(policy.device)) as file:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "state.safetensors", framework="pt", device=str(policy.device)) as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, RunFolderError):
-            raise
-        raise RunFolderError(f"{path}: not a readable checkpoint: {error}. Resume from an older one.") from error
+        torch_states = {name: tensor.cpu() for name, tensor in stored.items() if name.startswith("random/")}
+        python, numpy = state.pop("random").values()
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise RunFolderError(f"{folder}: not a readable checkpoint: {error!r}. Resume from an older one.") from error
     named = policy.trainable()
-    missing = [name for name in named if f"weight/{name}" not in stored]
-    if missing:
-        raise RunFolderError(
-            f"{path}: holds no weights for {missing[0]} (and {len(missing) - 1} more). It belongs to a run of another "
-            "policy: same model, LoRA and value head are needed."
-        )
+    _refuse_other_policy(folder, named, stored)
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(stored[f"weight/{name}"])
@@ -91,14 +57,48 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
         fields = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
         if fields:
             optimizer.state[parameter] = {key: value.clone() for key, value in fields.items()}
-    torch.set_rng_state(stored["rng"].cpu())
+    _set_random_states(torch_states, python, numpy)
     return state
 
 
 def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {"rng": torch.get_rng_state()}
+    tensors = {"random/torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"random/cuda/{k}": state for k, state in enumerate(torch.cuda.get_rng_state_all())}
     for name, parameter in policy.trainable().items():
         tensors[f"weight/{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value.contiguous()
     return tensors
+
+
+def _refuse_other_policy(folder: Path, named: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
+    """The weights of a checkpoint belong to one policy: same names, same shapes."""
+    weights = {name.removeprefix("weight/"): t.shape for name, t in stored.items() if name.startswith("weight/")}
+    wanted = {name: parameter.shape for name, parameter in named.items()}
+    different = sorted(name for name in weights.keys() | wanted.keys() if weights.get(name) != wanted.get(name))
+    if different:
+        first, more = different[0], f" (and {len(different) - 1} more)" if different[1:] else ""
+        shapes = [list(found[first]) if first in found else "nothing" for found in (wanted, weights)]
+        raise RunFolderError(
+            f"{folder} belongs to a run of another policy: for {first}{more} this one needs {shapes[0]}, and the "
+            f"checkpoint holds {shapes[1]}. Resume with the same model, LoRA and value head."
+        )
+
+
+def _numpy_state() -> dict[str, Any]:
+    """The state of NumPy's global generator (its legacy one, MT19937) as JSON has it."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    words = np.asarray(keys).tolist()
+    return {"kind": kind, "keys": words, "position": position, "has_gauss": has_gauss, "gauss": gauss}
+
+
+def _set_random_states(torch_states: Mapping[str, torch.Tensor], python: Any, numpy: Mapping[str, Any]) -> None:
+    torch.set_rng_state(torch_states["random/torch"])
+    devices = [name for name in torch_states if name.startswith("random/cuda/")]
+    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([torch_states[f"random/cuda/{k}"] for k in range(len(devices))])
+    version, words, gauss = python
+    random.setstate((version, tuple(words), gauss))
+    keys = np.asarray(numpy["keys"], dtype=np.uint32)
+    np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))

@@ -14,6 +14,7 @@ that the policy did not choose moves to the last action before it.
 import functools
 import importlib
 import inspect
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -113,6 +114,19 @@ class Reward(Protocol):
     """Anything that gives every token of a scene a number; 0.0 means "no opinion"."""
 
     def __call__(self, scene: Scene) -> Float[Tensor, "B T"]: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A reward that remembers something from batch to batch (a running mean, say) and goes on so after a resume."""
+
+    def get_state(self) -> Any:
+        """All that it remembers, as JSON has it: numbers, text, lists, and dicts with text as keys."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Remember this instead."""
+        ...
 
 
 class SampleReward(ABC):
@@ -273,6 +287,22 @@ class Weighted:
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise ConfigError(f"reward {self.name!r}: weight must be a finite number, got {self.weight}")
+
+    def state(self) -> Any:
+        """What a stateful reward remembers, if JSON gives the same back; None if it remembers nothing."""
+        if not isinstance(self.reward, Stateful):
+            return None
+        state = self.reward.get_state()
+        try:
+            same = json.loads(json.dumps(state)) == state
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"reward {self.name!r}: get_state() cannot be saved as JSON: {error}") from error
+        if not same:
+            raise RewardError(
+                f"reward {self.name!r}: get_state() is not the same after a trip through JSON: use lists instead of "
+                "tuples, and text as keys of dicts"
+            )
+        return state
 
 
 def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:

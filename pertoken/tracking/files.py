@@ -31,6 +31,8 @@ def writing(what: str, path: Path) -> Iterator[None]:
     """Turns an `OSError` of the block into a `RunFolderError` that says what, where, why and what to do."""
     try:
         yield
+    except RunFolderError:  # an OSError that says all this already
+        raise
     except OSError as error:
         cause = (error.strerror or str(error)).lower()
         advice = _ADVICE.get(error.errno or 0, "check the disk, then resume the run")
@@ -80,6 +82,8 @@ def append_row(path: Path, row: Mapping[str, Any], what: str) -> None:
             with suppress(OSError):
                 file.truncate(end)
             raise
+        if not end:
+            sync_folder(path.parent)
 
 
 def write_whole(path: Path, content: bytes, what: str) -> None:
@@ -93,10 +97,22 @@ def write_whole(path: Path, content: bytes, what: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, path)
+            sync_folder(path.parent)
         except BaseException:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
             raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the disk has the names in `folder`: without this a power cut can undo a rename."""
+    if os.name == "nt":  # Windows has no such call, and keeps the order by itself
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], what: str) -> None:

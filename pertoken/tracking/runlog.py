@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,26 +29,31 @@ from pertoken.tracking.files import (
     write_whole,
     writing,
 )
+from pertoken.tracking.lock import LOCK, WRITER, RunLock
 from pertoken.types import Episode, Message
 
 FORMAT_VERSION = 1
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
+BEFORE_RUN_JSON = {LOCK, WRITER, "config.yaml", *(f"{name}.tmp" for name in (WRITER, "config.yaml", "run.json"))}
+"""What a run that was killed while it made its folder may have left there: no reason to refuse the folder."""
+
 
 class RunLog:
     """The one writer of a run folder: `RunLog.create(...)` for a new run, `RunLog.open(...)` to resume one.
 
     Every method has written to disk when it returns. What it cannot write it reports as `RunFolderError`, and
-    leaves all earlier rows as they were.
+    leaves all earlier rows as they were. It holds the folder's `RunLock` until `close()` or the end of the process.
     """
 
     folder: Path
     notes: tuple[str, ...]
     """What `open` had to repair or drop, in sentences for a person."""
 
-    def __init__(self, folder: Path, run: Row, notes: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, run: Row, lock: RunLock, notes: Sequence[str] = ()) -> None:
         self.folder = folder
+        self._lock = lock
         self.notes = tuple(notes)
         self._run = run
         metrics = read_rows(folder / "metrics.jsonl")[0]
@@ -73,50 +79,59 @@ class RunLog:
         folder = Path(folder)
         with writing("the run folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            occupied = any(folder.iterdir())
-        if (folder / "run.json").exists():
-            raise RunFolderError(f"{folder} already holds a run: resume it, or choose another folder for the new one")
-        if occupied:
-            raise RunFolderError(f"{folder} holds files that are not of a run: choose a new or an empty folder")
-        run: Row = {
-            "format_version": FORMAT_VERSION,
-            "status": "running",
-            "reason": "",
-            "started": _now(),
-            "finished": None,
-            "resumed": [],
-            "about": dict(about or {}),
-            "seed": seed,
-            "command": shlex.join(sys.argv if command is None else command),
-            "versions": _versions(),
-            "platform": platform.platform(),
-        }
-        write_whole(folder / "config.yaml", config_text.encode(), "the configuration")
-        log = cls(folder, run)
-        log._save_run()
+        _refuse_occupied(folder)  # before the lock: a folder of something else gets no file of ours
+        lock = RunLock(folder)
+        with ExitStack() as on_error:
+            on_error.callback(lock.release)
+            _refuse_occupied(folder)  # another process may have been first
+            run: Row = {
+                "format_version": FORMAT_VERSION,
+                "status": "running",
+                "reason": "",
+                "started": _now(),
+                "finished": None,
+                "resumed": [],
+                "about": dict(about or {}),
+                "seed": seed,
+                "command": shlex.join(sys.argv if command is None else command),
+                "versions": _versions(),
+                "platform": platform.platform(),
+            }
+            write_whole(folder / "config.yaml", config_text.encode(), "the configuration")
+            log = cls(folder, run, lock)
+            log._save_run()
+            on_error.pop_all()
         return log
 
     @classmethod
-    def open(cls, folder: str | Path, *, step: int, config_text: str | None = None) -> "RunLog":
+    def open(
+        cls, folder: str | Path, *, step: int, config_text: str | None = None, lock: RunLock | None = None
+    ) -> "RunLog":
         """The run in `folder`, to go on after `step` (the step of the checkpoint that is loaded).
 
+        Without any checkpoint, `step` is -1: then the evaluation of the untrained model is made again too.
+        `lock` is the folder's lock if the caller has it already.
         A torn last line is cut off, and all rows and files beyond `step` are dropped: the steps that are about
         to be made again occur once. `config_text`, if given, replaces the stored configuration.
         """
         folder = Path(folder)
         run = read_run(folder)
-        notes = [note for name in ("metrics.jsonl", "evaluations.jsonl") for note in _rewind(folder / name, step)]
-        for name in ("episodes", "evaluations"):
-            for path in sorted((folder / name).glob("*.jsonl")):
-                if step_of(path) > step:
-                    with writing("the resumed run", path):
-                        path.unlink()
-        run["resumed"].append({"time": _now(), "step": step, "versions": _versions(), "notes": notes})
-        run |= {"status": "running", "reason": "", "finished": None}
-        if config_text is not None:
-            write_whole(folder / "config.yaml", config_text.encode(), "the configuration")
-        log = cls(folder, run, notes)
-        log._save_run()
+        lock = lock or RunLock(folder)
+        with ExitStack() as on_error:
+            on_error.callback(lock.release)
+            notes = [note for name in ("metrics.jsonl", "evaluations.jsonl") for note in _rewind(folder / name, step)]
+            for name in ("episodes", "evaluations"):
+                for path in sorted((folder / name).glob("*.jsonl")):
+                    if step_of(path) > step:
+                        with writing("the resumed run", path):
+                            path.unlink()
+            run["resumed"].append({"time": _now(), "step": max(step, 0), "versions": _versions(), "notes": notes})
+            run |= {"status": "running", "reason": "", "finished": None}
+            if config_text is not None:
+                write_whole(folder / "config.yaml", config_text.encode(), "the configuration")
+            log = cls(folder, run, lock, notes)
+            log._save_run()
+            on_error.pop_all()
         return log
 
     def step(self, step: int, metrics: Mapping[str, Number]) -> None:
@@ -164,6 +179,16 @@ class RunLog:
         """Writes down how the run ended; `reason` is one sentence."""
         self._run |= {"status": status, "reason": reason, "finished": _now()}
         self._save_run()
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        self._lock.release()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.close()
 
     def _save_run(self) -> None:
         text = json.dumps(self._run, indent=2, ensure_ascii=False, default=str) + "\n"
@@ -216,6 +241,15 @@ def prompt_text(prompt: str | Sequence[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _refuse_occupied(folder: Path) -> None:
+    if (folder / "run.json").exists():
+        raise RunFolderError(f"{folder} already holds a run: resume it, or choose another folder for the new one")
+    with writing("the run folder", folder):
+        occupied = any(path.name not in BEFORE_RUN_JSON for path in folder.iterdir())
+    if occupied:
+        raise RunFolderError(f"{folder} holds files that are not of a run: choose a new or an empty folder")
 
 
 def read_run(folder: Path) -> Row:

@@ -137,6 +137,7 @@ def test_a_line_torn_at_any_byte_is_cut_off_on_resume_and_invisible_to_readers(t
     log = new_run(tmp_path / "run")
     for step in (1, 2):
         log.step(step, {"reward/total": 0.5, "grad/norm": 1.5})
+    log.close()
     path = tmp_path / "run" / "metrics.jsonl"
     whole = path.read_bytes()
     second_row = whole.index(b"\n") + 1
@@ -145,6 +146,7 @@ def test_a_line_torn_at_any_byte_is_cut_off_on_resume_and_invisible_to_readers(t
         complete = size == len(whole) - 1  # only the newline is missing: the row is all there
         assert RunReader(tmp_path / "run").metrics()["step"] == ([1, 2] if complete else [1])
         resumed = RunLog.open(tmp_path / "run", step=2)
+        resumed.close()
         torn = size > second_row and not complete
         assert resumed.notes == (("metrics.jsonl: the last line was torn and has been cut off",) if torn else ())
         assert path.read_bytes() == (whole if complete else whole[:second_row])
@@ -165,6 +167,7 @@ def test_resume_drops_what_lies_beyond_the_step_and_goes_on(tmp_path):
         log.episodes(step, [A_RECORD])
     evaluate(log, 4)
     log.finish("interrupted", "Ctrl-C")
+    log.close()
 
     resumed = RunLog.open(tmp_path / "run", step=3, config_text="seed: 7\nsteps: 9\n")
     assert "dropped 2 rows of steps 4 to 5" in resumed.notes[0]

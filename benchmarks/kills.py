@@ -1,0 +1,308 @@
+"""Kills training processes, resumes them, and compares what comes out with an undisturbed run, bit for bit.
+
+    python benchmarks/kills.py --kills 200           # at random moments
+    python benchmarks/kills.py --operations          # before each file operation of a run, one after the other
+    python benchmarks/kills.py --kills 10 --cli      # processes of `pertoken train`, instead of forks of this one
+
+A life is a process that begins or resumes a run. A run is killed one to five times and then lives to its end. What
+counts: the SHA-256 of the trained weights, all rows of metrics and evaluations but their timings, and a folder in
+which `verify_run` finds nothing. Exits with 1 if any run ended in another way, and names its folder.
+"""
+
+import argparse
+import hashlib
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from pertoken import run, trainer
+from pertoken.config import RunConfig
+from pertoken.testing import byte_tokenizer, tiny_model
+from pertoken.tracking import RunReader
+from pertoken.tracking.runs import verify_run
+
+STEPS = 6
+STAGES = ("building", "evaluate", "generate", "update", "record", "checkpoint", "finishing")
+SETTINGS = {
+    "gae": {"credit": {"type": "gae"}, "policy": {"value_head": {}}, "objective": {"entropy_coefficient": 0.01}},
+    "lora": {"policy": {"lora": {"rank": 2}, "dropout": True}, "credit": {"type": "leave_one_out_process"}},
+    "full": {"credit": {"type": "group_relative"}, "update": {"epochs": 2, "minibatches": 2}},
+}
+
+
+REWARD = '''
+"""A reward that depends on all that a reward can: its own memory, and every global random state."""
+import random
+
+import numpy as np
+import torch
+
+from pertoken.rewards import SampleReward
+
+
+class Moody(SampleReward):
+    def __init__(self):
+        self.mean = 0.0
+
+    def token_values(self, sample):
+        self.mean = 0.9 * self.mean + 0.1 * sample.text.count("e")
+        noise = random.random() + np.random.random() + torch.rand(()).item()
+        return [self.mean + 0.01 * noise * (k + 1) for k in range(len(sample.tokens))]
+
+    def get_state(self):
+        return {"mean": self.mean}
+
+    def set_state(self, state):
+        self.mean = state["mean"]
+'''
+
+
+def prepare(place: Path) -> None:
+    """The model, the data and the reward that all runs share."""
+    (place / "moody.py").write_text(REWARD, encoding="utf-8")
+    tiny_model(seed=1).save_pretrained(place / "model")
+    byte_tokenizer().save_pretrained(place / "model")
+    rows = [{"id": str(k), "prompt": f"say {k}", "reference": f"the answer {k}"} for k in range(60)]
+    (place / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def configuration(place: Path, setting: str, folder: Path) -> RunConfig:
+    """A run with everything in it that has a state: adaptive KL, schedule, evaluations, early stopping, checkpoints."""
+    values = {
+        "folder": str(folder),
+        "policy": {"model": str(place / "model"), "precision": "float32", "device": "cpu"},
+        "task": {"type": "file", "path": str(place / "data.jsonl"), "prompt": "{prompt}:", "id": "id"},
+        "rollout": {"prompts_per_step": 3, "samples_per_prompt": 3, "sampling": {"max_new_tokens": 6, "top_p": 0.95}},
+        "rewards": [{"name": "rouge_l", "granularity": "token"}, {"fn": "moody:Moody", "name": "moody"}],
+        "kl": {"coefficient": 0.1, "target": 0.05, "horizon": 50},
+        "update": {"learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 2},
+        "evaluation": {"items": 3, "every": 2, "metric": "chrf", "sampling": {"temperature": 0, "max_new_tokens": 6}},
+        "checkpoint": {"every": 1, "keep": 1},
+        "log": {"episodes_every": 2},
+        "stop": {"steps": STEPS, "patience": 50},
+    }
+    for section, fields in SETTINGS[setting].items():
+        values[section] = {**values.get(section, {}), **fields}
+    return RunConfig.model_validate(values)
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """All that must be equal between two runs of one configuration."""
+    reader = RunReader(folder)
+    weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+    metrics = {name: column for name, column in reader.metrics().items() if not timing(name)}
+    episodes = {step: reader.episodes(step) for step in reader.episode_steps()}
+    faults = verify_run(folder)
+    return {"weights": weights, "metrics": metrics, "evaluations": reader.evaluations(), "episodes": episodes} | (
+        {"faults": faults} if faults else {}
+    )
+
+
+def timing(name: str) -> bool:
+    return name == "time" or name.startswith("time/") or name == "tokens/per_second"
+
+
+# --- lives --------------------------------------------------------------------------------------------------
+
+
+def live(config: RunConfig) -> None:
+    """Begin the run of `config`, or go on with it."""
+    folder = config.run_folder
+    run.train(config, resume=folder if (folder / "run.json").exists() else None)
+
+
+def fork(work: Callable[[], None]) -> int:
+    """The process that does `work`. This process never computes with torch, so that its children can."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()  # os._exit below would swallow it
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ended(pid: int) -> str:
+    """How a process ended: `finished`, `killed`, or what else."""
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status):
+        return "killed" if os.WTERMSIG(status) == signal.SIGKILL else f"signal {os.WTERMSIG(status)}"
+    return "finished" if not os.WEXITSTATUS(status) else f"exit code {os.WEXITSTATUS(status)}"
+
+
+def die_at(operation: int) -> None:
+    """SIGKILL for this process right before its n-th file operation: what Python reports to auditors, and fsync."""
+    left = operation
+
+    def count(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal left
+        writes = event == "open" and len(arguments) > 2 and int(str(arguments[2] or 0)) & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.fsync", "os.truncate"):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (count("os.fsync", ()), fsync(descriptor))[1]  # type: ignore[assignment]
+    sys.addaudithook(count)
+
+
+def mark_stages(place: mmap.mmap) -> None:
+    """Write down in shared memory which stage the process is in."""
+
+    def marked(stage: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            before, place[0] = place[0], STAGES.index(stage)
+            try:
+                return function(*arguments, **named)
+            finally:
+                place[0] = before
+
+        return call
+
+    place[0] = 0
+    for stage in ("evaluate", "generate", "update", "record", "checkpoint"):
+        setattr(trainer, stage, marked(stage, getattr(trainer, stage)))
+    run._save_model = marked("finishing", run._save_model)
+    run._write_report = marked("finishing", run._write_report)
+
+
+def cli(folder: Path, config: Path) -> list[str]:
+    arguments = ["--resume", str(folder)] if (folder / "run.json").exists() else [str(config)]
+    return [sys.executable, "-m", "pertoken.cli", "train", *arguments]
+
+
+# --- experiments --------------------------------------------------------------------------------------------
+
+
+class Experiment:
+    """Undisturbed runs of each setting, and disturbed ones that are compared with them."""
+
+    def __init__(self, place: Path, settings: list[str], *, as_cli: bool = False) -> None:
+        self.place, self.settings, self.as_cli = place, settings, as_cli
+        self.kills, self.runs, self.failures = 0, 0, list[str]()
+        self.stages: Counter[str] = Counter()
+        self.stage = mmap.mmap(-1, 1)
+        assert ended(fork(lambda: prepare(place))) == "finished"
+        sys.path.insert(0, str(place))
+        self.expected, self.seconds = dict[str, object](), dict[str, float]()
+        for setting in settings:
+            folder = place / f"whole-{setting}"
+            begun = time.monotonic()
+            assert self.life(setting, folder) == "finished", f"the undisturbed run in {folder} failed"
+            self.seconds[setting] = time.monotonic() - begun
+            self.expected[setting] = outcome(folder)
+
+    def life(self, setting: str, folder: Path, *, after: float | None = None, operation: int | None = None) -> str:
+        """One process on the run in `folder`, killed after so many seconds, or at that operation, or never."""
+        config = configuration(self.place, setting, folder)
+        if self.as_cli:
+            path = self.place / f"{folder.name}.yaml"
+            path.write_text(config.to_yaml(), encoding="utf-8")
+            paths = os.pathsep.join([str(self.place), *sys.path[1:]])
+            environment = os.environ | {"PYTHONPATH": paths}
+            job = subprocess.Popen(cli(folder, path), stdout=subprocess.DEVNULL, env=environment)
+            try:
+                code = job.wait(after)
+            except subprocess.TimeoutExpired:
+                job.kill()
+                code = job.wait()
+            return {0: "finished", -9: "killed"}.get(code, f"exit code {code}")
+
+        def work() -> None:
+            mark_stages(self.stage)
+            if operation is not None:
+                die_at(operation)
+            live(config)
+
+        pid = fork(work)
+        if after is not None:
+            time.sleep(after)
+            os.kill(pid, signal.SIGKILL)  # one that has ended is not yet waited for: the number is still its own
+        return ended(pid)
+
+    def disturbed(self, setting: str, folder: Path, deaths: list[dict[str, float]]) -> int:
+        """Run through these deaths and then to the end, compare; returns how many of the deaths it died."""
+        self.runs += 1
+        kills = 0
+        for death in deaths:
+            end = self.life(setting, folder, **death)  # type: ignore[arg-type]
+            if end == "killed":
+                kills += 1
+                half = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob(".*"))
+                self.stages["inside a checkpoint" if half else STAGES[self.stage[0]]] += 1
+            elif end != "finished":
+                self.failures.append(f"{folder}: a life ended with {end}")
+        self.kills += kills
+        end = self.life(setting, folder)
+        if end != "finished":
+            self.failures.append(f"{folder}: the last life ended with {end}")
+        elif (found := outcome(folder)) != self.expected[setting]:
+            expected = self.expected[setting]
+            parts = [name for name in found if found[name] != expected.get(name)]  # type: ignore[attr-defined]
+            self.failures.append(f"{folder}: other {', '.join(parts)} than undisturbed")
+        else:
+            shutil.rmtree(folder)
+        return kills
+
+    def at_random(self, kills: int, seed: int) -> None:
+        """Runs with one to five deaths each, until there were `kills`."""
+        source = random.Random(seed)
+        while self.kills < kills:
+            setting = source.choice(self.settings)
+            span = self.seconds[setting]
+            deaths = [{"after": source.uniform(0, span)} for _ in range(source.randint(1, 5))]
+            self.disturbed(setting, self.place / f"run-{self.runs}", deaths)
+            print(f"so far: {self.report()}", flush=True)
+
+    def at_operations(self, every: int = 1, first: int = 1) -> None:
+        """A run per file operation of the undisturbed one, killed right before it (before every n-th of them)."""
+        for setting in self.settings:
+            operation = first
+            while self.disturbed(setting, self.place / f"run-{self.runs}", [{"operation": operation}]):
+                operation += every
+                print(f"so far: {self.report()}", flush=True)
+
+    def report(self) -> str:
+        stages = ", ".join(f"{name} {count}" for name, count in self.stages.most_common())
+        head = f"{self.kills} kills in {self.runs} runs, {len(self.failures)} of them ended otherwise"
+        return "\n".join([head, f"killed while: {stages}", *self.failures])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=0, help="at least so many kills at random moments")
+    parser.add_argument("--operations", action="store_true", help="a kill before each file operation")
+    parser.add_argument("--every", type=int, default=1, help="with --operations: before every n-th only")
+    parser.add_argument("--cli", action="store_true", help="kill processes of `pertoken train`")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    place = Path(tempfile.mkdtemp(prefix="kills-"))
+    experiment = Experiment(place, options.settings, as_cli=options.cli)
+    experiment.at_random(options.kills, options.seed)
+    if options.operations:
+        experiment.at_operations(options.every)
+    print(experiment.report())
+    if experiment.failures:
+        sys.exit(1)
+    shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Inputs and numbers at the edge, through the whole loop: each is harmless, or ends in a named error."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pertoken import build, run, trainer
+from pertoken.batching import to_batch
+from pertoken.config import RunConfig
+from pertoken.errors import ModelError, NumericsError, TaskError
+from pertoken.observe import observe
+from pertoken.rewards import Scene
+from pertoken.rollout.collect import prompt_ids
+from pertoken.testing import byte_tokenizer, episode, tiny_model
+from pertoken.types import Item
+
+GROUP_CREDITS = ("group_relative", "group_process", "leave_one_out", "leave_one_out_process")
+VARIED = """
+from pertoken.rewards import token_reward
+
+@token_reward
+def varied(sample):
+    return [token % 7 / 7 for token in sample.tokens]
+"""
+CREDITS = (*GROUP_CREDITS, "reward_to_go", "gae")
+
+
+@pytest.fixture(autouse=True)
+def without_reports(monkeypatch):
+    monkeypatch.setattr(run, "_write_report", lambda folder, on_note: None)
+
+
+@pytest.fixture
+def settle(tmp_path, model_folder, monkeypatch):
+    """The configuration of a short run; sections are laid over it."""
+
+    def configuration(model=model_folder, prompts=None, folder="run", **sections):
+        (tmp_path / "modules").mkdir(exist_ok=True)
+        (tmp_path / "modules" / "varied.py").write_text(VARIED)
+        monkeypatch.syspath_prepend(tmp_path / "modules")
+        rows = [{"id": f"../{k}", "prompt": p, "reference": "x"} for k, p in enumerate(prompts or map(str, range(40)))]
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        values = {
+            "folder": str(tmp_path / folder),
+            "policy": {"model": str(model), "precision": "float32", "device": "cpu"},
+            "task": {"type": "file", "path": str(tmp_path / "data.jsonl"), "prompt": "{prompt}", "id": "id"},
+            "rollout": {"prompts_per_step": 2, "samples_per_prompt": 3, "sampling": {"max_new_tokens": 4}},
+            "rewards": ({"fn": "varied:varied", "name": "varied"},),
+            "kl": {"coefficient": 0.0},
+            "update": {"learning_rate": 1e-2},
+            "evaluation": {"items": 0},
+            "stop": {"steps": 2},
+        }
+        for name, fields in sections.items():
+            values[name] = {**values.get(name, {}), **fields}
+        if values.get("credit", {}).get("type") == "gae":
+            values["policy"]["value_head"] = {}
+        return RunConfig.model_validate(values)
+
+    return configuration
+
+
+def metrics(config):
+    return [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(built):
+    return {name: parameter.detach().clone() for name, parameter in built.policy.trainable().items()}
+
+
+def a_step(built, episodes):
+    """What the loop does with these episodes; returns the report of the step."""
+    batch = to_batch(episodes, built.controls)
+    old = built.policy.score(batch)
+    ref = built.reference.score(batch)
+    rewards = trainer.reward(built, Scene(batch, episodes, built.policy.tokenizer, old, ref, 1))
+    credit = trainer.assign(built.config.credit, rewards, batch, old)
+    updated = trainer.update(built, batch, old, ref, credit, 1)
+    return observe(1, episodes, batch, old, ref, rewards, credit, updated, {})
+
+
+def unmoved(built, before):
+    return all(torch.equal(parameter, before[name]) for name, parameter in built.policy.trainable().items())
+
+
+def finite(values):
+    """All figures but the gradient norm of a step that made no update."""
+    return {name: value for name, value in values.items() if name != "grad/norm" and not math.isfinite(value)} == {}
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_model_that_says_nan_for_one_prompt_is_a_named_error(settle, precision):
+    config = settle(policy={"precision": precision}, prompts=["7", *"abcdefghijklmnopqrstuvw"])
+    built = build.build_run(config)
+    seven = prompt_ids(Item("7", "7"), built.policy.tokenizer)
+    with torch.no_grad():
+        built.policy.hf_model.get_input_embeddings().weight[seven] = torch.nan
+    built.engine = build.build_engine(built.policy)
+    built.items = [Item("../0", "7"), Item("a", "a")]
+    log = run.RunLog.create(config.run_folder, config_text="", seed=0)
+    with pytest.raises(NumericsError, match=r"row \d of 6 in this rollout: the model gives no distribution"):
+        trainer.loop(built, log, on_step=lambda report: None)
+
+
+def test_one_bad_row_in_an_update_skips_the_update_and_names_the_row(settle, monkeypatch):
+    built = build.build_run(settle())
+    before = weights(built)
+    whole = trainer.policy_loss
+
+    def one_nan(*arguments, **named):
+        loss = whole(*arguments, **named)
+        loss.per_token[1] = torch.nan
+        return loss
+
+    monkeypatch.setattr(trainer, "policy_loss", one_nan)
+    report = a_step(built, trainer.generate(built, 1))
+    assert report.metrics["skipped/updates"] == 1
+    assert unmoved(built, before)
+    assert "update skipped, loss nan in episodes 1/" in built.notes[-1]
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_trap_33_groups_without_variance_move_nothing(settle, credit):
+    """Every completion is worth the same: no group says anything, and no 0/0 becomes a step."""
+    built = build.build_run(settle(credit={"type": credit}, kl={"coefficient": 0.0}))
+    built.rewards = [trainer.Weighted(lambda scene: scene.batch.action_mask * 0.25, 1.0, "same")]
+    before = weights(built)
+    episodes = [episode([1, 2], [3, 4, 5], id=str(k), group=k // 3) for k in range(6)]
+    report = a_step(built, episodes)
+    assert finite(report.metrics)
+    if credit in GROUP_CREDITS:
+        assert not report.streams["advantage"].any()
+        assert report.metrics["grad/norm"] == 0
+        assert unmoved(built, before)
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_a_batch_without_actions_changes_nothing(settle, credit):
+    built = build.build_run(settle(credit={"type": credit}, objective={"entropy_coefficient": 0.1}))
+    before = weights(built)
+    report = a_step(built, [episode([1, 2, 3], [], id=str(k), group=k // 3, stop="context") for k in range(6)])
+    assert finite(report.metrics)
+    assert report.metrics["tokens/generated"] == 0
+    assert unmoved(built, before)
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_empty_and_one_token_completions_among_others(settle, credit):
+    built = build.build_run(settle(credit={"type": credit}))
+    before = weights(built)
+    answers = [[], [5], [5, 6, 7], [], [], [8]]
+    report = a_step(built, [episode([1, 2], a, id=str(k), group=k // 3) for k, a in enumerate(answers)])
+    assert finite(report.metrics)
+    assert report.metrics["tokens/generated"] == 5
+    for row in (0, 3, 4):
+        assert not any(cells[row].any() for name, cells in report.streams.items() if name != "ratio")
+    assert not unmoved(built, before)
+
+
+def test_a_run_of_one_token_completions(settle):
+    config = settle(rollout={"sampling": {"max_new_tokens": 1}})
+    run.train(config)
+    assert [row["completion/length"] for row in metrics(config)] == [1.0, 1.0]
+
+
+def test_a_prompt_that_leaves_room_for_one_token(settle):
+    prompts = [f"{k:03d}" + "x" * 124 for k in range(40)]  # 127 bytes, and the context is 128
+    config = settle(prompts=prompts, log={"episodes_every": 1})
+    run.train(config)
+    records = [json.loads(line) for line in (config.run_folder / "episodes" / "000001.jsonl").read_text().splitlines()]
+    assert {record["stop"] for record in records} <= {"context", "eos"}
+    assert all(sum(record["tokens"]["action"]) == 1 for record in records)
+    with pytest.raises(TaskError, match="its prompt has 128 tokens, and this model's context is 128"):
+        run.train(settle(prompts=[prompt + "y" for prompt in prompts], folder="other"))
+
+
+# --- models and tokenizers ----------------------------------------------------------------------------------
+
+
+def saved(folder, model, tokenizer):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trained_and_resumed(config):
+    """A run with an interruption in it; the state of the trained model."""
+    made = []
+    run.train(config, on_step=lambda report, _: made.append(1), interrupted=lambda: len(made) >= 1)
+    run.train(config, resume=config.run_folder)
+    assert all(math.isfinite(row["grad/norm"]) for row in metrics(config))
+    return AutoModelForCausalLM.from_pretrained(config.run_folder / "model", dtype="auto")
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_where_they_occur(settle, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    folder = saved(tmp_path / "model", tiny_model(), tokenizer)
+    config = settle(folder, prompts=[f"say <new> {k}" for k in range(40)])
+    with pytest.raises(ModelError, match=r"item \.\./\d+: .*'<new>' \(id 258\), .* 258 ids: .*resize_token_embeddings"):
+        run.train(config)
+    run.train(settle(folder))  # nobody says it: no harm
+
+
+def test_a_vocabulary_that_was_resized_trains_and_resumes(settle, tmp_path):
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    tokenizer.add_tokens(["<new>"])
+    model.resize_token_embeddings(320)  # padded beyond what the tokenizer knows, as many models are
+    folder = saved(tmp_path / "model", model, tokenizer)
+    trained = trained_and_resumed(settle(folder, prompts=[f"say <new> {k}" for k in range(40)]))
+    assert trained.get_input_embeddings().weight.shape[0] == 320
+
+
+@pytest.mark.parametrize("pad", ["<eos>", None])
+@pytest.mark.parametrize("eos", [256, None])
+def test_trap_8_no_pad_token_or_one_that_ends_texts(settle, tmp_path, pad, eos):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = pad
+    if eos is None:
+        tokenizer.eos_token = None
+    trained_and_resumed(settle(saved(tmp_path / "model", tiny_model(eos=eos), tokenizer)))
+
+
+def test_no_chat_template_takes_one_message_as_text_and_refuses_a_conversation(settle):
+    message = {"role": "user", "content": "{prompt}"}
+    run.train(settle(task={"prompt": [message]}))
+    with pytest.raises(ModelError, match=r"item \.\./\d+: its prompt is a conversation of 2 messages"):
+        run.train(settle(task={"prompt": [message, message]}, folder="other"))
+
+
+def tied(dtype):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=256, bos_token_id=None, pad_token_id=None,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [tied, lambda dtype: tiny_model().to(dtype)], ids=["tied", "untied"])
+def test_tied_weights_and_models_stored_in_half_precision(settle, tmp_path, make, dtype):
+    folder = saved(tmp_path / "model", make(dtype), byte_tokenizer())
+    config = settle(folder)
+    trained = trained_and_resumed(config)
+    assert trained.dtype == torch.float32, "the trained weights are float32, and are not rounded when they are saved"
+    shared = trained.get_input_embeddings().weight is trained.get_output_embeddings().weight
+    assert shared == (make is tied)
+    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    moved = [name for name, p in trained.named_parameters() if not torch.equal(p, before.get_parameter(name))]
+    assert len(moved) == len(list(trained.named_parameters()))
+    whole = settle(folder, folder="other")
+    run.train(whole)
+    again = AutoModelForCausalLM.from_pretrained(whole.run_folder / "model", dtype="auto")
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in trained.named_parameters())
+
+
+def test_ids_of_items_name_no_files(settle, tmp_path):
+    config = settle(log={"episodes_every": 1}, evaluation={"items": 2, "sampling": {"max_new_tokens": 2}})
+    run.train(config)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "modules", "run"}
+    assert sorted(path.name for path in (config.run_folder / "episodes").iterdir()) == ["000001.jsonl", "000002.jsonl"]
