@@ -16,21 +16,27 @@ from pertoken.rewards.base import (
     token_reward,
 )
 from pertoken.rewards.kl import KLToReference
-from pertoken.rewards.metrics import Bleu, RougeL
+from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.rules import Length, Repetition
 
 __all__ = [
     "AlignedText",
     "Bleu",
+    "ChrF",
     "KLToReference",
     "Length",
+    "Meteor",
     "Repetition",
     "Reward",
+    "Rouge1",
+    "Rouge2",
     "RougeL",
+    "RougeLsum",
     "Sample",
     "SampleReward",
     "Scene",
     "ScoredSpan",
+    "Ter",
     "Weighted",
     "episode_reward",
     "move_to_actions",

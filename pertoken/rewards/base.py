@@ -31,8 +31,14 @@ from pertoken.rewards.align import AlignedText, align, spread
 from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
 
 BUILT_IN = {
+    "rouge_1": "pertoken.rewards.metrics:Rouge1",
+    "rouge_2": "pertoken.rewards.metrics:Rouge2",
     "rouge_l": "pertoken.rewards.metrics:RougeL",
+    "rouge_lsum": "pertoken.rewards.metrics:RougeLsum",
     "bleu": "pertoken.rewards.metrics:Bleu",
+    "chrf": "pertoken.rewards.metrics:ChrF",
+    "ter": "pertoken.rewards.metrics:Ter",
+    "meteor": "pertoken.rewards.metrics:Meteor",
     "repetition": "pertoken.rewards.rules:Repetition",
     "length": "pertoken.rewards.rules:Length",
     "kl": "pertoken.rewards.kl:KLToReference",

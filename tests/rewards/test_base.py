@@ -14,14 +14,20 @@ import pertoken.rewards as public
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import (
     Bleu,
+    ChrF,
     KLToReference,
     Length,
+    Meteor,
     Repetition,
+    Rouge1,
+    Rouge2,
     RougeL,
+    RougeLsum,
     Sample,
     SampleReward,
     Scene,
     ScoredSpan,
+    Ter,
     Weighted,
     episode_reward,
     move_to_actions,
@@ -31,6 +37,7 @@ from pertoken.rewards import (
     token_reward,
 )
 from pertoken.rewards import base as base_module
+from pertoken.rewards.base import BUILT_IN
 from pertoken.types import PolicyOutput
 
 # ---- what an author sees ---------------------------------------------------------------------------------------
@@ -188,10 +195,20 @@ BUILT_INS = {
     "rouge_l_token": RougeL("token"),
     "bleu": Bleu(),
     "bleu_token": Bleu("token"),
+    "rouge_1": Rouge1(),
+    "rouge_2": Rouge2("text"),
+    "rouge_lsum": RougeLsum(),
+    "chrf": ChrF(word_order=2),
+    "ter": Ter(),
+    "meteor": Meteor(),
     "repetition": Repetition(n=2),
     "length": Length(min_words=4, max_words=5, unfinished_cost=1.0),
     "kl": KLToReference(),
 }
+
+
+def test_every_built_in_reward_is_among_them():
+    assert {type(reward) for reward in BUILT_INS.values()} == {resolve(name) for name in BUILT_IN}
 
 
 @pytest.mark.parametrize("name", BUILT_INS)
@@ -377,7 +394,7 @@ def test_installed_packages_offer_rewards(here, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rouge", "unknown reward 'rouge': did you mean 'rouge_l'"),
+        ("rouge", "unknown reward 'rouge': did you mean 'rouge_"),
         ("no_such_module:fn", "cannot import the module 'no_such_module' .*PYTHONPATH"),
         ("my_rewards:per_tokens", "has no 'per_tokens'; did you mean 'per_token'"),
         ("my_rewards:NOT_CALLABLE", "is int, expected a decorated function or a class"),
