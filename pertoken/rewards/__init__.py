@@ -18,6 +18,7 @@ from pertoken.rewards.base import (
 from pertoken.rewards.kl import KLToReference
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.rules import Length, Repetition
+from pertoken.rewards.shaping import Shaping
 
 __all__ = [
     "AlignedText",
@@ -36,6 +37,7 @@ __all__ = [
     "SampleReward",
     "Scene",
     "ScoredSpan",
+    "Shaping",
     "Ter",
     "Weighted",
     "episode_reward",

@@ -41,6 +41,7 @@ BUILT_IN = {
     "meteor": "pertoken.rewards.metrics:Meteor",
     "repetition": "pertoken.rewards.rules:Repetition",
     "length": "pertoken.rewards.rules:Length",
+    "shaping": "pertoken.rewards.shaping:Shaping",
     "kl": "pertoken.rewards.kl:KLToReference",
 }
 """Names that a configuration may use, and where each reward lives."""
@@ -366,13 +367,14 @@ def resolve(name: str) -> Callable[..., Reward]:
     path = name if ":" in name else offered.get(name)
     if path is None:
         raise ConfigError(f"unknown reward {name!r}: {closest(name, offered)}; your own is named module:function")
-    found = _load(path, name)
+    found = load_attribute(path, name)
     if not callable(found):
         raise ConfigError(f"reward {name!r} is {type(found).__name__}, expected a decorated function or a class")
     return cast("Callable[..., Reward]", found) if inspect.isclass(found) else functools.partial(_bind, name, found)
 
 
-def _load(path: str, name: str) -> Any:
+def load_attribute(path: str, name: str) -> Any:
+    """What `path`, module:attribute, names; `name` is how the configuration calls it."""
     module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)

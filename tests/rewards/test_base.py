@@ -27,6 +27,7 @@ from pertoken.rewards import (
     SampleReward,
     Scene,
     ScoredSpan,
+    Shaping,
     Ter,
     Weighted,
     episode_reward,
@@ -203,6 +204,7 @@ BUILT_INS = {
     "meteor": Meteor(),
     "repetition": Repetition(n=2),
     "length": Length(min_words=4, max_words=5, unfinished_cost=1.0),
+    "shaping": Shaping("bleu", gamma=0.9),
     "kl": KLToReference(),
 }
 

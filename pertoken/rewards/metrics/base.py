@@ -102,20 +102,24 @@ class MetricDelta(SampleReward):
             values.append(score.value() if changed else values[-1])
         return values
 
+    def paid_values(self, sample: Sample, ends: Sequence[int]) -> list[float]:
+        """The values whose changes are paid; a metric that cannot afford its score at every prefix settles here."""
+        return self.prefix_values(sample, ends)
+
     def token_values(self, sample: Sample) -> list[float]:
         values = [0.0] * len(sample.tokens)
         if not values:
             return values
         if self.granularity == "token":
-            return _changes(self.prefix_values(sample, sample.aligned.completed()))
+            return _changes(self.paid_values(sample, sample.aligned.completed()))
         if self.granularity == "text":
             if True in sample.action_mask:
                 last_action = len(values) - 1 - sample.action_mask[::-1].index(True)
-                values[last_action] = sum(_changes(self.prefix_values(sample, [len(sample.text)])))
+                values[last_action] = sum(_changes(self.paid_values(sample, [len(sample.text)])))
             return values
         words = self.word_spans(sample.text) or [(0, len(sample.text))]
         ends = [stop for _, stop in words[:-1]] + [len(sample.text)]  # the last word closes with the text
-        for (start, stop), change in zip(words, _changes(self.prefix_values(sample, ends)), strict=True):
+        for (start, stop), change in zip(words, _changes(self.paid_values(sample, ends)), strict=True):
             for token, share in spread(sample.aligned, start, stop, change):
                 values[token] += share
         return values

@@ -73,8 +73,8 @@ class Ter(MetricDelta):
         """Its words, tokenised twice: so does sacrebleu, and ".,5" becomes three words at the second time only."""
         return self.text_pieces(" ".join(self.text_pieces(text)))
 
-    def prefix_values(self, sample: Sample, ends: Sequence[int]) -> list[float]:
-        values = super().prefix_values(sample, ends)
+    def paid_values(self, sample: Sample, ends: Sequence[int]) -> list[float]:
+        values = self.prefix_values(sample, ends)
         if self.shifts == "every" or not sample.text:
             return values
         score = _ShiftScore([self._reference(text) for text in references(sample)])
