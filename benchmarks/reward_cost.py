@@ -32,6 +32,8 @@ SIZES = {128: (64, 20), 1024: (16, 100)}
 """Tokens per completion: number of completions, words per reference."""
 PARAMETERS: dict[str, dict[str, Any]] = {"length": {"max_words": 50}}
 """Settings without which a reward has nothing to do."""
+ELSEWHERE = {"language_tool"}
+"""Rewards whose work is done by a server."""
 SLOW = {("ter", "shifts", "every")}
 """Settings that are measured at the smaller size only."""
 
@@ -92,7 +94,7 @@ def measure(only: list[str]) -> list[str]:
     thousands = {size: each.batch.num_actions / 1000 for size, each in scenes.items()}
     align = [1000 * seconds(lambda each=each: each.samples) / thousands[size] for size, each in scenes.items()]
     rows = [_row("alignment", "", align)]
-    for name in only or BUILT_IN:
+    for name in only or [name for name in BUILT_IN if name not in ELSEWHERE]:
         for parameters in settings(name):
             try:
                 reward = resolve(name)(**parameters)

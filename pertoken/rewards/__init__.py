@@ -15,6 +15,7 @@ from pertoken.rewards.base import (
     span_reward,
     token_reward,
 )
+from pertoken.rewards.grammar import Harper, LanguageTool, RulePack
 from pertoken.rewards.kl import KLToReference
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.rules import Length, Repetition
@@ -24,7 +25,9 @@ __all__ = [
     "AlignedText",
     "Bleu",
     "ChrF",
+    "Harper",
     "KLToReference",
+    "LanguageTool",
     "Length",
     "Meteor",
     "Repetition",
@@ -33,6 +36,7 @@ __all__ = [
     "Rouge2",
     "RougeL",
     "RougeLsum",
+    "RulePack",
     "Sample",
     "SampleReward",
     "Scene",

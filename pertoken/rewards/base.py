@@ -41,6 +41,9 @@ BUILT_IN = {
     "meteor": "pertoken.rewards.metrics:Meteor",
     "repetition": "pertoken.rewards.rules:Repetition",
     "length": "pertoken.rewards.rules:Length",
+    "harper": "pertoken.rewards.grammar:Harper",
+    "language_tool": "pertoken.rewards.grammar:LanguageTool",
+    "rule_pack": "pertoken.rewards.grammar:RulePack",
     "shaping": "pertoken.rewards.shaping:Shaping",
     "kl": "pertoken.rewards.kl:KLToReference",
 }

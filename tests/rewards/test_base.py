@@ -3,6 +3,7 @@
 import math
 import sys
 from importlib.metadata import EntryPoint
+from importlib.util import find_spec
 
 import jaxtyping
 import pytest
@@ -15,7 +16,9 @@ from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import (
     Bleu,
     ChrF,
+    Harper,
     KLToReference,
+    LanguageTool,
     Length,
     Meteor,
     Repetition,
@@ -23,6 +26,7 @@ from pertoken.rewards import (
     Rouge2,
     RougeL,
     RougeLsum,
+    RulePack,
     Sample,
     SampleReward,
     Scene,
@@ -191,6 +195,13 @@ def test_trap_31_a_foreign_tokenizer_is_mapped_by_characters(make_episode, make_
     assert foreign(scene)[0, 2:].tolist() == [1, 1, 1, 0.5, 0.5]
 
 
+class Canned(LanguageTool):
+    """Answers without a server."""
+
+    def check(self, text):
+        return RulePack().check(text)
+
+
 BUILT_INS = {
     "rouge_l": RougeL(),
     "rouge_l_token": RougeL("token"),
@@ -204,18 +215,23 @@ BUILT_INS = {
     "meteor": Meteor(),
     "repetition": Repetition(n=2),
     "length": Length(min_words=4, max_words=5, unfinished_cost=1.0),
+    "language_tool": Canned(),
+    "rule_pack": RulePack(normalised=True),
     "shaping": Shaping("bleu", gamma=0.9),
     "kl": KLToReference(),
 }
+if find_spec("harper"):
+    BUILT_INS["harper"] = Harper()
 
 
 def test_every_built_in_reward_is_among_them():
-    assert {type(reward) for reward in BUILT_INS.values()} == {resolve(name) for name in BUILT_IN}
+    for name in BUILT_IN.keys() - ({"harper"} if not find_spec("harper") else set()):
+        assert any(isinstance(reward, resolve(name)) for reward in BUILT_INS.values()), name
 
 
 @pytest.mark.parametrize("name", BUILT_INS)
 def test_trap_r6_order_and_size_of_the_batch_do_not_matter(name, make_episode, make_scene):
-    completions = ["the cat sat on the cat on the cat", "a cat", "猫坐在 the mat. 猫坐在", "", "the cat sat"]
+    completions = ["the cat sat on the the cat on the cat , teh", "a cat", "猫坐在 the mat. 猫坐在", "", "the cat sat"]
     stops = ["eos", "length", "eos", "eos", "context"]
     episodes = [
         make_episode(text, "the cat sat on the mat", id=str(k), stop=stop)
