@@ -16,23 +16,35 @@ from pertoken.rewards.base import (
     span_reward,
     token_reward,
 )
+from pertoken.rewards.grammar import Harper, LanguageTool, RulePack
 from pertoken.rewards.kl import KLToReference
-from pertoken.rewards.metrics import Bleu, RougeL
+from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.rules import Length, Repetition
+from pertoken.rewards.shaping import Shaping
 
 __all__ = [
     "AlignedText",
     "Bleu",
+    "ChrF",
+    "Harper",
     "KLToReference",
+    "LanguageTool",
     "Length",
+    "Meteor",
     "Repetition",
     "Reward",
+    "Rouge1",
+    "Rouge2",
     "RougeL",
+    "RougeLsum",
+    "RulePack",
     "Sample",
     "SampleReward",
     "Scene",
     "ScoredSpan",
+    "Shaping",
     "Stateful",
+    "Ter",
     "Weighted",
     "episode_reward",
     "move_to_actions",

@@ -32,10 +32,20 @@ from pertoken.rewards.align import AlignedText, align, spread
 from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
 
 BUILT_IN = {
+    "rouge_1": "pertoken.rewards.metrics:Rouge1",
+    "rouge_2": "pertoken.rewards.metrics:Rouge2",
     "rouge_l": "pertoken.rewards.metrics:RougeL",
+    "rouge_lsum": "pertoken.rewards.metrics:RougeLsum",
     "bleu": "pertoken.rewards.metrics:Bleu",
+    "chrf": "pertoken.rewards.metrics:ChrF",
+    "ter": "pertoken.rewards.metrics:Ter",
+    "meteor": "pertoken.rewards.metrics:Meteor",
     "repetition": "pertoken.rewards.rules:Repetition",
     "length": "pertoken.rewards.rules:Length",
+    "harper": "pertoken.rewards.grammar:Harper",
+    "language_tool": "pertoken.rewards.grammar:LanguageTool",
+    "rule_pack": "pertoken.rewards.grammar:RulePack",
+    "shaping": "pertoken.rewards.shaping:Shaping",
     "kl": "pertoken.rewards.kl:KLToReference",
 }
 """Names that a configuration may use, and where each reward lives."""
@@ -390,13 +400,14 @@ def resolve(name: str) -> Callable[..., Reward]:
     path = name if ":" in name else offered.get(name)
     if path is None:
         raise ConfigError(f"unknown reward {name!r}: {closest(name, offered)}; your own is named module:function")
-    found = _load(path, name)
+    found = load_attribute(path, name)
     if not callable(found):
         raise ConfigError(f"reward {name!r} is {type(found).__name__}, expected a decorated function or a class")
     return cast("Callable[..., Reward]", found) if inspect.isclass(found) else functools.partial(_bind, name, found)
 
 
-def _load(path: str, name: str) -> Any:
+def load_attribute(path: str, name: str) -> Any:
+    """What `path`, module:attribute, names; `name` is how the configuration calls it."""
     module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)

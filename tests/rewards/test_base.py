@@ -3,6 +3,7 @@
 import math
 import sys
 from importlib.metadata import EntryPoint
+from importlib.util import find_spec
 
 import jaxtyping
 import pytest
@@ -14,14 +15,24 @@ import pertoken.rewards as public
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import (
     Bleu,
+    ChrF,
+    Harper,
     KLToReference,
+    LanguageTool,
     Length,
+    Meteor,
     Repetition,
+    Rouge1,
+    Rouge2,
     RougeL,
+    RougeLsum,
+    RulePack,
     Sample,
     SampleReward,
     Scene,
     ScoredSpan,
+    Shaping,
+    Ter,
     Weighted,
     episode_reward,
     move_to_actions,
@@ -31,6 +42,7 @@ from pertoken.rewards import (
     token_reward,
 )
 from pertoken.rewards import base as base_module
+from pertoken.rewards.base import BUILT_IN
 from pertoken.types import PolicyOutput
 
 # ---- what an author sees ---------------------------------------------------------------------------------------
@@ -183,20 +195,43 @@ def test_trap_31_a_foreign_tokenizer_is_mapped_by_characters(make_episode, make_
     assert foreign(scene)[0, 2:].tolist() == [1, 1, 1, 0.5, 0.5]
 
 
+class Canned(LanguageTool):
+    """Answers without a server."""
+
+    def check(self, text):
+        return RulePack().check(text)
+
+
 BUILT_INS = {
     "rouge_l": RougeL(),
     "rouge_l_token": RougeL("token"),
     "bleu": Bleu(),
     "bleu_token": Bleu("token"),
+    "rouge_1": Rouge1(),
+    "rouge_2": Rouge2("text"),
+    "rouge_lsum": RougeLsum(),
+    "chrf": ChrF(word_order=2),
+    "ter": Ter(),
+    "meteor": Meteor(),
     "repetition": Repetition(n=2),
     "length": Length(min_words=4, max_words=5, unfinished_cost=1.0),
+    "language_tool": Canned(),
+    "rule_pack": RulePack(normalised=True),
+    "shaping": Shaping("bleu", gamma=0.9),
     "kl": KLToReference(),
 }
+if find_spec("harper"):
+    BUILT_INS["harper"] = Harper()
+
+
+def test_every_built_in_reward_is_among_them():
+    for name in BUILT_IN.keys() - ({"harper"} if not find_spec("harper") else set()):
+        assert any(isinstance(reward, resolve(name)) for reward in BUILT_INS.values()), name
 
 
 @pytest.mark.parametrize("name", BUILT_INS)
 def test_trap_r6_order_and_size_of_the_batch_do_not_matter(name, make_episode, make_scene):
-    completions = ["the cat sat on the cat on the cat", "a cat", "猫坐在 the mat. 猫坐在", "", "the cat sat"]
+    completions = ["the cat sat on the the cat on the cat , teh", "a cat", "猫坐在 the mat. 猫坐在", "", "the cat sat"]
     stops = ["eos", "length", "eos", "eos", "context"]
     episodes = [
         make_episode(text, "the cat sat on the mat", id=str(k), stop=stop)
@@ -377,7 +412,7 @@ def test_installed_packages_offer_rewards(here, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rouge", "unknown reward 'rouge': did you mean 'rouge_l'"),
+        ("rouge", "unknown reward 'rouge': did you mean 'rouge_"),
         ("no_such_module:fn", "cannot import the module 'no_such_module' .*PYTHONPATH"),
         ("my_rewards:per_tokens", "has no 'per_tokens'; did you mean 'per_token'"),
         ("my_rewards:NOT_CALLABLE", "is int, expected a decorated function or a class"),
