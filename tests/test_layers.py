@@ -43,7 +43,7 @@ MAY["run"] = MAY["build"] | {"build"}
 MAY["cli"] = MAY["run"] | {"run"}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
-OPTIONAL = {"peft", "datasets", "plotly", "gguf", "pyarrow"}
+OPTIONAL = {"peft", "datasets", "plotly", "gguf", "pyarrow", "matplotlib"}
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -58,9 +58,10 @@ def browse(reader: RunReader, comparison: Comparison | None) -> Row:
     """All that the page needs to show samples, as plain JSON: `lists`, `orders`, `scenes` by key, `scales`.
 
     A list has one column per figure; its column `scene` is the key of the scene that shows the sample, or null.
+    `reference_is_before` says that the first evaluation found no distance to the reference: they are one model.
     """
     pairs = {str(scene["key"]): scene for scene in _held_out_scenes(reader, comparison)}
-    groups = _training_groups(reader)
+    groups = training_groups(reader)
     candidates = [
         *(_Candidate(key, [scene["figures"]], len(encode(scene)), held_out=True) for key, scene in pairs.items()),
         *(_Candidate(key, rows, _group_size(rows), held_out=False) for key, rows in groups.items()),
@@ -83,7 +84,14 @@ def browse(reader: RunReader, comparison: Comparison | None) -> Row:
         if any(row.get(order.column) is not None for row in lists[_list_of(order)])
     ]
     columns = {name: _columns([row | {"scene": homes.get(row["id"])} for row in rows]) for name, rows in lists.items()}
-    return {"lists": columns, "orders": orders, "scenes": shown, "scales": stream_scales(list(shown.values()))}
+    distances = [value for scene in pairs.values() for value in scene["panels"][0].get("streams", {}).get("kl", [])]
+    return {
+        "lists": columns,
+        "orders": orders,
+        "scenes": shown,
+        "scales": stream_scales(list(shown.values())),
+        "reference_is_before": bool(distances) and not any(distances),
+    }
 
 
 def stream_scales(shown: Sequence[Row]) -> list[Row]:
@@ -205,7 +213,7 @@ def _held_out_scenes(reader: RunReader, comparison: Comparison | None) -> Iterat
         yield scene
 
 
-def _training_groups(reader: RunReader) -> dict[str, list[Row]]:
+def training_groups(reader: RunReader) -> dict[str, list[Row]]:
     """The figures of all episodes that were kept, group by group; one step is in memory at a time."""
     groups: dict[str, list[Row]] = {}
     place = 0
@@ -283,10 +291,10 @@ def _size(record: Row) -> int:
     """About how many bytes of the page an episode takes: a zero two, another number seven, a token fourteen."""
     tokens = record["tokens"]["action"]
     if 1 not in tokens:
-        return len(record["completion"])
+        return len(str(record["completion"]))
     shown, streams = len(tokens) - tokens.index(1), record["streams"].values()
-    zeros = sum(values.count(0) for values in streams) - tokens.index(1) * len(streams)
-    return 2 * zeros + 7 * (shown * len(streams) - zeros) + 14 * shown + len(record.get("prompt") or "")
+    zeros = sum(int(values.count(0)) for values in streams) - tokens.index(1) * len(streams)
+    return int(2 * zeros + 7 * (shown * len(streams) - zeros) + 14 * shown + len(record.get("prompt") or ""))
 
 
 def _list_of(order: Order) -> str:

@@ -221,6 +221,10 @@ function showLegend(scale, scene, view) {
   }
   const words = [view.against ? COMPARED[scene.kind].legend : "", scale.meaning].filter(Boolean).join(" ");
   const notes = [element("span", { textContent: words })];
+  if (scene.kind === "pair" && scale.name === "kl" && run.reference_is_before && !view.against) {
+    const exact = "The reference is the model before: in the text after, this is log-prob after − before at every token.";
+    notes.push(element("span", { textContent: exact }));
+  }
   if (scene.kind === "pair") notes.push(element("span", { className: "alone", textContent: "underlined: not in the other text" }));
   return byId("legend").replaceChildren(ends[0], bar, ends[1], ...notes);
 }

@@ -1,5 +1,7 @@
 """Which samples are shown, how they are sorted and compared, and the scale of their colours."""
 
+import json
+
 import pytest
 
 from pertoken.tracking import RunLog, RunReader, samples
@@ -96,6 +98,16 @@ def test_tokens_of_both_texts_are_aligned(log):
     before, after = page_data(log)["scenes"]["test.0"]["panels"]
     assert before["match"] == [0, -1, 2, 3]
     assert after["match"] == [0, -1, 2, 3, -1]
+
+
+@pytest.mark.parametrize(("distances", "same"), [([0.0, 0.0], True), ([0.0, 0.2], False)])
+def test_the_reference_is_the_model_before_if_nothing_lies_between_them(log, distances, same):
+    evaluate(log, 0, {"i": 0.5}, ids=[1, 2])
+    evaluate(log, 9, {"i": 0.6}, ids=[1, 2])
+    path = log.folder / "evaluations" / "000000-test.jsonl"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"streams": {"kl": distances}}) + "\n")
+    assert page_data(log)["reference_is_before"] is same
 
 
 def test_samples_beyond_the_room_are_listed_without_a_scene(log, monkeypatch):
