@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pertoken import cli
+from pertoken.tracking.glossary import METRICS, STREAMS, find
 
 
 @pytest.fixture
@@ -59,10 +60,13 @@ def test_train_evaluate_generate_report(place, capsys, monkeypatch):
     assert (place / "first" / "report.html").stat().st_size > 10_000
     records = [json.loads(line) for line in (place / "first" / "episodes" / "000001.jsonl").read_text().splitlines()]
     assert len(records) == 4
+    logged = json.loads((place / "first" / "metrics.jsonl").read_text().splitlines()[0])
+    assert [name for name in logged if name not in ("step", "time") and find(name, METRICS) is None] == []
     for record in records:
         assert {"reward/vowels", "reward/kl", "reward/total", "advantage", "logprob", "kl", "entropy", "ratio"} <= set(
             record["streams"]
         )
+        assert [name for name in record["streams"] if find(name, STREAMS) is None] == []
         total = sum(record["streams"]["reward/total"])
         parts = sum(map(sum, (record["streams"][name] for name in ("reward/vowels", "reward/kl"))))
         assert total == pytest.approx(parts, abs=1e-4)

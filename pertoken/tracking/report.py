@@ -143,7 +143,7 @@ def _summary(run: Row, metrics: Mapping[str, Column]) -> str:
         "Time": _duration(seconds),
         "Seed": str(run.get("seed", "")),
         "Started": str(run.get("started", ""))[:16].replace("T", " "),
-        "Status": f"{status}: {run['reason']}" if run.get("reason") else status,
+        "Status": f"{status}: {run['reason']}" if run.get("reason", status) not in ("", status) else status,
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{escape(str(fact))}</dd></div>" for name, fact in facts.items() if fact)
     return f'<dl class="facts">{rows}</dl>'

@@ -71,7 +71,8 @@ const canCompare = (scene) => scene.panels.filter((panel) => panel.tokens).lengt
 // ---- nodes
 
 // What cannot be seen is shown by a sign: control characters by their pictures, the others (among them those that
-// turn the direction of what follows) by their number. Joiners stay: scripts and emoji need them.
+// turn the direction of what follows) by their number. Joiners stay: scripts and emoji need them. A line may end
+// after the sign of a space, as after the space itself.
 const UNSEEN = /[\u0000-\u0009\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 
 function visible(piece, marks) {
@@ -79,7 +80,7 @@ function visible(piece, marks) {
     const code = c.charCodeAt(0);
     return code < 0x20 ? String.fromCharCode(0x2400 + code) : `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
   });
-  return marks ? shown.replaceAll(" ", "·").replaceAll("\u00a0", "⍽") : shown;
+  return marks ? shown.replaceAll(" ", "·\u200b").replaceAll("\u00a0", "⍽") : shown;
 }
 
 function tokenText(piece, marks) {
