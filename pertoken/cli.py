@@ -335,10 +335,12 @@ def _print_shown(shown: Any, numbers: bool) -> None:
     out.print(Text(harmless(shown.title), "bold"))
     if shown.answer:
         out.print(Text("reference answer: ", "dim") + Text(harmless(shown.answer)))
-    for text, facts in zip(shown.texts, shown.facts, strict=True):
+    for text, facts, findings in zip(shown.texts, shown.facts, shown.findings, strict=True):
         out.print(Text(f"\n{harmless(text.title)}: {harmless(' · '.join(facts))}", "dim"))
         if not numbers:
             out.print(text.terminal())
+            for finding in findings:
+                out.print(Text(f"  {harmless(finding)}", "yellow"))
             continue
         table = Table("token", "text", *text.numbers, box=None, pad_edge=False)
         for index, piece in enumerate(text.pieces):

@@ -7,9 +7,10 @@ import torch
 
 from pertoken.errors import ConfigError
 from pertoken.evaluation import Evaluator
+from pertoken.observe import finding_columns
 from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
-from pertoken.rewards import Weighted, episode_reward
+from pertoken.rewards import Finding, Weighted, episode_reward
 from pertoken.rollout.engine import HFEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
@@ -92,3 +93,10 @@ def test_each_token_of_each_answer_has_its_streams(result):
 def test_an_unknown_metric_is_refused():
     with pytest.raises(ConfigError, match="did you mean 'rouge_l'"):
         Evaluator(ITEMS, Controls(), "rougel")
+
+
+def test_what_rewards_found_is_written_where_there_is_something():
+    finding = Finding("repetition", 5, 7, -0.05, "repeats 'so it is'")
+    entry = {"part": "repetition", "start": 5, "stop": 7, "value": -0.05, "message": "repeats 'so it is'"}
+    assert finding_columns([finding]) == {"findings": [entry]}
+    assert finding_columns([]) == {}

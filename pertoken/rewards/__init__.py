@@ -2,6 +2,7 @@
 
 from pertoken.rewards.align import AlignedText, tokens_of
 from pertoken.rewards.base import (
+    Finding,
     Reward,
     Sample,
     SampleReward,
@@ -9,6 +10,7 @@ from pertoken.rewards.base import (
     ScoredSpan,
     Weighted,
     episode_reward,
+    findings,
     move_to_actions,
     resolve,
     score,
@@ -22,6 +24,7 @@ from pertoken.rewards.rules import Length, Repetition
 __all__ = [
     "AlignedText",
     "Bleu",
+    "Finding",
     "KLToReference",
     "Length",
     "Repetition",
@@ -33,6 +36,7 @@ __all__ = [
     "ScoredSpan",
     "Weighted",
     "episode_reward",
+    "findings",
     "move_to_actions",
     "resolve",
     "score",

@@ -131,7 +131,7 @@ def neutral(name: str) -> float:
 def figures(record: Row) -> dict[str, Number]:
     """What an episode is sorted by, as far as its streams tell.
 
-    `reward`, the total; `clipped`, share of its actions; `value_error`, root of the mean square of return − value;
+    `reward`, the total; `clipped`, share of its actions; `value_error`, root of the mean square of target − value;
     `kl`, summed; `disagreement`, how much reward the parts took from each other: (Σ |part| − |Σ part|) / 2.
     """
     streams, count = record["streams"], max(1, sum(record["tokens"]["action"]))
@@ -139,9 +139,12 @@ def figures(record: Row) -> dict[str, Number]:
     found: dict[str, Number] = {"reward": sums.get("reward/total", 0.0), "tokens": count}
     if "clipped" in streams:
         found["clipped"] = sums["clipped"] / count
-    if "value" in streams and "return" in streams:
+    errors = streams.get("value_error")
+    if errors is None and "value" in streams and "return" in streams:
         pairs = zip(streams["return"], streams["value"], strict=True)
-        found["value_error"] = math.sqrt(math.fsum(((r or 0.0) - (v or 0.0)) ** 2 for r, v in pairs) / count)
+        errors = [(r or 0.0) - (v or 0.0) for r, v in pairs]
+    if errors is not None:
+        found["value_error"] = math.sqrt(math.fsum((error or 0.0) ** 2 for error in errors) / count)
     if "kl" in streams:
         found["kl"] = sums["kl"]
     if len(parts := part_names(record)) > 1:
@@ -315,7 +318,10 @@ def _text(row: Row, output: str) -> Row:
     start = tokens["action"].index(1)
     streams = {name: [_short(value) for value in values[start:]] for name, values in (row.get("streams") or {}).items()}
     prompt = "".join(tokens["piece"][:start]) or panel["prompt"]
-    return panel | {"prompt": prompt, "tokens": {key: tokens[key][start:] for key in tokens}, "streams": streams}
+    panel |= {"prompt": prompt, "tokens": {key: tokens[key][start:] for key in tokens}, "streams": streams}
+    if found := row.get("findings"):
+        panel["findings"] = [{**f, "start": f["start"] - start, "stop": f["stop"] - start} for f in found]
+    return panel
 
 
 def _minus(facts: Sequence[str]) -> list[str]:

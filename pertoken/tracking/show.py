@@ -32,14 +32,16 @@ class Shown:
     facts: Sequence[Sequence[str]]
     """Per text: its reward part by part, or its metrics."""
     texts: Sequence[ColouredText]
+    findings: Sequence[Sequence[str]]
+    """Per text: what rewards found in it, a line each."""
 
     def _repr_html_(self) -> str:
         answer = f"<p>Reference answer: {html.escape(harmless(self.answer))}</p>" if self.answer else ""
         prompt = f"<details><summary>Prompt</summary><pre>{html.escape(harmless(self.prompt))}</pre></details>"
-        texts = "".join(
-            f"{text.html()}<small>{html.escape(' · '.join(facts))}</small>"
-            for text, facts in zip(self.texts, self.facts, strict=True)
-        )
+        texts = ""
+        for text, facts, found in zip(self.texts, self.facts, self.findings, strict=True):
+            lines = (html.escape(harmless(line)) for line in (" · ".join(facts), *found))
+            texts += f"{text.html()}<small>{'<br>'.join(lines)}</small>"
         return f"<h4>{html.escape(harmless(self.title))}</h4>{prompt}{answer}{texts}"
 
 
@@ -56,7 +58,7 @@ def sample(folder: str | Path, step: int, sample: int, by: str | None = None) ->
     panel = episode_panel(record, step, sample)
     text = ColouredText.of_panel(panel, _stream(panel, by))
     title = f"{record['item']}, step {step}, sample {sample}"
-    return Shown(title, panel["prompt"], record.get("answer") or "", [panel["facts"]], [text])
+    return Shown(title, panel["prompt"], record.get("answer") or "", [panel["facts"]], [text], [_findings(panel)])
 
 
 def item(folder: str | Path, item: str, by: str | None = None, *, difference: bool = False) -> Shown:
@@ -77,7 +79,18 @@ def item(folder: str | Path, item: str, by: str | None = None, *, difference: bo
     texts = [ColouredText.of_panel(panel, name) for panel in panels]
     if difference:
         texts = differences(panels, name)
-    return Shown(scene["title"], scene["prompt"], scene["answer"], [panel["facts"] for panel in panels], texts)
+    facts, found = [panel["facts"] for panel in panels], [_findings(panel) for panel in panels]
+    return Shown(scene["title"], scene["prompt"], scene["answer"], facts, texts, found)
+
+
+def _findings(panel: Row) -> list[str]:
+    """What rewards found in a text, a line each."""
+    pieces = panel["tokens"]["piece"]
+    lines = []
+    for found in panel.get("findings", ()):
+        text = "".join(pieces[found["start"] : found["stop"]])
+        lines.append(f"{found['part']} {found['value']:+.3g} for {text!r}: {found['message']}")
+    return lines
 
 
 def differences(panels: Sequence[Row], name: str) -> list[ColouredText]:

@@ -88,6 +88,8 @@ function tokenText(piece, marks) {
   return parts.flatMap((part, i) => (i === 0 ? [part] : [element("i", { textContent: "↵" }), "\n" + part]));
 }
 
+const findingsAt = (panel, index) => (panel.findings || []).filter((f) => f.start <= index && index < f.stop);
+
 function tokenNode(panel, index) {
   const piece = panel.tokens.piece[index];
   const node = element("span", { className: "token", tabIndex: -1 });
@@ -97,6 +99,7 @@ function tokenNode(panel, index) {
   node.classList.toggle("part", piece === "");
   node.classList.toggle("given", !acts(panel, index));
   node.classList.toggle("special", /^(<\|?[\w ]+\|?>|<\/s>|\[[A-Z]+\])$/.test(piece));
+  node.classList.toggle("found", findingsAt(panel, index).length > 0);
   node.classList.toggle("alone", Boolean(panel.match) && panel.match[index] < 0);
   return node;
 }
@@ -227,6 +230,9 @@ function showLegend(scale, scene, view) {
     notes.push(element("span", { textContent: exact }));
   }
   if (scene.kind === "pair") notes.push(element("span", { className: "alone", textContent: "underlined: not in the other text" }));
+  if (scene.panels.some((panel) => panel.findings)) {
+    notes.push(element("span", { className: "found", textContent: "wavy: a reward found something, point at it" }));
+  }
   return byId("legend").replaceChildren(ends[0], bar, ends[1], ...notes);
 }
 
@@ -265,11 +271,15 @@ function showTip(node, scene, at, view) {
   const head = compare
     ? [element("tr", { className: "head" }, element("td"), element("td", { textContent: "this" }), element("td", { textContent: COMPARED[scene.kind].column }))]
     : [];
+  const messages = findingsAt(panel, index).map((found) =>
+    element("p", { className: "finding", textContent: `${found.part} ${signed(found.value)}: ${visible(found.message)}` }),
+  );
   const about = `token ${index + 1} of ${panel.tokens.piece.length}, id ${panel.tokens.id[index]}`;
   const tip = byId("tip");
   tip.replaceChildren(
     element("b", { textContent: piece === "" ? "part of the next character" : `“${piece}”`, dir: "auto" }),
     element("div", { textContent: chosen ? about : `${about}, not chosen by the model` }),
+    ...messages,
     element("table", {}, ...head, ...rows),
   );
   tip.hidden = false;

@@ -139,7 +139,14 @@ def an_episode(draw: random.Random, step: int, group: int, item: Item, skill: fl
         stop="eos",
         policy_version=(step - 1, step - 1),
     )
-    return episode_record(episode, pieces, made_up_streams(draw, episode, pieces), step=step)
+    streams = made_up_streams(draw, episode, pieces)
+    costs = enumerate(streams["reward/repetition"])
+    found = [
+        {"part": "repetition", "start": t, "stop": t + 1, "value": cost, "message": f"said before: {pieces[t]!r}"}
+        for t, cost in costs
+        if cost
+    ]
+    return episode_record(episode, pieces, streams, step=step) | ({"findings": found} if found else {})
 
 
 def made_up_streams(draw: random.Random, episode: Episode, pieces: list[str]) -> dict[str, list[float]]:
@@ -182,6 +189,7 @@ def an_evaluation(draw: random.Random, step: int, items: list[Item], skill: floa
             name: record["streams"][name] for name in ("reward/rouge_l", "reward/total", "logprob", "entropy", "kl")
         }
         rows.append({"id": item.id, **text, "metrics": scores, "tokens": record["tokens"], "streams": streams})
+        rows[-1] |= {"findings": record["findings"]} if "findings" in record else {}
     names = list(rows[0]["metrics"])
     means = {name: sum(row["metrics"][name] for row in rows) / len(rows) for name in names}
     width = {name: abs(means[name]) * 0.1 for name in names}

@@ -142,6 +142,17 @@ def test_streams_switch_and_their_colour_follows_the_numbers(page, run_folder):
         assert scale["meaning"] in page.locator("#legend").inner_text()
 
 
+def test_a_finding_is_underlined_and_says_its_message(page, run_folder):
+    follow(page, "#sample=300.12&by=reward/repetition")
+    record = record_of(run_folder, 300, 12)
+    start = record["tokens"]["action"].index(1)
+    found = page.locator('[data-id="300.12"] .token.found')
+    indices = [int(index) for index in found.evaluate_all("all => all.map((token) => token.dataset.index)")]
+    assert indices == [finding["start"] - start for finding in record["findings"]]
+    found.first.hover()
+    assert page.locator("#tip .finding").inner_text() == f"repetition −0.02: {record['findings'][0]['message']}"
+
+
 def test_after_minus_before_is_the_difference_at_aligned_tokens(page):
     page.select_option("#stream", "logprob")
     page.check("#against")

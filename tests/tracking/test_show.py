@@ -31,6 +31,16 @@ def test_an_item_is_shown_before_and_after(run_folder):
     assert shown._repr_html_().count("line-height:1.8") == 2
 
 
+def test_findings_stand_with_their_text(run_folder):
+    record = RunReader(run_folder).episodes(50)[12]  # of the group that says everything twice
+    finding = record["findings"][0]
+    shown = show.sample(run_folder, 50, 12)
+    assert len(shown.findings[0]) == len(record["findings"])
+    text = record["tokens"]["piece"][finding["start"]]
+    assert shown.findings[0][0] == f"repetition -0.02 for {text!r}: said before: {text!r}"
+    assert "said before: &#x27;script&#x27;" in shown._repr_html_()
+
+
 def test_the_difference_is_after_minus_before_where_both_have_the_token():
     def panel(title, ids, values):
         tokens = {"id": ids, "piece": [str(i) for i in ids], "action": [1] * len(ids)}
