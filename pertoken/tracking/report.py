@@ -55,7 +55,7 @@ def render(reader: RunReader) -> str:
     plotly, script = get_plotlyjs(), "\n".join(map(_resource, SCRIPTS))
     return Template(_resource("report.html")).substitute(
         policy=_policy(plotly, script),
-        title=escape(_title(run)),
+        title=escape(title_of(run)),
         css=_resource("report.css"),
         summary=_summary(run, metrics),
         navigation="".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
@@ -119,7 +119,8 @@ def _against_baseline(change: Change, comparison: Comparison) -> str:
     return f" The model {relation} the best trivial baseline, {best} ({_number(scores[best])})."
 
 
-def _title(run: Row) -> str:
+def title_of(run: Row) -> str:
+    """The run as a heading: the model, and what it was trained on."""
     about = run.get("about", {})
     model, task = str(about.get("model", "A model")).rstrip("/").rpartition("/")[2], about.get("task")
     return f"{model} on {task}" if task else model
@@ -160,14 +161,15 @@ def _result(
     if comparison is None:
         return html + _reward_table(metrics)
     main, *others = held_out_charts(evaluations, comparison)
-    html += f'<div class="columns">{_figures([main], charts, "large")}{_table(comparison)}</div>'
+    html += f'<div class="columns">{_figures([main], charts, "large")}{before_after_table(comparison)}</div>'
     html += _reward_table(metrics)
     if others:
         html += f"<details><summary>Curves of the other held-out metrics</summary>{_figures(others, charts)}</details>"
     return html
 
 
-def _table(comparison: Comparison) -> str:
+def before_after_table(comparison: Comparison) -> str:
+    """The held-out metrics before and after, with intervals and trivial baselines, as an HTML table."""
     baselines = comparison.baselines
     heads = ["Metric", "Before", "After", "Difference", *(escape(name) for name in baselines)]
     rows = []

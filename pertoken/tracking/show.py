@@ -1,9 +1,9 @@
 """Single samples of a run folder, for a shell, a notebook or a paper.
 
-from pertoken.tracking import show
-
-show.sample("runs/quickstart-0", step=50, sample=3, by="advantage")     # in a notebook: the text in colour
-show.item("runs/quickstart-0", "math.hypot", by="logprob", difference=True)
+>>> from pertoken.tracking import show
+>>> show.run("runs/quickstart-0")                                   # doctest: +SKIP
+>>> show.sample("runs/quickstart-0", 50, 3, by="advantage")         # doctest: +SKIP
+>>> show.item("runs/quickstart-0", "math.hypot", difference=True)   # doctest: +SKIP
 """
 
 import html
@@ -16,6 +16,7 @@ from pertoken.tracking.coloured import ColouredText, harmless
 from pertoken.tracking.comparison import Comparison, compare
 from pertoken.tracking.files import Number, Row
 from pertoken.tracking.reader import RunReader
+from pertoken.tracking.report import before_after_table, title_of, verdict
 from pertoken.tracking.samples import episode_panel, held_out_rows, pair_scene
 
 DEFAULTS = ("advantage", "reward/total", "logprob")
@@ -43,6 +44,32 @@ class Shown:
             lines = (html.escape(harmless(line)) for line in (" · ".join(facts), *found))
             texts += f"{text.html()}<small>{'<br>'.join(lines)}</small>"
         return f"<h4>{html.escape(harmless(self.title))}</h4>{prompt}{answer}{texts}"
+
+
+@dataclass(frozen=True)
+class ShownRun:
+    """A run in brief. A notebook shows the verdict and the table of the held-out metrics."""
+
+    title: str
+    judgement: str
+    """better, not proven, worse, gamed or unknown."""
+    sentences: str
+    comparison: Comparison | None
+
+    def _repr_html_(self) -> str:
+        table = before_after_table(self.comparison) if self.comparison else ""
+        return (
+            f"<h4>{html.escape(harmless(self.title))}</h4><p><strong>{self.judgement.capitalize()}.</strong> "
+            f"{html.escape(harmless(self.sentences))}</p>{table}"
+        )
+
+
+def run(folder: str | Path) -> ShownRun:
+    """The verdict on a run, finished or live, and its held-out metrics before and after."""
+    reader = RunReader(folder)
+    evaluations = reader.evaluations()
+    comparison = compare(evaluations)
+    return ShownRun(title_of(reader.run()), *verdict(comparison, evaluations, reader.metrics()), comparison)
 
 
 def sample(folder: str | Path, step: int, sample: int, by: str | None = None) -> Shown:

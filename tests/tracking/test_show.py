@@ -31,6 +31,15 @@ def test_an_item_is_shown_before_and_after(run_folder):
     assert shown._repr_html_().count("line-height:1.8") == 2
 
 
+def test_a_run_is_its_verdict_and_its_table(run_folder, tmp_path):
+    shown = show.run(run_folder)
+    assert shown.judgement == "better"
+    assert "ROUGE-L went from" in shown._repr_html_()
+    assert "<table>" in shown._repr_html_()
+    RunLog.create(tmp_path / "run", config_text="", seed=0, about={"model": "<script>", "task": "x"})
+    assert "<script" not in show.run(tmp_path / "run")._repr_html_()
+
+
 def test_findings_stand_with_their_text(run_folder):
     record = RunReader(run_folder).episodes(50)[12]  # of the group that says everything twice
     finding = record["findings"][0]
