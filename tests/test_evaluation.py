@@ -7,15 +7,14 @@ import torch
 
 from pertoken.errors import ConfigError
 from pertoken.evaluation import Evaluator
-from pertoken.observe import coloured_texts, finding_columns
 from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
-from pertoken.rewards import Finding, Weighted, episode_reward
+from pertoken.rewards import Weighted, episode_reward
 from pertoken.rollout.engine import HFEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.text_metrics import item_metrics
-from pertoken.types import Episode, Item
+from pertoken.types import Item
 
 ITEMS = [
     Item("a", "one two", "a short answer"),
@@ -93,21 +92,3 @@ def test_each_token_of_each_answer_has_its_streams(result):
 def test_an_unknown_metric_is_refused():
     with pytest.raises(ConfigError, match="did you mean 'rouge_l'"):
         Evaluator(ITEMS, Controls(), "rougel")
-
-
-def test_what_rewards_found_is_written_where_there_is_something():
-    finding = Finding("repetition", 5, 7, -0.05, "repeats 'so it is'")
-    entry = {"part": "repetition", "start": 5, "stop": 7, "value": -0.05, "message": "repeats 'so it is'"}
-    assert finding_columns([finding]) == {"findings": [entry]}
-    assert finding_columns([]) == {}
-
-
-def test_stages_by_hand_are_shown_in_colour():
-    tokenizer = byte_tokenizer()
-    tokens = [*tokenizer.encode("ask"), *tokenizer.encode("ab")]
-    start = len(tokens) - 2
-    zeros, acts = [0.0] * len(tokens), [False] * start + [True, True]
-    episode = Episode("e", Item("i", "ask"), 0, tokens, acts, zeros, zeros, [], "eos", (0, 0))
-    advantages = torch.tensor([[0.0] * start + [0.5, -1.0]])
-    (text,) = coloured_texts([episode], {"advantage": advantages}, tokenizer, by="advantage")
-    assert (text.pieces, text.values) == (["a", "b"], [0.5, -1.0])
