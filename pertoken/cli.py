@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, generate, report, config, runs."""
+"""The command line: train, evaluate, generate, report, show, export, config, runs."""
 
 import io
 import math
@@ -148,6 +148,7 @@ def generate(
 ) -> None:
     """Generate text, token by token; `rollout.sampling.*` overrides set the sampling controls."""
     from pertoken.run import Speaker
+    from pertoken.tracking.coloured import harmless
 
     if by not in ("none", "logprob", "entropy", "advantage"):
         raise ConfigError(f"--by {by}: expected none, logprob, entropy or advantage")
@@ -161,7 +162,7 @@ def generate(
 
     def show(piece: str, logprob: float, entropy: float) -> None:
         value = {"none": 0.0, "logprob": logprob / worst, "entropy": -entropy / worst}[by]
-        out.print(Text(piece, style=_shade(value)), end="")
+        out.print(Text(harmless(piece), style=_shade(value)), end="")
 
     speaker.stream(text, seed=seed, on_piece=show)
     out.print()
@@ -173,6 +174,46 @@ def report(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     from pertoken.tracking.report import write_report
 
     out.print(f"{write_report(folder)}")
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    step: Annotated[int | None, typer.Option(help="Step whose episodes were kept.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Episode of that step, counted from 0.")] = None,
+    item: Annotated[str | None, typer.Option(help="Held-out item, before and after the training.")] = None,
+    by: Annotated[str | None, typer.Option(help="Stream that colours the tokens.")] = None,
+    difference: Annotated[bool, typer.Option("--difference", help="With --item: colour by after - before.")] = False,
+    numbers: Annotated[bool, typer.Option("--numbers", help="All numbers, one token per line.")] = False,
+) -> None:
+    """Show a sample in colour, token by token; without --sample or --item, list what there is."""
+    shown = _chosen(folder, step, sample, item, by, difference)
+    if shown is None:
+        _print_samples(folder, step)
+    else:
+        _print_shown(shown, numbers)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    to: Annotated[Path | None, typer.Option(help="Where the files go; default: export/ in the run folder.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step whose episodes were kept.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Episode of that step, counted from 0.")] = None,
+    item: Annotated[str | None, typer.Option(help="Held-out item, before and after the training.")] = None,
+    by: Annotated[str | None, typer.Option(help="Stream that colours the tokens.")] = None,
+    difference: Annotated[bool, typer.Option("--difference", help="With --item: colour by after - before.")] = False,
+) -> None:
+    """Write curves (SVG, PDF, PNG) or a coloured sample (HTML, SVG, LaTeX), data beside them."""
+    from pertoken.tracking.export import export_curves, export_sample
+
+    shown = _chosen(folder, step, sample, item, by, difference)
+    if shown is None and step is not None:
+        raise ConfigError(f"--step {step}: which sample of it? Add --sample, or leave both out for the curves")
+    target = to or folder / "export"
+    paths = export_curves(folder, target) if shown is None else export_sample(shown, target)
+    for path in paths:
+        out.print(str(path), markup=False)
 
 
 @app.command(name="config")
@@ -358,6 +399,64 @@ def _print_table(row: dict[str, Any], comparison: Any, names: tuple[str, str]) -
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def _chosen(
+    folder: Path, step: int | None, sample: int | None, item: str | None, by: str | None, difference: bool
+) -> Any:
+    """The sample that the options name; None if they name none."""
+    from pertoken.tracking import show as showing
+
+    if item is not None:
+        return showing.item(folder, item, by, difference=difference)
+    if sample is None:
+        return None
+    if step is None:
+        raise ConfigError(f"--sample {sample}: of which step? Add --step, or leave both out")
+    return showing.sample(folder, step, sample, by)
+
+
+def _print_samples(folder: Path, step: int | None) -> None:
+    """The kept episodes, those of one step or of all, with the figures that they can be sorted by; held-out items."""
+    from pertoken.tracking import RunReader
+    from pertoken.tracking.coloured import harmless
+    from pertoken.tracking.comparison import compare
+    from pertoken.tracking.samples import training_groups
+
+    reader = RunReader(folder)
+    rows = [row for rows in training_groups(reader).values() for row in rows if step in (None, row["step"])]
+    known = ("reward", "tokens", "clipped", "value_error", "disagreement", "kl")
+    figures = [name for name in known if any(name in row for row in rows)]
+    table = Table("step", "sample", "item", *figures, box=None, pad_edge=False)
+    for row in sorted(rows, key=lambda row: int(row["place"])):
+        cells = (f"{row[name]:.4g}" if name in row else "" for name in figures)
+        table.add_row(str(row["step"]), row["id"].partition(".")[2], Text(harmless(row["title"])), *cells)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    if step is None and (comparison := compare(reader.evaluations())):
+        names = "  ".join(map(str, comparison.after["items"]["id"]))
+        out.print(Text(f"\nheld-out items, for --item: {harmless(names)}"))
+
+
+def _print_shown(shown: Any, numbers: bool) -> None:
+    """The texts of a sample in colour, or all their numbers as tables."""
+    from pertoken.tracking.coloured import harmless
+
+    out.print(Text(harmless(shown.title), "bold"))
+    if shown.answer:
+        out.print(Text("reference answer: ", "dim") + Text(harmless(shown.answer)))
+    for text, facts, findings in zip(shown.texts, shown.facts, shown.findings, strict=True):
+        out.print(Text(f"\n{harmless(text.title)}: {harmless(' · '.join(facts))}", "dim"))
+        if not numbers:
+            out.print(text.terminal())
+            for finding in findings:
+                out.print(Text(f"  {harmless(finding)}", "yellow"))
+            continue
+        table = Table("token", "text", *text.numbers, box=None, pad_edge=False)
+        for index, piece in enumerate(text.pieces):
+            cells = ("" if column[index] is None else f"{column[index]:.4g}" for column in text.numbers.values())
+            table.add_row(str(index + 1), Text(repr(harmless(piece))), *cells)
+        Console(highlight=False, width=None if sys.stdout.isatty() else 240).print(table)
+    out.print(Text(f"\n{shown.texts[-1].legend}", "dim"))
+
+
 def _shade(value: float) -> Style:
     """Colour-blind-safe diverging background: orange for -1, none at 0, blue for +1."""
     strength = min(1.0, abs(value))
@@ -369,10 +468,12 @@ def _shade(value: float) -> Style:
 
 
 def _coloured(pieces: Sequence[str], values: Sequence[float]) -> Text:
+    from pertoken.tracking.coloured import harmless
+
     limit = max((abs(v) for v in values), default=0.0) or 1.0
     text = Text()
     for piece, value in zip(pieces, values, strict=True):
-        text.append(piece, _shade(value / limit))
+        text.append(harmless(piece), _shade(value / limit))
     return text
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from pertoken.batching import to_batch
 from pertoken.errors import ConfigError, closest
-from pertoken.observe import token_rows, token_streams
+from pertoken.observe import finding_columns, token_rows, token_streams
 from pertoken.policy.model import Policy, Reference
-from pertoken.rewards import Scene, Weighted, score
+from pertoken.rewards import Scene, Weighted, findings, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect
 from pertoken.rollout.engine import RolloutEngine
@@ -71,7 +71,8 @@ class Evaluator:
         per_item["nats_per_token"] = (nats / counts).tolist()
         summary["metrics"][PERPLEXITY] = float((nats.sum() / counts.sum()).exp())
         summary["main"] = self.metric
-        parts = score(rewards, Scene(batch, episodes, policy.tokenizer, old, ref))
+        scene = Scene(batch, episodes, policy.tokenizer, old, ref)
+        parts, found = score(rewards, scene), findings(rewards, scene)
         tokens = token_rows(episodes, token_streams(batch, old, ref, parts), policy.tokenizer)
         rows = [
             {
@@ -82,6 +83,7 @@ class Evaluator:
                 "metrics": {name: float(values[k]) for name, values in per_item.items()},
                 "tokens": token_columns(episode.tokens, pieces, episode.action_mask),
                 "streams": {name: six_digits(values) for name, values in streams.items()},
+                **finding_columns(found[k]),
             }
             for k, (item, output, (episode, pieces, streams)) in enumerate(
                 zip(self.items, outputs, tokens, strict=True)

@@ -3,6 +3,8 @@
 Every mean is over actions, with the mask of the loss. The names are explained in `tracking/glossary.py`.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from pertoken.credit import reward_to_go
 from pertoken.objectives import kl_per_token
+from pertoken.rewards import Finding
 from pertoken.rewards.align import align
+from pertoken.tracking.coloured import ColouredText
 from pertoken.tracking.runlog import episode_record
 from pertoken.types import Credit, Episode, PolicyOutput, TokenBatch, TokenRewards
 
@@ -112,10 +116,42 @@ def token_rows(
 
 
 def episode_records(
-    episodes: Sequence[Episode], streams: Mapping[str, Float[Tensor, "B T"]], tokenizer: Any, *, step: int
+    episodes: Sequence[Episode],
+    streams: Mapping[str, Float[Tensor, "B T"]],
+    tokenizer: Any,
+    *,
+    step: int,
+    findings: Sequence[Sequence[Finding]] = (),
 ) -> list[dict[str, Any]]:
-    """The lines of `episodes/<step>.jsonl`."""
-    return [episode_record(e, pieces, row, step=step) for e, pieces, row in token_rows(episodes, streams, tokenizer)]
+    """The lines of `episodes/<step>.jsonl`; `findings`, if any, are those of each episode (`rewards.findings`)."""
+    rows = token_rows(episodes, streams, tokenizer)
+    return [
+        episode_record(episode, pieces, row, step=step) | finding_columns(found)
+        for (episode, pieces, row), found in zip(rows, findings or itertools.repeat(()), strict=False)
+    ]
+
+
+def finding_columns(found: Sequence[Finding]) -> dict[str, Any]:
+    """The entry of a record that says what rewards found in it; nothing if they found nothing."""
+    return {"findings": [dataclasses.asdict(finding) for finding in found]} if found else {}
+
+
+def coloured_texts(
+    episodes: Sequence[Episode], streams: Mapping[str, Float[Tensor, "B T"]], tokenizer: Any, *, by: str
+) -> list[ColouredText]:
+    """The completion of each episode, coloured by the stream `by`: what a notebook shows of a stage driven by hand.
+
+    `streams` are tensors of any stage by a name of yours: `{"advantage": credit.advantages, **rewards.parts}`.
+    """
+    texts = []
+    for episode, pieces, row in token_rows(episodes, streams, tokenizer):
+        start, acts = episode.prompt_length, episode.action_mask[episode.prompt_length :]
+        columns = {
+            name: [value if chosen else None for value, chosen in zip(values[start:], acts, strict=True)]
+            for name, values in row.items()
+        }
+        texts.append(ColouredText(pieces[start:], columns[by], by, episode.item.id, columns))
+    return texts
 
 
 def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:

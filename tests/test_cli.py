@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pertoken import cli
+from pertoken.tracking.glossary import METRICS, STREAMS, find
 
 
 @pytest.fixture
@@ -59,10 +60,13 @@ def test_train_evaluate_generate_report(place, capsys, monkeypatch):
     assert (place / "first" / "report.html").stat().st_size > 10_000
     records = [json.loads(line) for line in (place / "first" / "episodes" / "000001.jsonl").read_text().splitlines()]
     assert len(records) == 4
+    logged = json.loads((place / "first" / "metrics.jsonl").read_text().splitlines()[0])
+    assert [name for name in logged if name not in ("step", "time") and find(name, METRICS) is None] == []
     for record in records:
         assert {"reward/vowels", "reward/kl", "reward/total", "advantage", "logprob", "kl", "entropy", "ratio"} <= set(
             record["streams"]
         )
+        assert [name for name in record["streams"] if find(name, STREAMS) is None] == []
         total = sum(record["streams"]["reward/total"])
         parts = sum(map(sum, (record["streams"][name] for name in ("reward/vowels", "reward/kl"))))
         assert total == pytest.approx(parts, abs=1e-4)
@@ -86,6 +90,28 @@ def test_train_evaluate_generate_report(place, capsys, monkeypatch):
     code, out, _ = pertoken(capsys, monkeypatch, "report", "first")
     assert code == 0
     assert out.strip() == "first/report.html"
+
+    code, out, _ = pertoken(capsys, monkeypatch, "show", "first")
+    assert code == 0
+    assert len([line for line in out.splitlines() if line.startswith(("1 ", "2 "))]) == 8
+    assert "held-out items, for --item: row-" in out
+    code, out, _ = pertoken(capsys, monkeypatch, "show", "first", "--step", 1, "--sample", 2, "--numbers")
+    assert code == 0
+    assert f"{records[2]['streams']['logprob'][records[2]['tokens']['action'].index(1)]:.4g}" in out
+    item = json.loads((place / "first" / "evaluations.jsonl").read_text().splitlines()[0])["items"]["id"][0]
+    code, out, _ = pertoken(capsys, monkeypatch, "show", "first", "--item", item, "--by", "logprob", "--difference")
+    assert code == 0
+    assert "After (step 2)" in out
+    code, out, _ = pertoken(capsys, monkeypatch, "export", "first", "--step", 1, "--sample", 2)
+    assert code == 0
+    assert (place / out.splitlines()[0]).is_file()
+    for arguments, words in (
+        (["show", "first", "--sample", 1], "of which step?"),
+        (["export", "first", "--step", 1], "which sample"),
+    ):
+        code, _, err = pertoken(capsys, monkeypatch, *arguments)
+        assert code == 2
+        assert words in err
 
 
 def test_dry_run_prints_what_would_run_and_touches_nothing(place, capsys, monkeypatch):

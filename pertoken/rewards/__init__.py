@@ -2,6 +2,7 @@
 
 from pertoken.rewards.align import AlignedText, tokens_of
 from pertoken.rewards.base import (
+    Finding,
     Reward,
     Sample,
     SampleReward,
@@ -10,6 +11,7 @@ from pertoken.rewards.base import (
     Stateful,
     Weighted,
     episode_reward,
+    findings,
     move_to_actions,
     resolve,
     score,
@@ -26,6 +28,7 @@ __all__ = [
     "AlignedText",
     "Bleu",
     "ChrF",
+    "Finding",
     "Harper",
     "KLToReference",
     "LanguageTool",
@@ -47,6 +50,7 @@ __all__ = [
     "Ter",
     "Weighted",
     "episode_reward",
+    "findings",
     "move_to_actions",
     "resolve",
     "score",

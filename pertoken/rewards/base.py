@@ -151,6 +151,10 @@ class SampleReward(ABC):
     def token_values(self, sample: Sample) -> list[float]:
         """One value per token of `sample.tokens`."""
 
+    def findings(self, sample: Sample) -> "Sequence[ScoredSpan]":
+        """What the reward found, where, and in words; empty for a reward that does not speak of ranges."""
+        return []
+
     def __call__(self, scene: Scene) -> Float[Tensor, "B T"]:
         """The values of all samples in their rows, 0 elsewhere; in float64, so that sums stay exact."""
         values = torch.zeros(scene.batch.tokens.shape, dtype=torch.float64)
@@ -194,6 +198,9 @@ class DecoratedReward(SampleReward):
 
     def token_values(self, sample: Sample) -> list[float]:
         return self._place(self.fn(sample, **self._parameters), sample)
+
+    def findings(self, sample: Sample) -> Sequence[ScoredSpan]:
+        return list(self.fn(sample, **self._parameters)) if self._place is place_spans else []
 
     def bind(self, **parameters: Any) -> "DecoratedReward":
         """The same reward with keyword parameters of its function set."""
@@ -332,6 +339,36 @@ def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:
         parts[name] = values.to(total)
         total = total + parts[name]
     return TokenRewards(total, parts)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A `ScoredSpan` as tokens: `[start, stop)` of the episode, what it is worth there with its weight, and why."""
+
+    part: str
+    start: int
+    stop: int
+    value: float
+    message: str
+
+
+def findings(rewards: Sequence[Weighted], scene: Scene) -> list[list[Finding]]:
+    """Per row of the scene, what the rewards of spans found: for the eye, `score` has paid it already.
+
+    The rewards look at each sample once more, so ask for the rows that will be looked at.
+    """
+    found: list[list[Finding]] = []
+    for episode, sample in zip(scene.episodes, scene.samples, strict=True):
+        row = []
+        for part in rewards:
+            if not isinstance(part.reward, SampleReward) or not sample.tokens:
+                continue
+            for span in part.reward.findings(sample):
+                tokens = [token for token, _ in spread(sample.aligned, span.start, span.stop, 0.0)]
+                start, stop = episode.prompt_length + min(tokens), episode.prompt_length + max(tokens) + 1
+                row.append(Finding(part.name, start, stop, part.weight * span.value, span.message))
+        found.append(row)
+    return found
 
 
 def move_to_actions(values: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:

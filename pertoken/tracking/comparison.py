@@ -1,7 +1,10 @@
-"""Before against after on the same held-out items: what changed, and how sure that is."""
+"""Before against after: what changed on the same held-out items and in the training reward, and how sure that is."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from statistics import fmean, variance
 from typing import Any, Literal
 
 from pertoken.text_metrics import bootstrap_mean
@@ -83,6 +86,53 @@ def compare(evaluations: Sequence[Row]) -> Comparison | None:
         main=main,
         num_items=len(set(before["items"]["id"]) & set(after["items"]["id"])),
     )
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A figure of the training in its first and its last fifth."""
+
+    name: str
+    before: float
+    after: float
+    margin: float
+    """Half the width of the 95% interval of the difference, from the noise between steps."""
+
+    @property
+    def rose(self) -> bool:
+        return self.after - self.before > self.margin
+
+
+def shifts(metrics: Mapping[str, Sequence[Number | None]], names: Sequence[str]) -> dict[str, Shift]:
+    """The means of the first and the last fifth of the steps; nothing if a fifth is less than three steps.
+
+    >>> shifts({"reward/total": [0, 1, 2] * 2 + [9] * 6 + [4, 5, 6]}, ["reward/total"])["reward/total"].rose
+    True
+    """
+    found = {}
+    for name in names:
+        known = [value for value in metrics.get(name, []) if value is not None]
+        count = len(known) // 5
+        if count >= 3:
+            early, late = known[:count], known[-count:]
+            margin = 1.96 * math.sqrt((variance(early) + variance(late)) / count)
+            found[name] = Shift(name, fmean(early), fmean(late), margin)
+    return found
+
+
+def matches(before: Sequence[int], after: Sequence[int]) -> tuple[list[int], list[int]]:
+    """For each token of either text, the token of the other that it is aligned with, or -1.
+
+    The longest common runs are aligned, so what is left was rewritten.
+
+    >>> matches([5, 6, 7], [5, 9, 7])
+    ([0, -1, 2], [0, -1, 2])
+    """
+    here, there = [-1] * len(before), [-1] * len(after)
+    for a, b, size in SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
+        for k in range(size):
+            here[a + k], there[b + k] = b + k, a + k
+    return here, there
 
 
 def _change(name: str, before: Row, after: Row) -> Change:

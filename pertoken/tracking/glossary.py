@@ -104,6 +104,12 @@ STREAMS: dict[str, Term] = {
     "entropy": Term("How undecided the policy was here.", "nats", scale="magnitude"),
     "ratio": Term("Probability after the update over before.", "p_new / p_old", scale="around_one"),
     "clipped": Term("1 if the surrogate clipped this token.", "0 or 1", scale="magnitude"),
+    "importance_weight": Term(
+        "Weight that corrects for sampling with slightly other numbers than scoring.",
+        "p_scored / p_sampled, capped",
+        scale="around_one",
+    ),
+    "value_error": Term("How far the critic was off at this token.", "return − V"),
 }
 
 

@@ -15,11 +15,13 @@ from string import Template
 
 from pertoken.errors import MissingExtraError
 from pertoken.tracking.charts import Chart, Column, held_out_charts, training_charts
-from pertoken.tracking.comparison import Change, Comparison, compare
+from pertoken.tracking.comparison import Change, Comparison, Shift, compare, shifts
 from pertoken.tracking.files import Number, Row, write_whole
-from pertoken.tracking.glossary import HELD_OUT, find, label
+from pertoken.tracking.glossary import HELD_OUT, METRICS, find, label
 from pertoken.tracking.reader import RunReader
-from pertoken.tracking.samples import scenes, stream_scales
+from pertoken.tracking.samples import browse
+
+SCRIPTS = ("tokens.js", "browser.js", "report.js")
 
 
 def write_report(folder: str | Path) -> Path:
@@ -39,20 +41,21 @@ def render(reader: RunReader) -> str:
     comparison = compare(evaluations)
     charts: list[Chart] = []
     sections = {
-        "Result": _result(comparison, evaluations, charts),
+        "Result": _result(comparison, evaluations, metrics, charts),
         "Tokens": _resource("tokens.html"),
         "Curves": _curves(metrics, charts),
         "Configuration": _configuration(run, reader.config_text()),
     }
-    shown = scenes(reader, comparison)
-    if not shown:
+    samples = browse(reader, comparison)
+    if not samples["orders"]:
         sections.pop("Tokens")
-    data = json.dumps({"scenes": shown, "scales": stream_scales(shown)}, allow_nan=False)
+    facts = {"folder": str(reader.folder), "main": label(comparison.main, HELD_OUT) if comparison else ""}
+    data = json.dumps(facts | samples, allow_nan=False, separators=(",", ":"))
     plots = ",".join(chart.figure for chart in charts)
-    plotly, script = get_plotlyjs(), _resource("report.js")
+    plotly, script = get_plotlyjs(), "\n".join(map(_resource, SCRIPTS))
     return Template(_resource("report.html")).substitute(
         policy=_policy(plotly, script),
-        title=escape(_title(run)),
+        title=escape(title_of(run)),
         css=_resource("report.css"),
         summary=_summary(run, metrics),
         navigation="".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
@@ -65,11 +68,19 @@ def render(reader: RunReader) -> str:
     )
 
 
-def verdict(comparison: Comparison | None, evaluations: Sequence[Row]) -> tuple[str, str]:
-    """The judgement (better, not proven, worse, unknown) and the sentence that a person can repeat."""
+def verdict(
+    comparison: Comparison | None, evaluations: Sequence[Row], metrics: Mapping[str, Column] | None = None
+) -> tuple[str, str]:
+    """The judgement (better, not proven, worse, gamed, unknown) and the sentences that a person can repeat.
+
+    Gamed: the training reward rose beyond its noise while held-out quality fell.
+    """
+    reward = shifts(metrics or {}, ["reward/total"]).get("reward/total")
+    risen = reward is not None and reward.rose
     if comparison is None:
         times = "measured once" if evaluations else "not measured"
-        return "unknown", f"Held-out quality was {times}; a verdict needs it before and after the training."
+        alone = " The rise of the training reward alone proves nothing." if risen else ""
+        return "unknown", f"Held-out quality was {times}; a verdict needs it before and after the training.{alone}"
     change = comparison.changes[comparison.main]
     moved = (
         f"Held-out {label(change.name, HELD_OUT)} went from {_number(change.before)} to {_number(change.after)} "
@@ -79,7 +90,22 @@ def verdict(comparison: Comparison | None, evaluations: Sequence[Row]) -> tuple[
         return "not proven", f"{moved}; no interval is known, so this may be chance."
     interval = f"{_signed(change.difference)}, 95% interval {_signed(change.low)} to {_signed(change.high)}"
     doubt = ", which may be chance" if change.low <= 0 <= change.high else ""
-    return change.judgement, f"{moved} ({interval}){doubt}.{_against_baseline(change, comparison)}"
+    sentences = f"{moved} ({interval}){doubt}.{_against_baseline(change, comparison)}{_price(comparison)}"
+    if reward is None or not risen or change.judgement == "better":
+        return change.judgement, sentences
+    rise = f" Meanwhile the training reward rose from {_number(reward.before)} to {_number(reward.after)}"
+    if change.judgement == "worse":
+        return "gamed", f"{sentences}{rise}: it pays for something else than quality."
+    return change.judgement, f"{sentences}{rise}, which alone proves nothing."
+
+
+def _price(comparison: Comparison) -> str:
+    """What got worse with confidence although the main metric did not."""
+    changes = comparison.changes
+    if changes[comparison.main].judgement != "better":
+        return ""
+    worse = [label(name, HELD_OUT) for name, change in changes.items() if change.judgement == "worse"]
+    return f" At a price, see the table: {', '.join(worse)}." if worse else ""
 
 
 def _against_baseline(change: Change, comparison: Comparison) -> str:
@@ -93,7 +119,8 @@ def _against_baseline(change: Change, comparison: Comparison) -> str:
     return f" The model {relation} the best trivial baseline, {best} ({_number(scores[best])})."
 
 
-def _title(run: Row) -> str:
+def title_of(run: Row) -> str:
+    """The run as a heading: the model, and what it was trained on."""
     about = run.get("about", {})
     model, task = str(about.get("model", "A model")).rstrip("/").rpartition("/")[2], about.get("task")
     return f"{model} on {task}" if task else model
@@ -117,28 +144,32 @@ def _summary(run: Row, metrics: Mapping[str, Column]) -> str:
         "Time": _duration(seconds),
         "Seed": str(run.get("seed", "")),
         "Started": str(run.get("started", ""))[:16].replace("T", " "),
-        "Status": f"{status}: {run['reason']}" if run.get("reason") else status,
+        "Status": f"{status}: {run['reason']}" if run.get("reason", status) not in ("", status) else status,
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{escape(str(fact))}</dd></div>" for name, fact in facts.items() if fact)
     return f'<dl class="facts">{rows}</dl>'
 
 
-def _result(comparison: Comparison | None, evaluations: Sequence[Row], charts: list[Chart]) -> str:
-    judgement, sentence = verdict(comparison, evaluations)
+def _result(
+    comparison: Comparison | None, evaluations: Sequence[Row], metrics: Mapping[str, Column], charts: list[Chart]
+) -> str:
+    judgement, sentence = verdict(comparison, evaluations, metrics)
     html = (
         f'<div class="verdict {judgement.replace(" ", "-")}"><strong>{judgement.capitalize()}</strong>'
         f"<p>{escape(sentence)}</p></div>"
     )
     if comparison is None:
-        return html
+        return html + _reward_table(metrics)
     main, *others = held_out_charts(evaluations, comparison)
-    html += f'<div class="columns">{_figures([main], charts, "large")}{_table(comparison)}</div>'
+    html += f'<div class="columns">{_figures([main], charts, "large")}{before_after_table(comparison)}</div>'
+    html += _reward_table(metrics)
     if others:
         html += f"<details><summary>Curves of the other held-out metrics</summary>{_figures(others, charts)}</details>"
     return html
 
 
-def _table(comparison: Comparison) -> str:
+def before_after_table(comparison: Comparison) -> str:
+    """The held-out metrics before and after, with intervals and trivial baselines, as an HTML table."""
     baselines = comparison.baselines
     heads = ["Metric", "Before", "After", "Difference", *(escape(name) for name in baselines)]
     rows = []
@@ -165,6 +196,41 @@ def _table(comparison: Comparison) -> str:
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Before and after"><table><caption>{caption}'
         f"</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _reward_table(metrics: Mapping[str, Column]) -> str:
+    """Which part moved the training reward: its parts in the first and the last fifth of the steps."""
+    names = [name for name in metrics if name.startswith("reward/") and name != "reward/total"]
+    found = shifts(metrics, ["reward/total", *names])
+    if "reward/total" not in found:
+        return ""
+    total = found.pop("reward/total")
+    moved = total.after - total.before if abs(total.after - total.before) > total.margin else None
+    ranked = [total, *sorted(found.values(), key=lambda shift: shift.before - shift.after)]
+    rows = "".join(_reward_row(shift, moved) for shift in ranked)
+    heads = ("Training reward", "First fifth", "Last fifth", "Difference", "Share")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    caption = (
+        "Mean per completion in the first and the last fifth of the steps; the parts add up to the total. "
+        "Small: 95% interval, from the noise between steps. Reward is what was trained on: its rise is no proof."
+    )
+    return (
+        '<div class="scroll parts" tabindex="0" role="region" aria-label="What moved the training reward"><table>'
+        f"<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _reward_row(shift: Shift, moved: float | None) -> str:
+    """One part; `moved` is the difference of the total, None where that is within the noise."""
+    difference, name = shift.after - shift.before, shift.name.removeprefix("reward/")
+    term = find(shift.name, METRICS)
+    interval = f"{_signed(difference - shift.margin)} to {_signed(difference + shift.margin)}"
+    share = "" if moved is None else f"{difference / moved:.0%}".replace("-", "−")
+    return (
+        f'<tr><th scope="row" title="{escape(term.explanation if term else shift.name)}">{escape(name)}</th>'
+        f"<td>{_signed(shift.before)}</td><td>{_signed(shift.after)}</td>"
+        f"<td>{_signed(difference)}<small>{interval}</small></td><td>{share}</td></tr>"
     )
 
 

@@ -35,6 +35,7 @@ from pertoken.rewards import (
     Ter,
     Weighted,
     episode_reward,
+    findings,
     move_to_actions,
     resolve,
     score,
@@ -106,6 +107,21 @@ def test_a_span_without_tokens_before_it_falls_on_the_first(make_episode, make_s
     missing = span_reward(lambda sample: [ScoredSpan(0, 0, 1.0)])
     assert missing(make_scene(make_episode("a cat")))[0, 2].item() == 1.0
     assert missing(make_scene(make_episode("")))[0, 2].item() == 1.0  # nothing but the end of the sequence
+
+
+def test_findings_are_the_tokens_that_a_span_reward_spoke_of(make_episode, make_scene):
+    @span_reward
+    def no_that(sample):
+        at = sample.text.find("that")
+        return [ScoredSpan(at, at + 4, -0.5, "do not say 'that'")] if at >= 0 else []
+
+    scene = make_scene(make_episode("oh, that"), make_episode("nothing"), make_episode(""))
+    rewards = [Weighted(no_that, 2.0, "no_that"), Weighted(episode_reward(lambda sample: 1.0), 1.0, "one")]
+    (found,), *nothing = findings(rewards, scene)
+    assert nothing == [[], []]
+    assert (found.part, found.value, found.message) == ("no_that", -1.0, "do not say 'that'")
+    paid = score(rewards, scene).parts["no_that"][0]
+    assert [t for t, value in enumerate(paid.tolist()) if value] == list(range(found.start, found.stop))
 
 
 def test_a_token_reward_speaks_of_each_token(make_episode, make_scene):

@@ -17,6 +17,11 @@ from pertoken.tracking import RunLog, episode_record
 from pertoken.types import Episode, Item, Span
 
 NUM_STEPS = 300
+SCRIPTS = [
+    Item("scripts/arabic", "لخّص: تعيد الدالة مجموع القيم.", "تعيد الدالة sum مجموع القيم (int)."),
+    Item("scripts/chinese", "总结：该函数返回一个列表。", "该函数返回按键排序后的列表，并保留重复项。"),
+    Item("scripts/emoji", "Summarise: 🎉", "Party 🎉🎊 for the family 👩‍👩‍👧, naïve façade."),
+]
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> \x1b[31mred\x1b[0m"
 
 
@@ -47,7 +52,8 @@ def make_run(folder: Path) -> Path:
         if step:
             log.step(step, step_metrics(draw, step, skill))
         if step and (step == 1 or step % 50 == 0):
-            log.episodes(step, [an_episode(draw, step, g, item, skill) for g, item in enumerate(items[:16])])
+            prompts = list(enumerate([*items[:5], *SCRIPTS]))
+            log.episodes(step, [an_episode(draw, step, g, item, skill) for g, item in prompts for _ in range(4)])
         if step % 50 == 0:
             log.evaluation(step, "validation", *an_evaluation(draw, step, items, skill))
     log.finish("finished", "all 300 steps are done")
@@ -107,7 +113,7 @@ def step_metrics(draw: random.Random, step: int, skill: float) -> dict[str, floa
 def completion_of(draw: random.Random, item: Item, skill: float) -> str:
     """Before training the text rambles on through the body; after it, it is close to the summary."""
     assert item.answer is not None
-    if draw.random() < skill:
+    if draw.random() < skill or isinstance(item.prompt, str):
         return item.answer
     body = item.prompt[0]["content"].split("\n\n", 1)[1]
     return f"This function is a function that does the following.\n{body[: draw.randint(80, 420)]}"
@@ -115,7 +121,8 @@ def completion_of(draw: random.Random, item: Item, skill: float) -> str:
 
 def an_episode(draw: random.Random, step: int, group: int, item: Item, skill: float) -> dict:
     text = HOSTILE if group == 3 else completion_of(draw, item, skill)
-    prompt = pieces_of(f"<|im_start|>user\n{item.prompt[0]['content']}<|im_end|>\n<|im_start|>assistant\n")
+    asked = item.prompt if isinstance(item.prompt, str) else item.prompt[0]["content"]
+    prompt = pieces_of(f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n")
     written = [*pieces_of(text), "<|im_end|>"]
     pieces, first = prompt + written, len(prompt)
     num = len(pieces)
@@ -131,7 +138,14 @@ def an_episode(draw: random.Random, step: int, group: int, item: Item, skill: fl
         stop="eos",
         policy_version=(step - 1, step - 1),
     )
-    return episode_record(episode, pieces, made_up_streams(draw, episode, pieces), step=step)
+    streams = made_up_streams(draw, episode, pieces)
+    costs = enumerate(streams["reward/repetition"])
+    found = [
+        {"part": "repetition", "start": t, "stop": t + 1, "value": cost, "message": f"said before: {pieces[t]!r}"}
+        for t, cost in costs
+        if cost
+    ]
+    return episode_record(episode, pieces, streams, step=step) | ({"findings": found} if found else {})
 
 
 def made_up_streams(draw: random.Random, episode: Episode, pieces: list[str]) -> dict[str, list[float]]:
@@ -174,6 +188,7 @@ def an_evaluation(draw: random.Random, step: int, items: list[Item], skill: floa
             name: record["streams"][name] for name in ("reward/rouge_l", "reward/total", "logprob", "entropy", "kl")
         }
         rows.append({"id": item.id, **text, "metrics": scores, "tokens": record["tokens"], "streams": streams})
+        rows[-1] |= {"findings": record["findings"]} if "findings" in record else {}
     names = list(rows[0]["metrics"])
     means = {name: sum(row["metrics"][name] for row in rows) / len(rows) for name in names}
     width = {name: abs(means[name]) * 0.1 for name in names}
@@ -191,8 +206,10 @@ def an_evaluation(draw: random.Random, step: int, items: list[Item], skill: floa
 
 
 def pieces_of(text: str) -> list[str]:
-    """The text cut as a tokenizer would: words with the space before them, now and then a half word."""
-    return re.findall(r"<\|\w+\|>| ?\w{1,7}| ?[^\w\s]|\s", text)
+    """The text cut as a tokenizer would: words with the space before them, now and then a half word; a character
+    beyond the basic plane is four tokens, and comes with the last of them."""
+    found = re.findall(r"<\|\w+\|>| ?\w{1,7}| ?[^\w\s]|\s", text)
+    return [part for piece in found for part in (["", "", "", piece] if max(piece) > "\uffff" else [piece])]
 
 
 def hash_id(piece: str) -> int:

@@ -4,8 +4,6 @@ import base64
 import hashlib
 import json
 import re
-import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -73,7 +71,9 @@ def test_the_page_of_a_300_step_run_is_small_and_has_every_section(html, page):
     assert "SmolLM2-135M on documentation summaries" in html
     assert html.count("* plotly.js v") == 1
     assert len(page.data["charts"]) > 20
-    assert 10 < len(page.data["scenes"]) <= 30
+    assert len(page.data["lists"]["training"]["id"]) == 7 * 32
+    assert len(page.data["lists"]["held_out"]["id"]) == 128
+    assert len(page.data["scenes"]) == 7 * 8 + 128
 
 
 def test_the_page_loads_nothing(page):
@@ -102,19 +102,22 @@ def test_hostile_text_stays_text(tmp_path):
     text = write_report(tmp_path / "run").read_text()
     page = Page(text)
     assert [tag for tag, _ in page.tags if tag in ("script", "img")] == ["script"] * 3
-    assert page.data["scenes"][0]["panels"][0]["text"] == HOSTILE
+    assert page.data["scenes"]["test.0"]["panels"][0]["text"] == HOSTILE
     assert "\x1b" not in text.split('id="run"')[1].split("</script>")[0]
 
 
 def test_the_shown_numbers_are_those_of_the_run(page, run_folder):
-    scene = next(scene for scene in page.data["scenes"] if not scene["held_out"])
-    best = scene["panels"][0]
-    records = RunReader(run_folder).episodes(1)
-    record = max(records, key=lambda record: sum(record["streams"]["reward/total"]))
+    columns = page.data["lists"]["training"]
+    row = max(range(len(columns["id"])), key=lambda row: columns["reward"][row])
+    step, sample = map(int, columns["id"][row].split("."))
+    record = RunReader(run_folder).episodes(step)[sample]
+    scene = page.data["scenes"][columns["scene"][row]]
+    panel = next(panel for panel in scene["panels"] if panel["id"] == columns["id"][row])
     start = record["tokens"]["action"].index(1)
-    assert best["tokens"]["piece"] == record["tokens"]["piece"][start:]
-    assert best["prompt"] + "".join(best["tokens"]["piece"]) == "".join(record["tokens"]["piece"])
-    assert best["streams"]["advantage"] == pytest.approx(record["streams"]["advantage"][start:], rel=1e-3)
+    assert columns["reward"][row] == pytest.approx(sum(record["streams"]["reward/total"]), rel=1e-3)
+    assert panel["tokens"]["piece"] == record["tokens"]["piece"][start:]
+    assert scene["prompt"] + "".join(panel["tokens"]["piece"]) == "".join(record["tokens"]["piece"])
+    assert panel["streams"]["advantage"] == pytest.approx(record["streams"]["advantage"][start:], rel=1e-3)
     assert {scale["name"] for scale in page.data["scales"]} == set(record["streams"])
 
 
@@ -185,23 +188,32 @@ def test_the_verdict_is_a_sentence_with_its_numbers_and_the_baseline():
     )
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_draws_it_without_an_error(run_folder, html, tmp_path):
-    """In real Chromium: charts drawn, tokens coloured, nothing in the console, hostile samples without effect."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += [
-        f"--user-data-dir={tmp_path}",
-        "--enable-logging=stderr",
-        "--v=0",
-        "--virtual-time-budget=5000",
-        "--dump-dom",
-    ]
-    url = f"file://{run_folder / 'report.html'}?theme=dark"
-    done = subprocess.run(["chromium", *flags, url], capture_output=True, text=True, timeout=60, check=True)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    drawn = done.stdout
-    assert drawn.startswith("<!DOCTYPE html>")
-    assert 'data-theme="dark"' in drawn
-    assert drawn.count('class="main-svg"') >= 20
-    assert len(re.findall(r'class="token" [^>]*--strength: [\d.]+%', drawn)) > 5
-    assert "owned" not in re.search(r"<title>(.*?)</title>", drawn).group(1)
+def test_a_reward_that_rises_while_quality_falls_is_gamed():
+    rising = {"reward/total": [0.1, 0.11, 0.09] * 5 + [0.5, 0.51, 0.49] * 5}
+    flat = {"reward/total": [0.1, 0.11, 0.09] * 10}
+    worse = [an_evaluation(0, [0.3, 0.4]), an_evaluation(9, [0.2, 0.3])]
+    assert verdict(compare(worse), worse, flat)[0] == "worse"
+    judgement, sentence = verdict(compare(worse), worse, rising)
+    assert judgement == "gamed"
+    assert sentence.endswith("the training reward rose from 0.100 to 0.500: it pays for something else than quality.")
+    same = [an_evaluation(0, [0.3, 0.4]), an_evaluation(9, [0.2, 0.5])]
+    judgement, sentence = verdict(compare(same), same, rising)
+    assert judgement == "not proven"
+    assert sentence.endswith("which alone proves nothing.")
+
+
+def test_better_at_a_price_names_the_price():
+    rows = [an_evaluation(0, [0.1, 0.2]), an_evaluation(9, [0.2, 0.3])]
+    for row, repetition in zip(rows, ([0.0, 0.1], [0.5, 0.6]), strict=True):
+        row["items"]["repetition"] = repetition
+        row["metrics"]["repetition"] = sum(repetition) / 2
+    assert verdict(compare(rows), rows)[1].endswith("At a price, see the table: repetition.")
+
+
+def test_the_page_says_which_part_moved_the_reward(html):
+    table = html[html.index("What moved the training reward") :]
+    rows = re.findall(r'<th scope="row"[^>]*>(\w+)</th>.*?<td>(−?\d+%)</td></tr>', table)
+    assert [name for name, _ in rows] == ["total", "rouge_l", "brevity", "repetition"]
+    shares = [int(share.rstrip("%")) for _, share in rows]
+    assert shares[0] == 100
+    assert abs(sum(shares[1:]) - 100) <= 1

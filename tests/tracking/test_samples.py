@@ -1,17 +1,19 @@
-"""Which samples are shown, and the scale of their colours."""
+"""Which samples are shown, how they are sorted and compared, and the scale of their colours."""
+
+import json
 
 import pytest
 
 from pertoken.tracking import RunLog, RunReader, samples
 from pertoken.tracking.comparison import compare
-from pertoken.tracking.samples import scenes, stream_scales
+from pertoken.tracking.samples import browse, figures, stream_scales
 
 
-def a_record(name: str, rewards: list[float]) -> dict:
+def a_record(name: str, rewards: list[float], group: int = 0, **streams) -> dict:
     tokens = {"id": [0, 1, 2], "piece": ["ask ", "an", "swer"], "action": [0, 1, 1]}
-    streams = {"reward/total": [0, *rewards]}
+    columns = {"reward/total": [0, *rewards]} | {stream.replace("__", "/"): [0, *v] for stream, v in streams.items()}
     text = {"prompt": "ask", "answer": "answer", "completion": "answer"}
-    return {"id": name, "item": name, "stop": "eos", "tokens": tokens, "streams": streams, **text}
+    return {"id": name, "item": name, "group": group, "stop": "eos", "tokens": tokens, "streams": columns, **text}
 
 
 @pytest.fixture
@@ -19,45 +21,108 @@ def log(tmp_path) -> RunLog:
     return RunLog.create(tmp_path / "run", config_text="", seed=0)
 
 
-def evaluate(log: RunLog, step: int, scores: dict[str, float]) -> None:
+def evaluate(log: RunLog, step: int, scores: dict[str, float], ids: list[int] | None = None) -> None:
     text = {"prompt": "p", "answer": "x", "output": "y"}
+    if ids is not None:
+        columns = {"id": ids, "piece": [chr(96 + k) for k in ids], "action": [1] * len(ids)}
+        text |= {"tokens": columns, "streams": {"logprob": [-float(step + k) for k in ids]}}
     rows = [{"id": item, "metrics": {"rouge_l": score}, **text} for item, score in scores.items()]
     log.evaluation(step, "test", {"main": "rouge_l", "metrics": {"rouge_l": 0.5}}, rows)
 
 
-def test_best_median_and_worst_of_the_first_middle_and_last_step(log):
-    for step in (1, 20, 30, 40, 50):
-        log.episodes(step, [a_record(f"e{i}", [0.0, float(i)]) for i in (3, 0, 4, 1, 2)])
-    shown = scenes(RunReader(log.folder), None)
-    assert [scene["title"].split(":")[0] for scene in shown] == ["step 1", "step 30", "step 50"]
-    assert [(p["title"], p["facts"][1]) for p in shown[0]["panels"]] == [
-        ("Best", "item e4"),
-        ("Median", "item e2"),
-        ("Worst", "item e0"),
-    ]
+def page_data(log: RunLog) -> dict:
+    reader = RunReader(log.folder)
+    return browse(reader, compare(reader.evaluations()))
 
 
-def test_a_single_episode_is_shown_once(log):
-    log.episodes(1, [a_record("only", [0.0, 1.0])])
-    assert [panel["title"] for panel in scenes(RunReader(log.folder), None)[0]["panels"]] == ["Best"]
+def sorted_by(data: dict, label: str) -> list[str]:
+    """What the list shows in an order, as the page sorts it."""
+    order = next(order for order in data["orders"] if order["label"] == label)
+    columns = data["lists"][order["list"]]
+    values = columns[order["column"]]
+    rows = sorted(range(len(values)), key=lambda row: values[row], reverse=order["descending"])
+    return [columns["title"][row] for row in rows]
 
 
-def test_held_out_pairs_are_the_typical_the_gains_and_the_losses_each_once(log):
+def test_the_list_has_every_sample_and_a_scene_is_a_group(log):
+    for step in (1, 20):
+        log.episodes(step, [a_record(f"e{i}", [0.0, float(i)], group=i // 2) for i in (3, 0, 2, 1, 4)])
+    data = page_data(log)
+    assert data["lists"]["training"]["id"] == [f"{step}.{line}" for step in (1, 20) for line in range(5)]
+    assert data["lists"]["training"]["scene"][:5] == ["1.0", "1.1", "1.0", "1.1", "1.4"]
+    assert [panel["id"] for panel in data["scenes"]["20.1"]["panels"]] == ["20.1", "20.3"]
+    assert sorted_by(data, "Best reward")[:2] == ["e4", "e4"]
+    assert sorted_by(data, "Worst reward")[:2] == ["e0", "e0"]
+    assert [order["label"] for order in data["orders"]] == ["Best reward", "Worst reward", "In order of steps"]
+
+
+def test_figures_of_an_episode_by_hand():
+    streams = {"reward__a": [0.5, 0.5], "reward__b": [-0.25, -0.5], "clipped": [1, 0], "kl": [0.1, 0.2]}
+    record = a_record("e", [0.25, 0.0], **streams, value=[0.0, 0.5], **{"return": [0.6, 1.3]})
+    assert figures(record) == pytest.approx(
+        {"reward": 0.25, "tokens": 2, "clipped": 0.5, "kl": 0.3, "disagreement": 0.75, "value_error": 0.5**0.5},
+        rel=1e-3,
+    )
+
+
+def test_the_orders_answer_who_is_clipped_wrong_and_torn(log):
+    quiet = {"clipped": [0, 0], "value": [1, 1], "return": [1, 1], "reward__a": [1, 0], "reward__b": [0, 0]}
+    log.episodes(
+        1,
+        [
+            a_record("quiet", [1.0, 0.0], **quiet),
+            a_record("clipped", [1.0, 0.0], **quiet | {"clipped": [1, 1]}),
+            a_record("unforeseen", [1.0, 0.0], **quiet | {"value": [9, 1]}),
+            a_record("torn", [0.0, 0.0], **quiet | {"reward__b": [-1, 0]}),
+        ],
+    )
+    data = page_data(log)
+    firsts = ("Most clipped", "Largest value error", "Parts disagree most")
+    assert [sorted_by(data, label)[0] for label in firsts] == ["clipped", "unforeseen", "torn"]
+
+
+def test_held_out_items_are_sorted_by_their_change(log):
     evaluate(log, 0, {f"i{i:02}": 0.5 for i in range(20)})
     evaluate(log, 9, {f"i{i:02}": 0.5 + (i - 10) / 100 for i in range(20)})
-    reader = RunReader(log.folder)
-    shown = scenes(reader, compare(reader.evaluations()))
-    assert [scene["title"][:3] for scene in shown[:4]] == ["i08", "i09", "i10", "i11"]
-    assert [scene["title"] for scene in shown[4:6]] == ["i19 (ROUGE-L +0.090)", "i18 (ROUGE-L +0.080)"]
-    assert [scene["title"][:3] for scene in shown[8:]] == ["i00", "i01", "i02", "i03"]
-    assert [panel["title"] for panel in shown[0]["panels"]] == ["Before (step 0)", "After (step 9)"]
+    data = page_data(log)
+    assert set(sorted_by(data, "Typical change")[:2]) == {"i09", "i10"}
+    assert sorted_by(data, "Largest gain")[:2] == ["i19", "i18"]
+    assert sorted_by(data, "Largest loss")[:2] == ["i00", "i01"]
+    scene = data["scenes"][data["lists"]["held_out"]["scene"][19]]
+    assert [panel["title"] for panel in scene["panels"]] == ["Before (step 0)", "After (step 9)"]
 
 
-def test_samples_beyond_the_room_are_left_out(log, monkeypatch):
-    for step in (1, 2, 3):
-        log.episodes(step, [a_record("e", [0.0, 1.0])])
-    monkeypatch.setattr(samples, "MAX_BYTES", 700)
-    assert len(scenes(RunReader(log.folder), None)) == 2
+def test_tokens_of_both_texts_are_aligned(log):
+    evaluate(log, 0, {"i": 0.5}, ids=[1, 2, 3, 5])
+    evaluate(log, 9, {"i": 0.6}, ids=[1, 4, 3, 5, 6])
+    before, after = page_data(log)["scenes"]["test.0"]["panels"]
+    assert before["match"] == [0, -1, 2, 3]
+    assert after["match"] == [0, -1, 2, 3, -1]
+
+
+@pytest.mark.parametrize(("distances", "same"), [([0.0, 0.0], True), ([0.0, 0.2], False)])
+def test_the_reference_is_the_model_before_if_nothing_lies_between_them(log, distances, same):
+    evaluate(log, 0, {"i": 0.5}, ids=[1, 2])
+    evaluate(log, 9, {"i": 0.6}, ids=[1, 2])
+    path = log.folder / "evaluations" / "000000-test.jsonl"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"streams": {"kl": distances}}) + "\n")
+    assert page_data(log)["reference_is_before"] is same
+
+
+def test_samples_beyond_the_room_are_listed_without_a_scene(log, monkeypatch):
+    log.episodes(1, [a_record(f"e{i}", [0.0, float(i)], group=i) for i in range(5)])
+    monkeypatch.setattr(samples, "MAX_BYTES", 100)
+    data = page_data(log)
+    assert data["lists"]["training"]["scene"] == ["1.0", None, None, None, "1.4"]  # the worst and the best come first
+    assert set(data["scenes"]) == {"1.0", "1.4"}
+
+
+def test_of_a_large_group_the_leaders_are_shown(log):
+    log.episodes(1, [a_record(f"e{i}", [0.0, float(i == 19)]) for i in range(20)])
+    panels = page_data(log)["scenes"]["1.0"]["panels"]
+    assert len(panels) == samples.MAX_PANELS
+    assert panels[-1]["id"] == "1.19"
 
 
 def test_the_scale_ignores_single_outliers_and_tokens_that_were_not_chosen():
