@@ -187,13 +187,7 @@ def draw(logprobs: Float[Tensor, "A V"], uniform: Float[Tensor, " A"]) -> Int[Te
     width = 256
     probs = torch.nn.functional.pad(logprobs.exp(), (0, -vocab % width)).view(rows, -1, width)
     cumulative = probs.sum(2, dtype=torch.float64).cumsum(1)
-    lost = ~(cumulative[:, -1] > 0)  # NaN is not above 0
-    if bool(lost.any()):
-        raise NumericsError(
-            f"row {int(lost.nonzero()[0])} of {rows} in this rollout: the model gives no distribution over the next "
-            "token, its logits are not finite. If it has trained for a while, lower update.learning_rate and resume "
-            "from an earlier checkpoint; if not, its weights are broken or need policy.precision float32."
-        )
+    refuse_lost(cumulative[:, -1])
     point = uniform.double() * cumulative[:, -1]
     block = (cumulative <= point[:, None]).sum(1).clamp_max(cumulative.shape[1] - 1)
     everyone = torch.arange(rows, device=logprobs.device)
@@ -211,3 +205,14 @@ def entropy_of(logprobs: Float[Tensor, "A V"]) -> Float[Tensor, " A"]:
     tensor([0.6931])
     """
     return -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(1)
+
+
+def refuse_lost(mass: Float[Tensor, " A"]) -> None:
+    """Raises NumericsError if a row has no distribution: its mass is not above 0 (NaN is not either)."""
+    lost = ~(mass > 0)
+    if bool(lost.any()):
+        raise NumericsError(
+            f"row {int(lost.nonzero()[0])} of {len(mass)} in this rollout: the model gives no distribution over the next "
+            "token, its logits are not finite. If it has trained for a while, lower update.learning_rate and resume "
+            "from an earlier checkpoint; if not, its weights are broken or need policy.precision float32."
+        )

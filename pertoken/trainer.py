@@ -23,7 +23,7 @@ from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, pol
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
 from pertoken.policy.model import Policy, Reference
-from pertoken.rewards import Scene, Stateful, Weighted, score
+from pertoken.rewards import Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
 from pertoken.rollout.collect import collect
 from pertoken.rollout.engine import RolloutEngine
@@ -118,7 +118,8 @@ def loop(
         batch = to_batch(episodes, run.controls, device=str(run.policy.device))
         old, ref = score_old(run, batch), run.reference.score(batch) if run.reference else None
         clock.lap("score")
-        rewards = reward(run, Scene(batch, episodes, run.policy.tokenizer, old, ref, step))
+        scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
+        rewards = reward(run, scene)
         credit = assign(run.config.credit, rewards, batch, old)
         clock.lap("reward")
         updated = update(run, batch, old, ref, credit, step)
@@ -126,7 +127,7 @@ def loop(
         clock.lap("update")
         report = observe(step, episodes, batch, old, ref, rewards, credit, updated, clock.seconds)
         advance(run, report, seconds=time.monotonic() - begun)
-        record(run, log, report)
+        record(run, log, report, scene)
         evaluate(run, log)
         if run.config.checkpoint.every and step % run.config.checkpoint.every == 0:
             checkpoint(run, log)  # after the evaluation: what is saved has counted it
@@ -365,14 +366,17 @@ def advance(run: Run, report: StepReport, *, seconds: float) -> None:
 # --- writing down ----------------------------------------------------------------------------------------
 
 
-def record(run: Run, log: RunLog, report: StepReport) -> None:
-    """Write the step to the run folder: its figures always, its samples every so often."""
+def record(run: Run, log: RunLog, report: StepReport, scene: Scene) -> None:
+    """Write the step to the run folder: its figures always, its samples (and what rewards found) every so often."""
     step = report.step
     log.step(step, report.metrics)
     due = step % run.config.log.episodes_every == 0 or step == 1 or run.stop_reason() is not None
     if due and run.config.log.episodes_per_step:
         shown = report.episodes[: run.config.log.episodes_per_step]
-        log.episodes(step, episode_records(shown, report.streams, run.policy.tokenizer, step=step))
+        # A reward that remembers must not be asked twice about a sample.
+        found = findings([part for part in run.rewards if not isinstance(part.reward, Stateful)], scene)
+        records = episode_records(shown, report.streams, run.policy.tokenizer, step=step, findings=found)
+        log.episodes(step, records)
 
 
 def checkpoint(run: Run, log: RunLog) -> Path:

@@ -25,8 +25,8 @@ NAME = "pertoken_slots"
 class Decoder(Protocol):
     """Rows in slots 0, 1, ...; the first R of them are live."""
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Make room for `slots` rows of at most `length` tokens; what was in them is gone."""
+    def reserve(self, slots: int, prompt: int, own: int) -> None:
+        """Make room for `slots` rows of at most `prompt` tokens and `own` more; what was in them is gone."""
         ...
 
     def prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
@@ -69,9 +69,9 @@ class HFDecoder:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Nothing to do: the engine's model holds the weights."""
 
-    def reserve(self, slots: int, length: int) -> None:
-        if slots > self._size[0] or length > self._size[1]:
-            self._size, self._memory = (slots, length), []
+    def reserve(self, slots: int, prompt: int, own: int) -> None:
+        if slots > self._size[0] or prompt + own > self._size[1]:
+            self._size, self._memory = (slots, prompt + own), []
         self._lengths = [0] * self._size[0]
 
     def prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
@@ -139,7 +139,7 @@ class RecomputingDecoder:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Nothing to do: the engine's model holds the weights."""
 
-    def reserve(self, slots: int, length: int) -> None:
+    def reserve(self, slots: int, prompt: int, own: int) -> None:
         self._rows = [[] for _ in range(slots)]
 
     def prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
@@ -176,7 +176,7 @@ def agrees(decoder: Decoder, model: Any, *, tolerance: float) -> bool:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(12, device=model.device) * 31 + 7) % vocabulary
     try:
-        decoder.reserve(2, 16)
+        decoder.reserve(2, 8, 4)
         found = [decoder.prefill(ids[:8].tolist(), [0, 1])]
         found += [decoder.step(ids[k : k + 1].expand(2))[1] for k in range(8, 12)]
     except Exception:  # attention that cannot be replaced, or an operator that is missing, may fail in any way

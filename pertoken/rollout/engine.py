@@ -174,7 +174,7 @@ class _Decoding:
     def run(self) -> list[Completion]:
         longest = max(map(len, self.prompts))
         slots = min(self.engine.max_rows, len(self.prompts))
-        self.decoder.reserve(slots, min(longest + self.budget, self.engine.context))
+        self.decoder.reserve(slots, longest, min(self.budget, self.engine.context - min(map(len, self.prompts))))
         while self.waiting or self.live:
             fresh = self._admit(slots)
             if fresh:  # they draw their first token before they join the others

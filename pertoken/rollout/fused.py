@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pertoken.cache import cache_folder
 from pertoken.rollout.decoder import agrees
+from pertoken.sampling import refuse_lost
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s whose layers have the shape that the code computes."""
@@ -31,22 +32,26 @@ PROBE_TOLERANCE = 0.3
 """Largest difference of a probe's logits from the model's own, in standard deviations of the logits (bfloat16)."""
 
 
+_NO_PROMPT = (torch.empty(0), torch.empty(0))
+
+
 def fused_decoder(model: Any) -> "FusedDecoder | None":
     """A decoder that reads the weights of `model` (adapters included), or None where it does not apply."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if inner.device.type != "cpu" or not _has_the_shape(inner) or not _library():
         return None
-    decoder = FusedDecoder(model, inner)
+    decoder = FusedDecoder(inner)
     return decoder if agrees(decoder, inner, tolerance=PROBE_TOLERANCE) else None
 
 
 class FusedDecoder:
     """See `Decoder`. A row is its prompt, shared with others, and an own part that grows."""
 
-    def __init__(self, model: Any, inner: Any) -> None:
-        self._model, self._config = inner, inner.config.get_text_config()
+    def __init__(self, model: Any) -> None:
+        self._model, self._config = model, model.config.get_text_config()
         self._weights: list[Tensor] = []
         self._head = torch.empty(0)
+        self._own = torch.empty(0, 0, 0, 0, 0), torch.empty(0, 0, 0, 0, 0)
         self._prompts: list[tuple[Tensor, Tensor]] = []
         self._lengths: list[int] = []
         self._table = (torch.empty(0, 0), torch.empty(0, 0))
@@ -78,15 +83,14 @@ class FusedDecoder:
                 ]
             self._weights, self._head = packed, _pack(_weight(self._model.get_output_embeddings()))
 
-    def reserve(self, slots: int, length: int) -> None:
+    def reserve(self, slots: int, prompt: int, own: int) -> None:
         c = self._config
-        # How much of a row is prompt is known only when it comes: room for a row without one.
-        shape = (slots, c.num_hidden_layers, c.num_key_value_heads, length, self._width)
-        if not hasattr(self, "_own") or any(a < b for a, b in zip(self._own[0].shape, shape, strict=True)):
+        shape = (slots, c.num_hidden_layers, c.num_key_value_heads, own, self._width)
+        if any(has < wants for has, wants in zip(self._own[0].shape, shape, strict=True)):
             self._own = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16)
-        self._prompts, self._lengths = [(torch.empty(0), torch.empty(0))] * slots, [0] * slots
-        if length > len(self._table[0]):
-            positions = torch.arange(length)[None]
+        self._prompts, self._lengths = [_NO_PROMPT] * slots, [0] * slots
+        if prompt + own > len(self._table[0]):
+            positions = torch.arange(prompt + own)[None]
             cos, sin = self._model.base_model.rotary_emb(torch.empty(1, dtype=torch.float32), positions)
             self._table = cos[0].contiguous(), sin[0].contiguous()
 
@@ -123,6 +127,7 @@ class FusedDecoder:
         self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]
     ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
         ids, logprobs, entropies = torch.ops.pertoken.sample(logits, temperature, uniforms.double())
+        refuse_lost(logprobs.exp())
         return ids, logprobs, entropies
 
     @property

@@ -92,7 +92,7 @@ def test_fused_logits_are_the_models_own_up_to_bfloat16(name):
     model = fused_model(name)
     decoder = needs_compiler(fused_decoder(model))
     ids = torch.arange(30) * 7 % 64
-    decoder.reserve(3, 40)
+    decoder.reserve(3, 20, 10)
     found = [decoder.prefill(ids[:20].tolist(), [0, 2])]
     decoder.prefill([3, 4], [1])
     for k in range(20, 30):
