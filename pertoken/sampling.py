@@ -212,7 +212,7 @@ def refuse_lost(mass: Float[Tensor, " A"]) -> None:
     lost = ~(mass > 0)
     if bool(lost.any()):
         raise NumericsError(
-            f"row {int(lost.nonzero()[0])} of {len(mass)} in this rollout: the model gives no distribution over the next "
-            "token, its logits are not finite. If it has trained for a while, lower update.learning_rate and resume "
-            "from an earlier checkpoint; if not, its weights are broken or need policy.precision float32."
+            f"row {int(lost.nonzero()[0])} of {len(mass)} in this rollout: the model gives no distribution over the "
+            "next token, its logits are not finite. If it has trained for a while, lower update.learning_rate and "
+            "resume from an earlier checkpoint; if not, its weights are broken or need policy.precision float32."
         )

@@ -94,8 +94,8 @@ class Episode:
     """Entropy at sampling time of each action; 0.0 elsewhere. Same length as `tokens`; None if it is not known."""
 
     def __post_init__(self) -> None:
-        columns = [self.tokens, self.action_mask, self.logprobs, self.env_rewards, self.entropies or self.tokens]
-        lengths = [len(column) for column in columns]
+        lengths = [len(self.tokens), len(self.action_mask), len(self.logprobs), len(self.env_rewards)]
+        lengths += [] if self.entropies is None else [len(self.entropies)]
         if len(set(lengths)) != 1:
             raise ValueError(
                 f"episode {self.id}: tokens, action_mask, logprobs, env_rewards, entropies differ in length: {lengths}"

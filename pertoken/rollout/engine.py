@@ -10,7 +10,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -194,13 +194,13 @@ class _Decoding:
         """
         fresh = []
         while self.waiting:
-            prompt = self.prompts[self.waiting[0]]
-            group = list(takewhile(lambda i: self.prompts[i] == prompt, self.waiting))[:slots]
+            _, members = next(groupby(self.waiting, key=lambda i: self.prompts[i]))
+            group = list(members)[:slots]
             if len(self.live) + len(group) > slots:
                 break
             places = range(len(self.live), len(self.live) + len(group))
             self.live += [_Row(self.waiting.popleft()) for _ in group]
-            fresh.append((self.decoder.prefill(prompt, places)[None], len(group)))
+            fresh.append((self.decoder.prefill(self.prompts[group[0]], places)[None], len(group)))
         return fresh
 
     def _choose(self, logits: Float[Tensor, "R V"], rows: Sequence[_Row]) -> None:

@@ -5,9 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from pertoken.errors import ModelError
 from pertoken.cache import cache_folder
-from pertoken.policy import model as policies
+from pertoken.errors import ModelError
 from pertoken.policy.model import Policy, end_ids, load_model, resolve_precision
 from pertoken.testing import byte_tokenizer, tiny_model
 
