@@ -87,7 +87,7 @@ def minibatches(
     are counted in the denominators and not computed; an optimiser step of which nothing is left is not made.
     """
     for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         groups = [torch.nonzero(batch.group.cpu() == g).squeeze(1) for g in batch.group.unique().tolist()]
         order = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()])
         for rows in order.tensor_split(num_minibatches):

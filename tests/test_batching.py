@@ -71,6 +71,31 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert orders[0][:12] != orders[0][12:]
 
 
+def test_any_seed_that_a_configuration_takes_gives_an_order():
+    batch = to_batch(rows(), Controls())
+    for seed in (20_241_231 * 1_000_003, (2**63 - 1) * 1_000_003 + 7):
+        assert sum(len(part.rows) for part in parts_of(batch, seed=seed)) == 12
+
+
+def test_parts_count_a_shared_prompt_once_and_tear_no_group_that_fits():
+    shared = [episode([1, 2, 3, 4], [5] * n, id=str(n), group=0) for n in (1, 2, 3)]
+    other = [episode([9, 9], [5] * n, id=f"b{n}", group=1) for n in (4, 1)]
+    batch = to_batch([shared[0], other[0], shared[1], other[1], shared[2]], Controls())
+    assert [part.tolist() for part in batch.parts(17)] == [[0, 2, 4, 1, 3]]  # 4 + 1 + 2 + 3 and 2 + 4 + 1
+    assert [part.tolist() for part in batch.parts(16)] == [[0, 2, 4], [1, 3]]
+    assert [part.tolist() for part in batch.parts(7)] == [[0, 2], [4], [1, 3]]
+    assert [part.tolist() for part in batch.parts(1)] == [[0], [2], [4], [1], [3]]
+
+
+def test_rows_that_are_left_out_count_and_are_not_computed():
+    batch = to_batch(rows(), Controls())
+    left_out = torch.arange(12) % 2 == 0
+    parts = parts_of(batch, left_out=left_out, num_minibatches=2)
+    assert sorted(torch.cat([part.rows for part in parts]).tolist()) == [1, 3, 5, 7, 9, 11]
+    assert sum({(p.num_actions, p.num_rows): p.num_actions for p in parts}.values()) == batch.num_actions
+    assert parts_of(batch, left_out=torch.ones(12, dtype=torch.bool)) == []
+
+
 def test_kept_sets_follow_their_rows():
     episodes = [replace(e, support=np.full((sum(e.action_mask), 2), k, dtype=np.uint8)) for k, e in enumerate(rows())]
     batch = to_batch(episodes, Controls(Sampling(top_k=2)))

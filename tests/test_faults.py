@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,7 @@ def a_step(built, episodes):
     """What the loop does with these episodes; returns the report of the step."""
     batch = to_batch(episodes, built.controls)
     old = built.policy.score(batch)
+    batch = replace(batch, sample_logprobs=old.logprobs)  # as a sampler of these weights reports it
     ref = built.reference.score(batch)
     rewards = trainer.reward(built, Scene(batch, episodes, built.policy.tokenizer, old, ref, 1))
     credit = trainer.assign(built.config.credit, rewards, batch, old)
