@@ -44,7 +44,7 @@ MAY["run"] = MAY["build"] | {"build"}
 MAY["cli"] = MAY["run"] | {"run"}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
-OPTIONAL = {"peft", "datasets", "plotly", "gguf", "pyarrow", "harper", "matplotlib"}
+OPTIONAL = {"accelerate", "peft", "datasets", "plotly", "gguf", "pyarrow", "harper", "matplotlib"}
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -258,9 +258,10 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
         raise ModelError(f"policy.model: no file {str(path)!r}.")
     try:
+        import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError("gguf", "gguf", "reading a GGUF file") from error
+        raise MissingExtraError(str(error.name), "gguf", "reading a GGUF file") from error
     try:
         # The bar of the conversion knows no switch; what is wrong comes as an exception all the same.
         with _no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
