@@ -18,6 +18,7 @@ from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Weighted, resolve
 from pertoken.rollout.collect import prompt_ids
+from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
 from pertoken.tasks.base import ItemTask, Split
@@ -44,6 +45,9 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         notes += [f"skipped {bad}" for bad in task.bad_rows]
     if policy.layout == "padded":
         notes.append("this model's attention cannot be packed: rows are scored one by one and padded, which is slower")
+    engine = build_engine(policy, max_rows=config.rollout.max_rows)
+    if isinstance(engine.decoder, RecomputingDecoder):
+        notes.append("this model's attention keeps no memory here: each token recomputes its text, which is slow")
     needs_reference = config.kl.measure or config.kl.place != "none"
     reference = policy.reference() if needs_reference else None
     optimizer = build_optimizer(config, policy)
@@ -51,7 +55,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         config=config,
         policy=policy,
         reference=reference,
-        engine=build_engine(policy, max_rows=config.rollout.max_rows),
+        engine=engine,
         controls=Controls.resolve(config.rollout.sampling, policy.tokenizer, policy.eos_ids),
         items=items,
         rewards=rewards,

@@ -108,7 +108,7 @@ class HFDecoder:
     def _forward(self, ids: Tensor, positions: Tensor, slots: list[int], before: list[int]) -> Float[Tensor, "R S H"]:
         with _writing(self._model, _Writing(self, slots, before, ids.shape[1])):
             states: Tensor = self._model.base_model(
-                input_ids=ids, position_ids=positions, past_key_values=_SlotCache(self), use_cache=True,
+                input_ids=ids, position_ids=positions, past_key_values=_SlotCache(), use_cache=True,
                 return_dict=True,
             ).last_hidden_state  # fmt: skip
         return states
@@ -239,7 +239,7 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class _SlotCache(Cache):
-    def __init__(self, decoder: HFDecoder) -> None:
+    def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=_SlotLayer)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
