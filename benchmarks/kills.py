@@ -101,7 +101,7 @@ def outcome(folder: Path) -> dict[str, object]:
     """All that must be equal between two runs of one configuration."""
     reader = RunReader(folder)
     weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
-    metrics = {name: column for name, column in reader.metrics().items() if not timing(name)}
+    metrics = {name: column for name, column in reader.metrics().items() if not of_the_machine(name)}
     episodes = {step: reader.episodes(step) for step in reader.episode_steps()}
     faults = verify_run(folder)
     return {"weights": weights, "metrics": metrics, "evaluations": reader.evaluations(), "episodes": episodes} | (
@@ -109,8 +109,9 @@ def outcome(folder: Path) -> dict[str, object]:
     )
 
 
-def timing(name: str) -> bool:
-    return name == "time" or name.startswith("time/") or name == "tokens/per_second"
+def of_the_machine(name: str) -> bool:
+    """Figures that differ between two runs of the same thing: of time and memory."""
+    return name in ("time", "tokens/per_second") or name.startswith(("time/", "memory/"))
 
 
 # --- lives --------------------------------------------------------------------------------------------------

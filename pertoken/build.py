@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from pertoken.config import DocstringsTask, EvaluationConfig, RewardConfig, RunConfig, TaskConfig
+from pertoken.config import DocstringsTask, EvaluationConfig, RewardConfig, RolloutConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, ModelError, TaskError, closest
 from pertoken.evaluation import Evaluator
+from pertoken.memory import GIGABYTE, installed_memory, used_memory
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import load_state
+from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Weighted, resolve
+from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.collect import prompt_ids
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
@@ -45,12 +48,15 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         notes += [f"skipped {bad}" for bad in task.bad_rows]
     if policy.layout == "padded":
         notes.append("this model's attention cannot be packed: rows are scored one by one and padded, which is slower")
-    engine = build_engine(policy, max_rows=config.rollout.max_rows)
-    if isinstance(engine.decoder, RecomputingDecoder):
-        notes.append("this model's attention keeps no memory here: each token recomputes its text, which is slow")
+    engine = build_engine(policy, config.rollout)
+    if isinstance(engine, NativeEngine) and isinstance(engine.decoder, RecomputingDecoder):
+        notes.append("this model's attention keeps no memory here: each token recomputes its text, which is slow "
+                     "(rollout.engine=transformers may know how to keep it)")  # fmt: skip
     needs_reference = config.kl.measure or config.kl.place != "none"
     reference = policy.reference() if needs_reference else None
     optimizer = build_optimizer(config, policy)
+    estimate = used_memory(policy.device) + footprint(policy).update(config.update.tokens_per_micro_batch) / GIGABYTE
+    notes += _memory_notes(estimate, policy.device)
     run = Run(
         config=config,
         policy=policy,
@@ -62,12 +68,24 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         kl=build_kl(config),
         optimizer=optimizer,
         evaluator=build_evaluator(config.evaluation, task, policy),
+        memory_estimate=estimate,
         notes=notes,
     )
     if checkpoint is not None:
         run.load_state_dict(load_state(checkpoint, policy, optimizer))
         run.engine.load_weights(policy.trainable(), version=run.progress.step)
     return run
+
+
+def _memory_notes(estimate: float, device: torch.device) -> list[str]:
+    """A warning if the run will hardly fit."""
+    installed = installed_memory(device)
+    if estimate < 0.9 * installed:
+        return []
+    return [
+        f"this run will take about {estimate:.1f} GB of memory at its height, and {installed:.1f} GB are installed: "
+        "lower update.tokens_per_micro_batch, or train with policy.lora"
+    ]
 
 
 def build_policy(config: RunConfig) -> Policy:
@@ -88,17 +106,26 @@ def build_policy(config: RunConfig) -> Policy:
         lora=Lora(**settings.lora.model_dump()) if settings.lora else None,
         value_head=head,
         dropout=settings.dropout,
+        recompute_activations=config.update.recompute_activations,
     )
 
 
-def build_engine(policy: Policy, *, max_rows: int = 64) -> NativeEngine:
+def build_engine(policy: Policy, config: RolloutConfig) -> NativeEngine | TransformersEngine:
     """The rollout engine on the policy's own model, or on a bfloat16 copy of it where bfloat16 is in use."""
+    if config.engine == "transformers":
+        return TransformersEngine(
+            policy.model,
+            policy.tokenizer,
+            dtype=policy.autocast_dtype,
+            max_rows=config.max_rows,
+            context_length=policy.context_length,
+        )
     return NativeEngine(
         policy.model,
         policy.tokenizer,
         head_logits=head_logits,
         dtype=policy.autocast_dtype,
-        max_rows=max_rows,
+        max_rows=config.max_rows,
         context_length=policy.context_length,
     )
 

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, generate, report, show, export, config, runs."""
+"""The command line: train, evaluate, generate, profile, report, show, export, config, runs."""
 
 import io
 import math
@@ -166,6 +166,33 @@ def generate(
 
     speaker.stream(text, seed=seed, on_piece=show)
     out.print()
+
+
+@app.command()
+def profile(
+    settings: Settings = None,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps to measure, after one to warm up.")] = 3,
+    trace: Annotated[Path | None, typer.Option(help="Also record one step, for ui.perfetto.dev.")] = None,
+) -> None:
+    """Tell where the time and memory of a run go, and what to change; nothing is kept of its training."""
+    from pertoken.profiling import profile as run_profile
+
+    result = run_profile(_config(settings), steps=steps, trace=trace)
+    table = Table("phase", "seconds", "share", box=None, pad_edge=False)
+    for name, seconds in result.seconds.items():
+        table.add_row(name, f"{seconds:.2f}", f"{seconds / result.total:.0%}")
+    table.add_row("whole step", f"{result.total:.2f}", "")
+    out.print(table)
+    out.print(f"\n{result.tokens:.0f} tokens sampled per step, {result.tokens / result.total:.0f} a second")
+    for name, rate in result.rates.items():
+        share = f"{rate / result.machine:.0%} of what plain matrix products reach here"
+        out.print(f"{name}: {rate:.0f} GFLOP/s, {share} ({result.machine:.0f})")
+    peak = "" if result.peak is None else f", taken {result.peak:.1f} GB"
+    out.print(f"memory: expected {result.estimated:.1f} GB{peak}")
+    for sentence in result.advice:
+        out.print(f"- {sentence}")
+    if trace is not None:
+        out.print(f"trace: {trace}")
 
 
 @app.command()

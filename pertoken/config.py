@@ -126,6 +126,9 @@ class RolloutConfig(Section):
     """Completions of each prompt: the group that baselines compare."""
     sampling: Sampling = Sampling()
     """Sampling controls; the update trains exactly the distribution that they define."""
+    engine: Literal["native", "transformers"] = "native"
+    """Who generates: the engine made for rollouts, or plain transformers.generate, which is slower and takes any model
+    that can generate; both draw the same tokens."""
     max_rows: int = Field(default=64, ge=1)
     """Most sequences decoded at once."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
@@ -303,6 +306,9 @@ class UpdateConfig(Section):
     tokens_per_micro_batch: int = Field(default=2048, ge=1)
     """Tokens per forward and backward, a prompt that rows share counted once; less takes less memory, and gradients
     add up to the same as in one piece."""
+    recompute_activations: bool = False
+    """Keep the input of each layer alone for the backward pass and compute the rest again there: the same gradient,
+    far less memory per token, about a third more time."""
     max_skipped: int = Field(default=5, ge=0)
     """Updates with a non-finite loss or gradient are skipped; one more than this ends the run."""
 

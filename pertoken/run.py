@@ -148,7 +148,7 @@ def evaluate(config: RunConfig, *, model: str | None = None, against: str | None
         evaluator = build.build_evaluator(config.evaluation, task, policy)
         if evaluator is None:
             raise ConfigError("evaluation.items is 0: there is nothing to evaluate")
-        result = evaluator(build.build_engine(policy, max_rows=config.rollout.max_rows), policy, judge)
+        result = evaluator(build.build_engine(policy, config.rollout), policy, judge)
         rows.append(result.logged(len(rows), config.evaluation.split))
     return rows
 
@@ -159,7 +159,7 @@ class Speaker:
     def __init__(self, config: RunConfig, *, model: str | None = None, chat: bool = True) -> None:
         self.config, self.chat = config, chat
         self.policy = _policy(config, model or config.policy.model)
-        self.engine = build.build_engine(self.policy)
+        self.engine = build.build_engine(self.policy, config.rollout)
         self.controls = Controls.resolve(config.rollout.sampling, self.policy.tokenizer, self.policy.eos_ids)
 
     def _item(self, text: str, answer: str | None = None) -> Item:

@@ -19,6 +19,7 @@ from pertoken.batching import Part, minibatches, to_batch
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation, Evaluator
+from pertoken.memory import give_back_freed_memory, peak_memory
 from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
@@ -68,6 +69,8 @@ class Run:
     kl: FixedKL | AdaptiveKL
     optimizer: torch.optim.Optimizer
     evaluator: Evaluator | None
+    memory_estimate: float
+    """What the run was expected to take at its height, before it began (GB)."""
     task_name: str = ""
     notes: list[str] = field(default_factory=list)
     """What was decided or left out while setting up, in sentences for a person."""
@@ -122,10 +125,13 @@ def loop(
         rewards = reward(run, scene)
         credit = assign(run.config.credit, rewards, batch, old)
         clock.lap("reward")
+        run.engine.release()  # the update needs the room, and makes its packed weights old
+        give_back_freed_memory()
         updated = update(run, batch, old, ref, credit, step)
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
-        report = observe(step, episodes, batch, old, ref, rewards, credit, updated, clock.seconds)
+        measured = clock.seconds | memory(run)
+        report = observe(step, episodes, batch, old, ref, rewards, credit, updated, measured)
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)
         evaluate(run, log)
@@ -337,7 +343,7 @@ def _step_optimizer(run: Run, bad: str, step: int) -> float | None:
                 f"{run.config.update.max_skipped}); the last: {bad or f'gradient norm {norm}'}. Lower "
                 "update.learning_rate, or use policy.precision float32."
             )
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=False)  # gradients stay where they are: new ones would leave the heap in pieces
     return norm if usable else None
 
 
@@ -351,6 +357,12 @@ def learning_rate_factor(config: RunConfig, step: int) -> float:
     done = min(1.0, (step - update.warmup_steps - 1) / max(1, total - update.warmup_steps - 1))
     left = 1.0 - done if update.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return update.final_share + (1.0 - update.final_share) * left
+
+
+def memory(run: Run) -> dict[str, float]:
+    """The memory that the run has taken at its height, beside what was expected (GB)."""
+    peak = peak_memory(run.policy.device)
+    return {"memory/estimate": run.memory_estimate} | ({} if peak is None else {"memory/peak": peak})
 
 
 def advance(run: Run, report: StepReport, *, seconds: float) -> None:

@@ -206,3 +206,39 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(place):
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in (place / "long" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_profile_says_where_time_and_memory_go(place, capsys, monkeypatch):
+    code, out, err = pertoken(
+        capsys, monkeypatch, "profile", "recipe.yaml", "--steps", "2", "--trace", "trace.json", "kl.measure=false"
+    )
+    assert (code, err) == (0, "")
+    lines = {line.split("  ")[0]: line.split() for line in out.splitlines()}
+    parts = [float(lines[name][-2]) for name in ("prompts", "decoding", "forward", "backward", "optimiser", "all else")]
+    assert all(part >= 0 for part in parts)
+    assert abs(sum(parts) - float(lines["whole step"][-1])) < 0.5 * float(lines["whole step"][-1])
+    assert "reference pass" not in lines
+    assert "training: " in out
+    assert "memory: expected " in out
+    events = json.loads((place / "trace.json").read_text())["traceEvents"]
+    assert any("linear" in event.get("name", "") for event in events)
+    assert not list(place.glob("runs*"))  # nothing is kept
+
+
+def test_profile_counts_the_matrix_products_of_a_step(place):
+    from pertoken.build import build_run
+    from pertoken.config import load_config
+    from pertoken.observe import StepReport
+    from pertoken.profiling import matrix_parameters, work
+    from pertoken.trainer import generate
+
+    run = build_run(load_config(["recipe.yaml"], ["rollout.prompts_per_step=1", "rewards=[{name: length, max_words: 3}]"]))
+    body, head = matrix_parameters(run.policy)
+    assert (body, head) == (2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64), 258 * 32)
+
+    episodes = generate(run, 1)
+    sampled, prompt = sum(sum(e.action_mask) for e in episodes), episodes[0].prompt_length
+    done = work(run, StepReport(1, {"tokens/generated": sampled}, episodes, {}))
+    assert done.training == 6 * (body * (prompt + sampled) + head * sampled)
+    assert done.reference * 3 == done.training  # a forward is a third of forward and backward
+    assert done.decode == 2 * (body + head) * (sampled - 2)  # the first token of each sample comes with its prompt

@@ -57,7 +57,8 @@ def configuration(model_folder, data, folder, steps=3):
 
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "time" not in key and "per_second" not in key} for row in rows]
+    other = ("time", "per_second", "memory")
+    return [{key: value for key, value in row.items() if not any(word in key for word in other)} for row in rows]
 
 
 def fill(folder: Path, leave: int) -> Path:

@@ -1,6 +1,8 @@
 """What the pages say is true: snippets run, links resolve, generated parts are fresh, nothing is left out."""
 
 import dataclasses
+import doctest
+import importlib
 import importlib.util
 import json
 import re
@@ -224,3 +226,18 @@ def test_both_readmes_are_in_step():
     assert links[0] == links[1]
     tests = [re.findall(r"`(tests/[\w/.]+|test_\w+)`", text) for text in (english, chinese)]
     assert tests[0] == tests[1]
+
+
+# --- examples in docstrings ---------------------------------------------------------------------------------
+
+
+MODULES = sorted(path for path in (ROOT / "pertoken").rglob("*.py") if ">>> " in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_docstring_examples_give_what_they_show(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    outcome = doctest.testmod(importlib.import_module(name), optionflags=flags)
+    assert outcome.attempted > 0, f"{name}: its examples are not found"
+    assert outcome.failed == 0

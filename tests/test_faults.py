@@ -103,7 +103,7 @@ def test_a_model_that_says_nan_for_one_prompt_is_a_named_error(settle, precision
     seven = prompt_ids(Item("7", "7"), built.policy.tokenizer)
     with torch.no_grad():
         built.policy.hf_model.get_input_embeddings().weight[seven] = torch.nan
-    built.engine = build.build_engine(built.policy)
+    built.engine = build.build_engine(built.policy, built.config.rollout)
     built.items = [Item("../0", "7"), Item("a", "a")]
     log = run.RunLog.create(config.run_folder, config_text="", seed=0)
     with pytest.raises(NumericsError, match=r"row \d of 6 in this rollout: the model gives no distribution"):

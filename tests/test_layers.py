@@ -20,6 +20,8 @@ MAY: dict[str, set[str]] = {
     # what everyone may know
     "errors": set(),
     "cache": set(),
+    "memory": set(),
+    "stopwatch": set(),
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
     # the stages of a step: each knows the types, none knows a sibling
@@ -35,13 +37,14 @@ MAY: dict[str, set[str]] = {
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
     "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
     "trainer": {
-        *("errors", "sampling", "types", "config", "tasks", "tracking", "observe", "evaluation"),
+        *("errors", "memory", "sampling", "types", "config", "tasks", "tracking", "observe", "evaluation"),
         *(STAGES | MATHS),
     },
 }
 MAY["build"] = MAY["trainer"] | {"trainer", "text_metrics"}
+MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["run"] = MAY["build"] | {"build"}
-MAY["cli"] = MAY["run"] | {"run"}
+MAY["cli"] = MAY["run"] | {"run", "profiling"}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
 OPTIONAL = {"accelerate", "peft", "datasets", "plotly", "gguf", "pyarrow", "harper", "matplotlib"}

@@ -147,6 +147,25 @@ def test_same_seed_same_run_and_another_seed_another(model_folder, data, tmp_pat
     assert rewards("a", 0) == rewards("b", 0) != rewards("c", 1)
 
 
+@pytest.mark.parametrize("change", [{"rollout__engine": "transformers"}, {"update__recompute_activations": True}])
+def test_other_engine_or_kept_activations_same_run(model_folder, data, tmp_path, change):
+    rows = []
+    for name, changes in (("usual", {}), ("other", change)):
+        run.train(settings(model_folder, data, tmp_path, folder=str(tmp_path / name), stop__steps=3, **changes))
+        rows.append([(row["reward/letters"], row["grad/norm"]) for row in metrics_of(tmp_path / name)])
+    for usual, other in zip(*rows, strict=True):
+        assert other == pytest.approx(usual, rel=1e-3)
+
+
+def test_memory_is_expected_and_measured(model_folder, data, tmp_path, monkeypatch):
+    run.train(settings(model_folder, data, tmp_path, stop__steps=1))
+    row = metrics_of(tmp_path / "run")[0]
+    assert 0 < row["memory/estimate"] < 2 * row["memory/peak"]
+    monkeypatch.setattr(build, "installed_memory", lambda device: 0.1)
+    built = build.build_run(settings(model_folder, data, tmp_path, folder=str(tmp_path / "other")))
+    assert any("0.1 GB are installed: lower update.tokens_per_micro_batch" in note for note in built.notes)
+
+
 @pytest.mark.parametrize("tokens", [2000, 90, 30, 1])
 def test_trap_19_micro_batches_give_the_same_update(model_folder, data, tmp_path, tokens):
     norms = []

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from pertoken.cache import cache_folder
 from pertoken.errors import MissingExtraError, ModelError, closest
-from pertoken.policy.scoring import Layout, Trunk, find_layout, score_batch
+from pertoken.policy.scoring import Layout, Trunk, find_layout, recomputable, score_batch
 from pertoken.types import PolicyOutput, TokenBatch
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -73,16 +73,27 @@ class Policy:
         lora: Lora | None = None,
         value_head: ValueHead | None = None,
         dropout: bool = False,
+        recompute_activations: bool = False,
         tokens_per_pass: int = 4096,
         layout: Layout | None = None,
     ) -> None:
-        """`tokens_per_pass` bounds a forward without gradient; `layout` overrides the measured one."""
+        """`tokens_per_pass` bounds a forward without gradient; `layout` overrides the measured one.
+
+        With `recompute_activations` passes with gradient keep the input of each layer alone (Chen et al. 2016,
+        https://arxiv.org/abs/1604.06174). Raises ModelError if this model's layers cannot be run again.
+        """
         self.tokenizer = tokenizer
         self.autocast_dtype = resolve_precision(precision, model.device)
         self.layout: Layout = layout or find_layout(model)
         self.model = _with_lora(model, lora) if lora else model
         self.value_head = value_head.to(model.device) if value_head else None
         self.dropout = dropout
+        self.recompute_activations = recompute_activations
+        if recompute_activations and not recomputable(model):
+            raise ModelError(
+                f"update.recompute_activations: {type(model).__name__} has no layers that transformers can run again; "
+                "turn it off, and lower update.tokens_per_micro_batch instead."
+            )
         self.tokens_per_pass = tokens_per_pass
         self._has_adapters = lora is not None
         self.model.eval()
@@ -112,7 +123,7 @@ class Policy:
         Without `grad` the rows go through in parts of at most `tokens_per_pass` cells. Dropout is off unless the
         policy was made with `dropout=True`, and then on only in passes with gradient.
         """
-        trunk = Trunk(self.hf_model, self.value_head, self.autocast_dtype, self.layout)
+        trunk = Trunk(self.hf_model, self.value_head, self.autocast_dtype, self.layout, self.recompute_activations)
         if grad:
             self.model.train(self.dropout)
             try:
@@ -155,6 +166,7 @@ class Reference:
         self._copy: PreTrainedModel | None = None
         if not policy._has_adapters:
             self._copy = copy.deepcopy(policy.hf_model).eval().requires_grad_(False)
+            _cast_linears(self._copy, policy.autocast_dtype)
 
     def score(self, batch: TokenBatch) -> PolicyOutput:
         """Log-probs and entropies at the actions of `batch` under the frozen weights."""
@@ -162,6 +174,19 @@ class Reference:
         trunk = Trunk(self._copy or policy.hf_model, None, policy.autocast_dtype, policy.layout)
         with contextlib.nullcontext() if self._copy else policy.adapters_off():
             return _score_in_parts(trunk, batch, policy.tokens_per_pass)
+
+
+def _cast_linears(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Keep the matrices of a frozen model as autocast would cast them in each pass: same figures, half the memory.
+
+    Embeddings and norms stay as they are, and so does a head that shares the matrix of the embedding.
+    """
+    if dtype is None:
+        return
+    embedding: Any = model.get_input_embeddings()
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight is not embedding.weight:
+            module.to(dtype)
 
 
 def _score_in_parts(trunk: Trunk, batch: TokenBatch, tokens_per_pass: int) -> PolicyOutput:
@@ -193,14 +218,15 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype | None:
     """The autocast type, or None for plain float32. `auto` takes bfloat16 where the processor has it built in."""
     if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        elif device.type == "cpu":
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        else:
-            fast = False
-        precision = "bfloat16" if fast else "float32"
+        precision = "bfloat16" if fast_in_bfloat16(device) else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """True if the processor has matrix products in bfloat16 built in."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def load_model(name: str, *, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

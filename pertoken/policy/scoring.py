@@ -12,7 +12,11 @@ float32 logits of all of them (`head.py`). The shift from logits at `t-1` to tok
 `_lay_out`.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pertoken.errors import NumericsError
 from pertoken.policy.attention import Pack, packed
@@ -41,6 +46,8 @@ class Trunk:
     value_head: nn.Module | None
     autocast_dtype: torch.dtype | None
     layout: Layout
+    recompute: bool = False
+    """Keep each layer's input alone for the backward pass, and run the layer again there."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def score_batch(trunk: Trunk, batch: TokenBatch, *, entropy_grad: bool = False) 
     rows = _lay_out(batch, trunk.layout)
     device = batch.tokens.device.type
     with torch.autocast(device, dtype=trunk.autocast_dtype, enabled=trunk.autocast_dtype is not None):
-        flat = _hidden_states(trunk.model, rows)
+        flat = _hidden_states(trunk, rows)
         at_actions = flat.index_select(0, rows.predictors)
         logprobs, entropy = _head(trunk, at_actions, batch, entropy_grad)
         values = bootstrap = None
@@ -79,15 +86,46 @@ def score_batch(trunk: Trunk, batch: TokenBatch, *, entropy_grad: bool = False) 
     return PolicyOutput(_to_cells(logprobs, batch), _to_cells(entropy, batch), values, bootstrap)
 
 
-def _hidden_states(model: Any, rows: _Rows) -> Float[Tensor, "RS H"]:
+def _hidden_states(trunk: Trunk, rows: _Rows) -> Float[Tensor, "RS H"]:
     """Last hidden states of the trunk, row after row, without the head."""
-    inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "use_cache": False, "return_dict": True}
-    if rows.packs:
-        with packed(model, rows.packs):
-            states: Tensor = model.base_model(**inputs).last_hidden_state
-    else:
-        states = model.base_model(**inputs, attention_mask=rows.mask).last_hidden_state
+    model, mask = trunk.model, {} if rows.packs else {"attention_mask": rows.mask}
+
+    def attending() -> AbstractContextManager[None]:
+        return packed(model, rows.packs) if rows.packs else contextlib.nullcontext()
+
+    again = trunk.recompute and torch.is_grad_enabled()
+    with attending(), _recomputed(model, attending) if again else contextlib.nullcontext():
+        states: Tensor = model.base_model(
+            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, return_dict=True, **mask
+        ).last_hidden_state
     return states.flatten(0, 1)
+
+
+def recomputable(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers whose activations need not be kept; [] for a model that does not use transformers' own layer class."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextlib.contextmanager
+def _recomputed(model: nn.Module, attending: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Within it, each layer keeps its input alone; its second run, in the backward pass, is under `attending()`.
+
+    Transformers looks for this wish in the layer and in its training mode. The mode is set on the layer alone: what is
+    inside of it, dropout above all, stays as it was.
+    """
+    layers = recomputable(model)
+    before = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), attending())
+        )
+    try:
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training, layer.gradient_checkpointing = training, False
+            del layer._gradient_checkpointing_func
 
 
 def head_logits(model: Any, hidden: Float[Tensor, "A H"]) -> Float[Tensor, "A V"]:
@@ -272,15 +310,15 @@ def find_layout(model: Any) -> Layout:
     The probe is a batch of two groups with ragged rows of arbitrary tokens, in float32. The padded result is
     itself compared with the model's own forward, which shows a head that `head_logits` does not know.
     """
-    probe = _probe(model)
+    rows = probe(model, [9, 7, 8, 6], prompt=3, groups=[0, 0, 1, 1])
     mode = model.training
     model.eval()
     try:
         with torch.no_grad():
-            by_row = score_batch(Trunk(model, None, None, "padded"), probe).logprobs
-            own = model(input_ids=probe.tokens, attention_mask=probe.attention_mask, use_cache=False).logits.float()
-            oracle = own[:, :-1].log_softmax(-1).gather(2, probe.tokens[:, 1:, None]).squeeze(2)
-            oracle = oracle.masked_fill(~probe.action_mask[:, 1:], 0.0)
+            by_row = score_batch(Trunk(model, None, None, "padded"), rows).logprobs
+            own = model(input_ids=rows.tokens, attention_mask=rows.attention_mask, use_cache=False).logits.float()
+            oracle = own[:, :-1].log_softmax(-1).gather(2, rows.tokens[:, 1:, None]).squeeze(2)
+            oracle = oracle.masked_fill(~rows.action_mask[:, 1:], 0.0)
             worst = (by_row[:, 1:] - oracle).abs().max().item()
             if not worst < 1e-3:
                 raise NumericsError(
@@ -288,7 +326,7 @@ def find_layout(model: Any) -> Layout:
                     "of the model's own logits. Its head does something unknown here; please report the model."
                 )
             try:
-                in_one = score_batch(Trunk(model, None, None, "packed"), probe).logprobs
+                in_one = score_batch(Trunk(model, None, None, "packed"), rows).logprobs
             except Exception:  # a model whose attention cannot be replaced may fail in any way
                 return "padded"
             return "packed" if (in_one - by_row).abs().max().item() < 1e-3 else "padded"
@@ -296,24 +334,22 @@ def find_layout(model: Any) -> Layout:
         model.train(mode)
 
 
-def _probe(model: Any) -> TokenBatch:
-    vocab = model.get_output_embeddings().weight.shape[0]
-    lengths = torch.tensor([9, 7, 8, 6])
-    column = torch.arange(9)
-    tokens = (torch.arange(36).reshape(4, 9) * 7 + 3) % vocab
-    tokens[1, :3], tokens[3, :3] = tokens[0, :3], tokens[2, :3]
-    inside = column < lengths[:, None]
-    actions = inside & (column >= 3)
-    zeros = torch.zeros(4, 9)
-    device = model.device
+def probe(model: Any, lengths: Sequence[int], *, prompt: int, groups: Sequence[int]) -> TokenBatch:
+    """Rows of arbitrary tokens, `lengths` of them; rows of one group begin with the same `prompt` tokens."""
+    vocab, width, device = model.get_input_embeddings().weight.shape[0], max(lengths), model.device
+    column, rows = torch.arange(width), len(lengths)
+    tokens = ((torch.arange(rows * width) * 7 + 3) % vocab).view(rows, width)
+    tokens[:, :prompt] = tokens[[groups.index(g) for g in groups], :prompt]
+    inside = column < torch.tensor(lengths)[:, None]
+    zeros = torch.zeros(rows, width, device=device)
     return TokenBatch(
         tokens=torch.where(inside, tokens, 0).to(device),
         attention_mask=inside.to(device),
-        action_mask=actions.to(device),
-        sample_logprobs=zeros.to(device),
-        env_rewards=zeros.to(device),
-        turn=torch.zeros(4, 9, dtype=torch.long, device=device),
-        group=torch.tensor([0, 0, 1, 1], device=device),
-        terminated=torch.ones(4, dtype=torch.bool, device=device),
-        episode_ids=("a", "b", "c", "d"),
+        action_mask=(inside & (column >= prompt)).to(device),
+        sample_logprobs=zeros,
+        env_rewards=zeros,
+        turn=torch.zeros(rows, width, dtype=torch.long, device=device),
+        group=torch.tensor(groups, device=device),
+        terminated=torch.ones(rows, dtype=torch.bool, device=device),
+        episode_ids=tuple(map(str, range(rows))),
     )

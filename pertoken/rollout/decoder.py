@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from pertoken.sampling import draw, entropy_of
+from pertoken.rollout.rows import Drawn, draw_plain
 
 NAME = "pertoken_slots"
 """Under this name transformers finds `slot_attention`; it has no mask function, so no mask is ever built."""
@@ -45,9 +45,11 @@ class Decoder(Protocol):
         """Take over changed weights (names as in `Policy.trainable()`)."""
         ...
 
-    def draw(
-        self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]
-    ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
+    def release(self) -> None:
+        """Give up rows and packed weights; `load` comes before the next `reserve`."""
+        ...
+
+    def draw(self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]) -> Drawn:
         """Ids drawn from softmax(logits / temperature), one uniform number each; their log-probs, the entropies."""
         ...
 
@@ -68,6 +70,9 @@ class HFDecoder:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Nothing to do: the engine's model holds the weights."""
+
+    def release(self) -> None:
+        self._size, self._memory = (0, 0), []
 
     def reserve(self, slots: int, prompt: int, own: int) -> None:
         if slots > self._size[0] or prompt + own > self._size[1]:
@@ -98,12 +103,7 @@ class HFDecoder:
                 buffer[target, :, :length] = buffer[source, :, :length]
         self._lengths[target] = length
 
-    def draw(
-        self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]
-    ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
-        logprobs = (logits.float() / temperature).log_softmax(1)
-        ids = draw(logprobs, uniforms)
-        return ids, logprobs.gather(1, ids[:, None])[:, 0], entropy_of(logprobs)
+    draw = staticmethod(draw_plain)
 
     def _forward(self, ids: Tensor, positions: Tensor, slots: list[int], before: list[int]) -> Float[Tensor, "R S H"]:
         with _writing(self._model, _Writing(self, slots, before, ids.shape[1])):
@@ -152,10 +152,13 @@ class RecomputingDecoder:
             row.append(token)
         return self._logits(self._rows[: len(tokens)])
 
+    def release(self) -> None:
+        self._rows = []
+
     def move(self, source: int, target: int) -> None:
         self._rows[target] = self._rows[source]
 
-    draw = HFDecoder.draw
+    draw = staticmethod(draw_plain)
 
     def _logits(self, rows: list[list[int]]) -> Float[Tensor, "R V"]:
         lengths = torch.tensor([len(row) for row in rows], device=self._model.device)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from pertoken.cache import cache_folder
 from pertoken.rollout.decoder import agrees
+from pertoken.rollout.packing import multiply, pack
+from pertoken.rollout.rows import Drawn
 from pertoken.sampling import refuse_lost
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -33,6 +35,7 @@ PROBE_TOLERANCE = 0.3
 
 
 _NO_PROMPT = (torch.empty(0), torch.empty(0))
+_NO_ROWS = (torch.empty(0, 0, 0, 0, 0), torch.empty(0, 0, 0, 0, 0))
 
 
 def fused_decoder(model: Any) -> "FusedDecoder | None":
@@ -51,7 +54,7 @@ class FusedDecoder:
         self._model, self._config = model, model.config.get_text_config()
         self._weights: list[Tensor] = []
         self._head = torch.empty(0)
-        self._own = torch.empty(0, 0, 0, 0, 0), torch.empty(0, 0, 0, 0, 0)
+        self._own = _NO_ROWS
         self._prompts: list[tuple[Tensor, Tensor]] = []
         self._lengths: list[int] = []
         self._table = (torch.empty(0, 0), torch.empty(0, 0))
@@ -72,16 +75,19 @@ class FusedDecoder:
                 biases = [p.bias for p in qkv if p.bias is not None]
                 packed += [
                     layer.input_layernorm.weight.float(),
-                    _pack(torch.cat([_weight(p) for p in qkv])),
+                    pack(torch.cat([_weight(p) for p in qkv])),
                     torch.cat(biases).bfloat16() if biases else torch.empty(0, dtype=torch.bfloat16),
-                    _pack(_weight(a.o_proj)),
-                    _pack(torch.cat([_weight(m.gate_proj), _weight(m.up_proj)])),
-                    _pack(_weight(m.down_proj)),
+                    pack(_weight(a.o_proj)),
+                    pack(torch.cat([_weight(m.gate_proj), _weight(m.up_proj)])),
+                    pack(_weight(m.down_proj)),
                     layer.post_attention_layernorm.weight.float(),
                     a.q_norm.weight.float() if hasattr(a, "q_norm") else torch.empty(0),
                     a.k_norm.weight.float() if hasattr(a, "k_norm") else torch.empty(0),
                 ]
-            self._weights, self._head = packed, _pack(_weight(self._model.get_output_embeddings()))
+            self._weights, self._head = packed, pack(_weight(self._model.get_output_embeddings()))
+
+    def release(self) -> None:
+        self._weights, self._head, self._own, self._prompts = [], torch.empty(0), _NO_ROWS, []
 
     def reserve(self, slots: int, prompt: int, own: int) -> None:
         c = self._config
@@ -123,9 +129,7 @@ class FusedDecoder:
             buffer[target, :, :, :own] = buffer[source, :, :, :own]
         self._prompts[target], self._lengths[target] = self._prompts[source], self._lengths[source]
 
-    def draw(
-        self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]
-    ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
+    def draw(self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]) -> Drawn:
         ids, logprobs, entropies = torch.ops.pertoken.sample(logits, temperature, uniforms.double())
         refuse_lost(logprobs.exp())
         return ids, logprobs, entropies
@@ -141,8 +145,7 @@ class FusedDecoder:
         return weight
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._head, None, "none", [], "")
-        return logits
+        return multiply(hidden, self._head)
 
 
 def _weight(layer: Any) -> Tensor:
@@ -154,11 +157,6 @@ def _weight(layer: Any) -> Tensor:
     for name in layer.active_adapters:
         total = total + layer.get_delta_weight(name)
     return total
-
-
-def _pack(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), 64)
-    return packed
 
 
 def _has_the_shape(model: Any) -> bool:

@@ -46,6 +46,7 @@ PLAN: dict[str, dict[str, str]] = {
         "Tokens per second": r"tokens/per_second",
         "Tokens generated": r"tokens/generated",
         "Seconds per stage": r"time/.*",
+        "Memory": r"memory/.*",
     },
 }
 """Group -> title of a chart -> pattern of the metrics that it shows."""

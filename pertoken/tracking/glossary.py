@@ -68,6 +68,8 @@ METRICS: dict[str, Term] = {
     "time/score": Term("Time to score them with the old and the reference policy.", "s"),
     "time/reward": Term("Time to compute rewards and credit.", "s"),
     "time/update": Term("Time of the forward and backward passes and the optimiser.", "s"),
+    "memory/estimate": Term("What the run was expected to take at its height, before its first step.", "GB"),
+    "memory/peak": Term("Most memory in use so far: of the GPU where there is one, else of the process.", "GB"),
     "skipped/updates": Term(
         "Updates left out because loss or gradient was not finite.", "count so far", better="lower"
     ),

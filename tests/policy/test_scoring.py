@@ -7,7 +7,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from pertoken.batching import to_batch
-from pertoken.errors import NumericsError
+from pertoken.errors import ModelError, NumericsError
 from pertoken.policy import scoring
 from pertoken.policy.model import Lora, Policy, ValueHead
 from pertoken.sampling import Controls
@@ -138,6 +138,47 @@ def test_reference_stays_while_the_policy_moves():
                 parameter.add_(0.1)
         torch.testing.assert_close(reference.score(batch).logprobs, before, atol=1e-5, rtol=0)
         assert (policy.score(batch).logprobs - before).abs().max() > 1e-2
+
+
+def test_the_reference_keeps_its_matrices_in_the_type_they_are_multiplied_in():
+    policy, batch = Policy(tiny_model(), byte_tokenizer(), precision="bfloat16"), ragged_batch()
+    reference = policy.reference()
+    assert torch.equal(reference.score(batch).logprobs, policy.score(batch).logprobs)
+    kept = {p.dtype for name, p in reference._copy.named_parameters() if "proj" in name}
+    others = {p.dtype for name, p in reference._copy.named_parameters() if "norm" in name or "embed" in name}
+    assert (kept, others) == ({torch.bfloat16}, {torch.float32})
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"lora": Lora(rank=2)}])
+def test_recomputed_activations_give_the_same_gradient(layout, settings):
+    batch = ragged_batch()
+    settings = {"precision": "float32", "layout": layout} | settings
+
+    def gradients(recompute):
+        policy = Policy(tiny_model(), byte_tokenizer(), recompute_activations=recompute, **settings)
+        runs = []
+        layer = policy.hf_model.base_model.layers[0]
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+        torch.manual_seed(0)
+        policy.score(batch, grad=True).logprobs.sum().backward()
+        assert (layer.training, layer.gradient_checkpointing) == (False, False)
+        return len(runs), {name: p.grad for name, p in policy.trainable().items()}
+
+    torch.manual_seed(0)
+    once, kept = gradients(recompute=False)
+    torch.manual_seed(0)
+    twice, again = gradients(recompute=True)
+    assert (once, twice) == (1, 2)
+    for name, gradient in kept.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_whose_layers_cannot_run_again_is_named(monkeypatch):
+    monkeypatch.setattr("pertoken.policy.model.recomputable", lambda model: [])
+    with pytest.raises(ModelError, match="recompute_activations: LlamaForCausalLM"):
+        Policy(tiny_model(), byte_tokenizer(), precision="float32", recompute_activations=True)
 
 
 def test_bfloat16_stays_near_float32():

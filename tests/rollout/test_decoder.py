@@ -32,6 +32,17 @@ def test_greedy_equals_generate_token_for_token(name):
     assert type(engine.decoder) is wanted
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("llama", None), ("llama", torch.bfloat16), ("bloom", None)])
+def test_a_released_engine_samples_the_same_when_loaded_again(name, dtype):
+    model = family_model(name)
+    engine = NativeEngine(model, byte_tokenizer(), head_logits=head_logits, max_rows=3, dtype=dtype)
+    before = engine.generate(PROMPTS, GREEDY, seeds=[0] * 5)
+    engine.release()
+    engine.load_weights(dict(model.named_parameters()), version=1)
+    after = engine.generate(PROMPTS, GREEDY, seeds=[0] * 5)
+    assert [c.tokens for c in after] == [c.tokens for c in before]
+
+
 def test_waiting_prompts_take_free_slots():
     model, c = tiny_model(), Controls(Sampling(max_new_tokens=20), (256,))
     alone = NativeEngine(model, byte_tokenizer(), head_logits=head_logits).generate(PROMPTS, c, seeds=range(5))

@@ -1,10 +1,12 @@
 """The engine against `transformers.generate`, and what it promises about seeds, ends and batches."""
 
+import numpy as np
 import pytest
 import torch
 
 from pertoken.errors import ModelError
 from pertoken.policy.scoring import head_logits
+from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
@@ -149,3 +151,44 @@ def test_a_copy_samples_from_the_weights_that_it_was_given():
         == [c.tokens for c in engine_of(model).generate(PROMPTS, controls(), seeds=[1, 2, 3, 4])]
         != [c.tokens for c in before]
     )
+
+
+# --- the engine on transformers.generate ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05},
+        {"repetition_penalty": 1.3}, {"no_repeat_ngram": 2}, {"min_new_tokens": 6}, {"stop": ("a", "e")},
+        {"banned_words": ("e",)},
+    ],
+)  # fmt: skip
+def test_both_engines_draw_the_same_tokens(settings):
+    model, c = tiny_model(seed=2), controls(**settings)
+    model.generation_config.repetition_penalty = 5.0  # what a model brings along never reaches a rollout
+    model.generation_config.eos_token_id = 7
+    slow = TransformersEngine(model, byte_tokenizer(), max_rows=3, context_length=128)
+    got = slow.generate(PROMPTS, c, seeds=[1, 2, 3, 4])
+    wanted = engine_of(model).generate(PROMPTS, c, seeds=[1, 2, 3, 4])
+    assert model.generation_config.eos_token_id == 7
+    for a, b in zip(got, wanted, strict=True):
+        assert (a.tokens, a.stop) == (b.tokens, b.stop)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+        assert a.entropies == pytest.approx(b.entropies, abs=1e-4)
+        assert (a.support is None) == (b.support is None)
+        assert a.support is None or np.array_equal(a.support, b.support)
+
+
+def test_the_engine_on_generate_takes_new_weights_and_the_edge_of_the_context():
+    model, other = tiny_model(), tiny_model(seed=5)
+    slow = TransformersEngine(model, byte_tokenizer(), dtype=torch.float32, context_length=128)
+    slow.load_weights(dict(other.named_parameters()), version=3)
+    c = controls(max_new_tokens=20)
+    got = slow.generate([[1] * 120, [4, 5]], c, seeds=[0, 1])
+    wanted = engine_of(other).generate([[1] * 120, [4, 5]], c, seeds=[0, 1])
+    assert slow.version == 3
+    assert [x.tokens for x in got] == [x.tokens for x in wanted]
+    assert [x.stop for x in got] == [x.stop for x in wanted]
+    with pytest.raises(ModelError, match="128 tokens"):
+        slow.generate([[1] * 128], c, seeds=[0])

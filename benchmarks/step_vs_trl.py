@@ -1,0 +1,346 @@
+"""Seconds of a whole training step, here and in TRL's GRPO: same model, prompts, group, lengths, reward, one run.
+
+    pip install trl==1.16.0
+    python benchmarks/step_vs_trl.py
+    python benchmarks/step_vs_trl.py --completions 16 --prompt-tokens 512 512 --arms pertoken trl/bfloat16/8
+    python benchmarks/step_vs_trl.py --table
+
+Each arm is a process of its own that makes one step when it is told to, while all others sleep; the arms take turns.
+An arm is `pertoken`, `pertoken/generic` (without the compiled decoder: what any Hugging Face model gets),
+`pertoken/float32`, `pertoken/lora`, or `trl/<precision>/<rows per micro-batch>[/lora]`. TRL runs without gradient
+checkpointing, which makes it faster. Both sides log their usual metrics. `--table` runs the scaling table.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ARMS = ("pertoken", "pertoken/generic", "trl/bfloat16/8", "trl/float32/8")
+LEARNING_RATE = 1e-6
+
+
+def distinct_words(text: str) -> float:
+    """The reward of both sides: it costs nothing, and differs between samples."""
+    words = text.split()
+    return len(set(words)) / (1 + len(words))
+
+
+# --- the job ------------------------------------------------------------------------------------------------
+
+
+def make_job(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that an arm must know, as JSON: the prompts of all steps among it."""
+    from transformers import AutoTokenizer
+
+    from pertoken.policy.model import EMBEDDED, load_model
+
+    model = args.model
+    if model in EMBEDDED:
+        model = load_model(model)[0].name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    draw = random.Random(0)
+    low, high = args.prompt_tokens
+    prompts = []
+    for _ in range((args.warmup + args.steps) * args.prompts):
+        length = draw.randint(low, high)
+        start = draw.randrange(len(ids) - length)
+        prompts.append(tokenizer.decode(ids[start : start + length]))
+    return {
+        "model": model, "prompts": prompts, "prompts_per_step": args.prompts, "completions": args.completions,
+        "new_tokens": args.new_tokens, "natural": args.natural, "kl": args.kl, "steps": args.warmup + args.steps,
+    }  # fmt: skip
+
+
+# --- the arms, each in its own process ----------------------------------------------------------------------
+
+
+class Turn:
+    """An arm's side of the pipe: waits for its turn, and reports the step that it made."""
+
+    def __init__(self, read: int, write: int) -> None:
+        self._read, self._write = os.fdopen(read), os.fdopen(write, "w")
+        self._begun: float | None = None
+
+    def wait(self) -> None:
+        if not self._read.readline():
+            sys.exit(0)
+        self._begun = time.perf_counter()
+
+    def report(self, **figures: Any) -> None:
+        if self._begun is not None:
+            self._write.write(json.dumps({"seconds": time.perf_counter() - self._begun} | figures) + "\n")
+            self._write.flush()
+            self._begun = None
+
+
+def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
+    """Steps of pertoken's own loop, with all that it logs and checks."""
+    from pertoken import build, profiling, trainer
+    from pertoken.config import validate
+    from pertoken.memory import peak_memory
+    from pertoken.rewards import Weighted, episode_reward
+    from pertoken.rollout import engine
+    from pertoken.sampling import Controls
+    from pertoken.tracking.runlog import RunLog
+    from pertoken.types import Item
+
+    settings = name.split("/")[1:]
+    if "generic" in settings:
+        engine.fused_decoder = lambda model: None  # type: ignore[assignment]
+    config = validate({
+        "name": "speed",
+        "policy": {"model": job["model"], "precision": "float32" if "float32" in settings else "auto",
+                   **({"lora": {"rank": 16, "alpha": 32}} if "lora" in settings else {})},
+        "rollout": {"max_prompt_tokens": 100, "prompts_per_step": job["prompts_per_step"], "samples_per_prompt": job["completions"],
+                    "sampling": {"max_new_tokens": job["new_tokens"]}},
+        "rewards": [{"name": "length", "max_words": 20}],
+        "kl": {"place": "loss", "coefficient": job["kl"]} if job["kl"] else {"place": "none", "measure": False},
+        "credit": {"type": "group_relative"},
+        "update": {"learning_rate": LEARNING_RATE},
+        "stop": {"steps": job["steps"]},
+        "evaluation": {"items": 0},
+    })  # fmt: skip
+    run = build.build_run(config)
+    run.rewards = [Weighted(episode_reward(distinct_words), 1.0, "distinct")]
+    run.items = [Item(str(k), text, None) for k, text in enumerate(job["prompts"])]
+    if not job["natural"]:
+        run.controls = Controls(run.controls.sampling, ())  # nothing ends a completion
+    in_order = iter(range(0, len(run.items), job["prompts_per_step"]))
+    trainer.batch_of = lambda items, *_: items[(k := next(in_order)) : k + job["prompts_per_step"]]
+    with tempfile.TemporaryDirectory() as folder, profiling.watched(run) as watch:
+        log = RunLog.create(Path(folder) / "run", config_text=config.to_yaml(), seed=0)
+
+        def after(report: Any) -> None:
+            turn.report(
+                parts=watch.take(), tokens=report.metrics["tokens/generated"], peak=peak_memory(run.policy.device)
+            )
+            if report.step < job["steps"]:
+                turn.wait()
+
+        turn.wait()
+        with log:
+            trainer.loop(run, log, on_step=after)
+
+
+def trl_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
+    """Steps of TRL's GRPOTrainer."""
+    import resource
+
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from pertoken.stopwatch import Stopwatch
+
+    _, precision, rows, *more = name.split("/")
+    accumulate = job["prompts_per_step"] * job["completions"] // int(rows)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    lora = None
+    if "lora" in more:
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    tokens = 0
+
+    def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        nonlocal tokens
+        tokens = sum(map(len, completion_ids))
+        return [distinct_words(text) for text in completions]
+
+    class InTurn(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self._report()
+            turn.wait()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self._report()
+
+        def _report(self) -> None:
+            turn.report(parts=watch.take(), tokens=tokens,
+                        peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            train_dataset=datasets.Dataset.from_dict({"prompt": job["prompts"]}),
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[InTurn()],
+            args=GRPOConfig(
+                output_dir=folder, per_device_train_batch_size=int(rows), gradient_accumulation_steps=accumulate,
+                num_generations=job["completions"], max_completion_length=job["new_tokens"], temperature=1.0,
+                beta=job["kl"], bf16=precision == "bfloat16", learning_rate=LEARNING_RATE, max_steps=job["steps"],
+                report_to="none", save_strategy="no", logging_steps=1, shuffle_dataset=False, use_cpu=True,
+                gradient_checkpointing=False, disable_tqdm=True,
+                generation_kwargs=None if job["natural"] else {"min_new_tokens": job["new_tokens"]},
+            ),
+        )  # fmt: skip
+        watch = Stopwatch()
+
+        def around(owner: Any, attribute: str, phase: str | Callable[..., str]) -> None:
+            stack.enter_context(watch.around(owner, attribute, phase))
+
+        around(trainer, "_generate_single_turn", "generation")
+        around(trainer, "_calculate_rewards", "rewards, credit")
+        around(trainer, "_get_per_token_logps_and_entropies",
+               lambda *_, **__: "forward" if torch.is_grad_enabled() else "reference pass")  # fmt: skip
+        around(trainer.accelerator, "backward", "backward")
+        trainer.create_optimizer()
+        around(trainer.optimizer, "step", "optimiser")
+        trainer.train()
+
+
+# --- taking turns -------------------------------------------------------------------------------------------
+
+
+class Arm:
+    """The parent's side: one process, one step at a time."""
+
+    def __init__(self, name: str, job: Path) -> None:
+        self.name = name
+        self.steps: list[dict[str, Any]] = []
+        read, write = os.pipe()
+        back_read, back_write = os.pipe()
+        command = [sys.executable, __file__, "--worker", name, "--job", str(job), "--pipe", str(read), str(back_write)]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command, pass_fds=(read, back_write), stdout=self._log, stderr=self._log, cwd=ROOT
+        )
+        os.close(read)
+        os.close(back_write)
+        self._go, self._back = os.fdopen(write, "w"), os.fdopen(back_read)
+
+    def step(self) -> None:
+        """One step; its figures, and how busy other processes kept this machine meanwhile (cores)."""
+        busy, own, begun = _busy_seconds(), _cpu_seconds(self._process.pid), time.perf_counter()
+        self._go.write("go\n")
+        self._go.flush()
+        line = self._back.readline()
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            raise SystemExit(f"{self.name} ended:\n{self._log.read()[-3000:]}")
+        foreign = (_busy_seconds() - busy) - (_cpu_seconds(self._process.pid) - own)
+        self.steps.append(json.loads(line) | {"foreign": foreign / (time.perf_counter() - begun)})
+
+    def close(self) -> None:
+        self._go.close()
+        self._process.wait(timeout=60)
+
+
+def _busy_seconds() -> float:
+    user, nice, system, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Arm]:
+    """All arms over all steps, in turns; the first `warmup` steps are thrown away."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(make_job(args), file)
+        file.flush()
+        arms = [Arm(name, Path(file.name)) for name in args.arms]
+        for turn in range(args.warmup + args.steps):
+            for arm in arms:
+                arm.step()
+                last = arm.steps[-1]
+                print(f"  {arm.name} step {turn + 1}: {last['seconds']:.2f} s, {last['tokens']:.0f} tokens, "
+                      f"foreign load {last['foreign']:.2f}", file=sys.stderr, flush=True)  # fmt: skip
+        for arm in arms:
+            arm.close()
+            arm.steps = arm.steps[args.warmup :]
+    return {arm.name: arm for arm in arms}
+
+
+def table(arms: dict[str, Arm]) -> str:
+    """Medians per arm, and how many times longer than the first arm each one takes."""
+    first = next(iter(arms.values()))
+    phases = list(dict.fromkeys(phase for arm in arms.values() for step in arm.steps for phase in step["parts"]))
+    lines = [
+        "| arm | s/step (spread) | ratio (spread) | tokens/s | peak GB | foreign load | " + " | ".join(phases) + " |",
+        "| --- |" + " --- |" * (5 + len(phases)),
+    ]
+    for arm in arms.values():
+        seconds = [step["seconds"] for step in arm.steps]
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(arm.steps, first.steps, strict=True)]
+        rate = median(step["tokens"] / step["seconds"] for step in arm.steps)
+        parts = (median(step["parts"].get(phase, 0.0) for step in arm.steps) for phase in phases)
+        lines.append(
+            f"| {arm.name} | {median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f}) | {median(ratios):.2f} "
+            f"({min(ratios):.2f}-{max(ratios):.2f}) | {rate:.0f} | {arm.steps[-1]['peak']:.1f} | "
+            f"{max(step['foreign'] for step in arm.steps):.2f} | "
+            + " | ".join(f"{part:.2f}" if part else "" for part in parts) + " |"
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def scaling(args: argparse.Namespace) -> str:
+    """One axis at a time around the job: group size, prompt length, completion length."""
+    rows = ["| completions | prompt tokens | new tokens | s/step | packed tokens | ms per packed token |",
+            "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    shapes = (
+        [(n, 94, 64) for n in (4, 8, 16)] + [(4, p, 64) for p in (64, 256, 1024)] + [(4, 94, c) for c in (32, 128, 512)]
+    )
+    for completions, prompt, new in shapes:
+        args.completions, args.prompt_tokens, args.new_tokens = completions, (prompt, prompt), new
+        arm = measure(args)[args.arms[0]]
+        seconds = median(step["seconds"] for step in arm.steps)
+        packed = args.prompts * (prompt + completions * new)
+        rows.append(f"| {completions} | {prompt} | {new} | {seconds:.2f} | {packed} | {1000 * seconds / packed:.2f} |")
+        print(rows[-1], file=sys.stderr, flush=True)
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="folder, or the embedded model")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--completions", type=int, default=4)
+    parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(62, 119), metavar=("LEAST", "MOST"))
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--natural", action="store_true", help="let sequences end by themselves")
+    parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the KL penalty in the loss")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="the scaling table of the first arm instead")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--pipe", type=int, nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        arm = trl_arm if args.worker.startswith("trl/") else own_arm
+        arm(args.worker, json.loads(args.job.read_text()), Turn(*args.pipe))
+        return
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores: {args.prompts} prompts "
+          f"x {args.completions} completions, prompts of {args.prompt_tokens[0]}-{args.prompt_tokens[1]} tokens, "
+          f"{'at most ' if args.natural else ''}{args.new_tokens} new tokens, KL {args.kl}")  # fmt: skip
+    print(scaling(args) if args.table else table(measure(args)))
+
+
+if __name__ == "__main__":
+    main()

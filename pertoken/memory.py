@@ -1,0 +1,64 @@
+"""Memory of the process: what it took, and how freed memory goes back to the system."""
+
+import ctypes
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+GIGABYTE = 1e9
+
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+"""oneDNN keeps the code that it generated for 1,024 shapes of matrices, 0.3 GB; rows of text rarely have one again."""
+
+
+def give_back_freed_memory() -> None:
+    """Hand memory that was freed, but is kept for later, back to the system; glibc's heap and CUDA's cache.
+
+    Activations have another length in each pass, and leave the heap in pieces that the next ones do not fit into:
+    a training process grew from 4.4 GB in its first step to 7.7 GB. Takes 0.2 s for 2 GB.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def used_memory(device: torch.device) -> float:
+    """What is in use now (GB): of the GPU if `device` is one, else of the process; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / GIGABYTE
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / GIGABYTE
+
+
+def installed_memory(device: torch.device) -> float:
+    """What there is (GB), of the GPU if `device` is one; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIGABYTE
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIGABYTE
+    except (AttributeError, ValueError):
+        return math.inf
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory that was in use so far (GB): of the GPU if `device` is one, else of the process.
+
+    None where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIGABYTE
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIGABYTE

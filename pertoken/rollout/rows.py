@@ -1,0 +1,149 @@
+"""Completions on their way: each row draws its tokens with its own random numbers, records them, and ends.
+
+The one place that decides what is drawn and when a row ends, for whatever computes the logits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pertoken.errors import ModelError
+from pertoken.sampling import NO_TOKEN, Controls, draw, entropy_of, keep_set, processed_logits
+from pertoken.types import Completion, StopReason
+
+OnToken = Callable[[int, int, float, float], None]
+"""Hears of each token as it is drawn: index of its prompt, id, log-prob, entropy of the distribution (nats)."""
+
+Drawn = tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]
+"""Ids, their log-probs, the entropies of their distributions (nats)."""
+
+
+def draw_plain(logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]) -> Drawn:
+    """Ids drawn from softmax(logits / temperature), one uniform number each."""
+    logprobs = (logits.float() / temperature).log_softmax(1)
+    ids = draw(logprobs, uniforms)
+    return ids, logprobs.gather(1, ids[:, None])[:, 0], entropy_of(logprobs)
+
+
+@dataclass
+class Row:
+    """One completion on its way."""
+
+    index: int
+    """Its place in what `generate` was asked for."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    support: list[np.ndarray[Any, np.dtype[np.uint8]]] = field(default_factory=list)
+    stop: StopReason | None = None
+    """Why it ended; None while it goes on."""
+
+    def completion(self) -> Completion:
+        assert self.stop is not None
+        support = np.stack(self.support) if self.support else None
+        return Completion(self.tokens, self.logprobs, self.stop, support, self.entropies)
+
+
+class Rows:
+    """All completions of one call of `generate`."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        controls: Controls,
+        seeds: Sequence[int],
+        *,
+        device: torch.device,
+        context: int,
+        tokenizer: Any,
+        draw_plain: Callable[..., Drawn] = draw_plain,
+        on_token: OnToken | None = None,
+    ) -> None:
+        """context: most tokens that a row may have, prompt included. tokenizer: makes text of ids, for stop strings.
+
+        draw_plain: draws where the temperature is the only control. Raises ModelError for a prompt that is empty or
+        fills the context.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        for prompt in prompts:
+            if not prompt or len(prompt) >= context:
+                raise ModelError(
+                    f"a prompt has {len(prompt)} tokens; this model takes 1 to {context - 1}, room to answer included. "
+                    "Shorten the prompt template or leave long items out (rollout.max_prompt_tokens)."
+                )
+        self.prompts = [tuple(prompt) for prompt in prompts]
+        self.rows = [Row(index) for index in range(len(prompts))]
+        self.controls, self.budget = controls, controls.sampling.max_new_tokens
+        self._device, self._context, self._tokenizer = device, context, tokenizer
+        self._draw_plain, self._tell = draw_plain, on_token
+        self._uniforms = torch.stack([_uniforms(seed, self.budget) for seed in seeds])
+        self._eos = torch.tensor(controls.eos_ids or (NO_TOKEN,), device=device)
+
+    def choose(self, logits: Float[Tensor, "R V"], rows: Sequence[Row]) -> Int[Tensor, " R"]:
+        """Draw one token for each of `rows` and record it with its log-prob, entropy and kept set; the ids."""
+        ids, logprobs, entropies, support = self._draw(logits, rows)
+        by_eos = torch.isin(ids, self._eos).tolist()
+        columns = (ids.tolist(), logprobs.tolist(), entropies.tolist(), by_eos)
+        for k, (row, token, logprob, nats, ended) in enumerate(zip(rows, *columns, strict=True)):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            row.entropies.append(nats)
+            if support is not None:
+                row.support.append(support[k])
+            if self._tell is not None:
+                self._tell(row.index, token, logprob, nats)
+            row.stop = self._end(row, ended)
+        return ids
+
+    def _draw(
+        self, logits: Float[Tensor, "R V"], rows: Sequence[Row]
+    ) -> tuple[Tensor, Tensor, Tensor, np.ndarray[Any, np.dtype[np.uint8]] | None]:
+        """Ids, their log-probs, the entropies, and the kept sets where a control truncates."""
+        sampling, device = self.controls.sampling, logits.device
+        uniforms = torch.stack([self._uniforms[row.index, len(row.tokens)] for row in rows]).to(device)
+        if self.controls.only_temperature and not sampling.greedy:
+            return *self._draw_plain(logits, sampling.temperature, uniforms), None
+        taken = torch.tensor([len(row.tokens) for row in rows], device=device)
+        z = processed_logits(logits, self.controls, taken, self._history(rows))
+        keep = None if sampling.greedy else keep_set(z, sampling)
+        logprobs = (z if keep is None else z.masked_fill(~keep, -torch.inf)).log_softmax(1)
+        ids = logprobs.argmax(1) if sampling.greedy else draw(logprobs, uniforms)
+        support = None if keep is None else np.packbits(keep.cpu().numpy(), axis=1)
+        return ids, logprobs.gather(1, ids[:, None])[:, 0], entropy_of(logprobs), support
+
+    def _history(self, rows: Sequence[Row]) -> Int[Tensor, "R L"] | None:
+        if not self.controls.needs_history:
+            return None
+        texts = [[*self.prompts[row.index], *row.tokens] for row in rows]
+        width = max(map(len, texts))
+        return torch.tensor([[NO_TOKEN] * (width - len(ids)) + ids for ids in texts], device=self._device)
+
+    def _end(self, row: Row, by_eos: bool) -> StopReason | None:
+        """Why the last token of `row` ends it, if it does."""
+        sampling, count = self.controls.sampling, len(row.tokens)
+        if by_eos:
+            return "eos"
+        if sampling.stop and count >= sampling.min_new_tokens and self._says_stop(row.tokens):
+            return "stop_string"
+        if len(self.prompts[row.index]) + count >= self._context:
+            return "context"
+        return "length" if count >= self.budget else None
+
+    def _says_stop(self, tokens: list[int]) -> bool:
+        # A token adds at least one character, save for pieces of a multi-byte one: 4 per character is enough.
+        longest = max(map(len, self.controls.sampling.stop))
+        tail = self._tokenizer.decode(
+            tokens[-(4 * longest + 4) :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return any(stop in tail for stop in self.controls.sampling.stop)
+
+
+def _uniforms(seed: int, count: int) -> Float[Tensor, " T"]:
+    """The random numbers of one sample: a function of its seed alone."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

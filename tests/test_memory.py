@@ -1,0 +1,44 @@
+"""Memory that is read off the system is that of this process."""
+
+import subprocess
+import sys
+
+import torch
+
+from pertoken.memory import give_back_freed_memory, installed_memory, peak_memory, used_memory
+
+CPU = torch.device("cpu")
+
+
+def test_a_large_tensor_shows_and_stays_in_the_peak():
+    before = used_memory(CPU)
+    block = torch.ones(100_000_000)  # 0.4 GB
+    assert 0.3 < used_memory(CPU) - before < 0.6
+    del block
+    assert used_memory(CPU) < peak_memory(CPU) <= installed_memory(CPU)
+
+
+def test_freed_memory_goes_back():
+    """In a process of its own: many small blocks, freed below one that stays, are kept by the heap until it is told."""
+    code = (
+        "import torch\n"
+        "from pertoken.memory import *\n"
+        "cpu = torch.device('cpu')\n"
+        "blocks = [torch.ones(5_000) for _ in range(20_000)]\n"  # 0.4 GB in pieces of 20 kB, all from the heap
+        "last = torch.ones(5_000)\n"
+        "full = used_memory(cpu)\n"
+        "del blocks\n"
+        "kept = used_memory(cpu)\n"
+        "give_back_freed_memory()\n"
+        "print(full - kept, kept - used_memory(cpu))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    by_itself, when_told = map(float, done.stdout.split())
+    assert by_itself < 0.1
+    assert when_told > 0.2
+
+
+def test_giving_back_hurts_nothing_that_is_alive():
+    block = torch.arange(1000)
+    give_back_freed_memory()
+    assert torch.equal(block, torch.arange(1000))
