@@ -106,7 +106,8 @@ def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
         "name": "speed",
         "policy": {"model": job["model"], "precision": "float32" if "float32" in settings else "auto",
                    **({"lora": {"rank": 16, "alpha": 32}} if "lora" in settings else {})},
-        "rollout": {"max_prompt_tokens": 100, "prompts_per_step": job["prompts_per_step"], "samples_per_prompt": job["completions"],
+        "task": {"path": job["data"], "answer": None},
+        "rollout": {"prompts_per_step": job["prompts_per_step"], "samples_per_prompt": job["completions"],
                     "sampling": {"max_new_tokens": job["new_tokens"]}},
         "rewards": [{"name": "length", "max_words": 20}],
         "kl": {"place": "loss", "coefficient": job["kl"]} if job["kl"] else {"place": "none", "measure": False},
@@ -116,7 +117,7 @@ def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
         "evaluation": {"items": 0},
     })  # fmt: skip
     run = build.build_run(config)
-    run.rewards = [Weighted(episode_reward(distinct_words), 1.0, "distinct")]
+    run.rewards = [Weighted(episode_reward(lambda sample: distinct_words(sample.text)), 1.0, "distinct")]
     run.items = [Item(str(k), text, None) for k, text in enumerate(job["prompts"])]
     if not job["natural"]:
         run.controls = Controls(run.controls.sampling, ())  # nothing ends a completion
@@ -260,10 +261,13 @@ def _cpu_seconds(pid: int) -> float:
 
 def measure(args: argparse.Namespace) -> dict[str, Arm]:
     """All arms over all steps, in turns; the first `warmup` steps are thrown away."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(make_job(args), file)
-        file.flush()
-        arms = [Arm(name, Path(file.name)) for name in args.arms]
+    with tempfile.TemporaryDirectory() as folder:
+        job, data = make_job(args), Path(folder) / "prompts.jsonl"
+        rows = (json.dumps({"prompt": prompt, "reference": ""}) for prompt in job["prompts"])
+        data.write_text("\n".join(rows), encoding="utf-8")
+        place = Path(folder) / "job.json"
+        place.write_text(json.dumps(job | {"data": str(data)}), encoding="utf-8")
+        arms = [Arm(name, place) for name in args.arms]
         for turn in range(args.warmup + args.steps):
             for arm in arms:
                 arm.step()
