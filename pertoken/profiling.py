@@ -171,7 +171,7 @@ def matrix_parameters(policy: Policy) -> tuple[int, int]:
     """Parameters of the linear layers of the body, and of the head: what one token is multiplied with."""
     head = policy.hf_model.get_output_embeddings()
     body = sum(m.weight.numel() for m in policy.hf_model.modules() if isinstance(m, nn.Linear) and m is not head)
-    return body, int(head.weight.numel())  # type: ignore[union-attr,operator]
+    return body, int(head.weight.numel())
 
 
 def matrix_rate(policy: Policy, dtype: torch.dtype, *, rows: int = 1024, seconds: float = 1.0) -> float:

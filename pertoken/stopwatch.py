@@ -1,7 +1,7 @@
 """Where time goes: seconds by phase, measured around functions while they are called. Needs nothing but Python."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,13 +14,12 @@ class Stopwatch:
     >>> with watch.phase("outer"):
     ...     with watch.phase("inner"):
     ...         pass
-    >>> watch.seconds
-    Counter({'outer': 3.0, 'inner': 3.0})
+    >>> watch.take()
+    {'outer': 3.0, 'inner': 3.0}
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._clock = clock
         self._running: list[str] = []
         self._since = 0.0
@@ -30,7 +29,6 @@ class Stopwatch:
         """Time what is inside as `name`."""
         self._switch()
         self._running.append(name)
-        self.calls[name] += 1
         try:
             yield
         finally:
@@ -63,5 +61,5 @@ class Stopwatch:
 
     def take(self) -> dict[str, float]:
         """The seconds since the last `take`, by phase."""
-        seconds, self.seconds = dict(self.seconds), Counter()
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return seconds

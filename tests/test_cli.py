@@ -232,7 +232,9 @@ def test_profile_counts_the_matrix_products_of_a_step(place):
     from pertoken.profiling import matrix_parameters, work
     from pertoken.trainer import generate
 
-    run = build_run(load_config(["recipe.yaml"], ["rollout.prompts_per_step=1", "rewards=[{name: length, max_words: 3}]"]))
+    run = build_run(
+        load_config(["recipe.yaml"], ["rollout.prompts_per_step=1", "rewards=[{name: length, max_words: 3}]"])
+    )
     body, head = matrix_parameters(run.policy)
     assert (body, head) == (2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64), 258 * 32)
 

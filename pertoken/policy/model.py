@@ -225,8 +225,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 def fast_in_bfloat16(device: torch.device) -> bool:
     """True if the processor has matrix products in bfloat16 built in."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    on_cpu = device.type == "cpu"
+    return on_cpu and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def load_model(name: str, *, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -115,11 +115,10 @@ def _recomputed(model: nn.Module, attending: Callable[[], AbstractContextManager
     """
     layers = recomputable(model)
     before = [layer.training for layer in layers]
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), attending()))
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(
-            checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), attending())
-        )
+        layer._gradient_checkpointing_func = again  # type: ignore[assignment]
     try:
         yield
     finally:

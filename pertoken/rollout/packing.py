@@ -38,9 +38,9 @@ def pack_linears(model: nn.Module) -> None:
     Only where oneDNN takes them (bfloat16 on a CPU); call it again when weights have changed.
     """
     for module in model.modules():
-        if type(module) in (nn.Linear, PackedLinear) and _takes(module.weight):
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, PackedLinear) and _takes(module.weight):
             module.__class__ = PackedLinear
-            module.packed = pack(module.weight)  # type: ignore[assignment]
+            module.packed = pack(module.weight)
 
 
 def unpack_linears(model: nn.Module) -> None:
