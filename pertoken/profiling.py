@@ -160,7 +160,7 @@ def work(run: Run, report: StepReport) -> Work:
     sampled = report.metrics["tokens/generated"]
     packed = 2 * (body * (prompt_tokens + sampled) + head * sampled)
     return Work(
-        prefill=2 * (body * prompt_tokens + head * len(prompts)),
+        prefill=2.0 * (body * prompt_tokens + head * len(prompts)),
         decode=2 * (body + head) * (sampled - len(report.episodes)),
         reference=packed if run.reference is not None else 0.0,
         training=3 * packed * run.config.update.epochs,

@@ -210,7 +210,16 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(place):
 
 def test_profile_says_where_time_and_memory_go(place, capsys, monkeypatch):
     code, out, err = pertoken(
-        capsys, monkeypatch, "profile", "recipe.yaml", "--steps", "2", "--trace", "trace.json", "kl.measure=false"
+        capsys,
+        monkeypatch,
+        "profile",
+        "recipe.yaml",
+        "--steps",
+        "2",
+        "--trace",
+        "trace.json",
+        "kl={place: none, measure: false}",
+        "objective.entropy_coefficient=0.01",
     )
     assert (code, err) == (0, "")
     lines = {line.split("  ")[0]: line.split() for line in out.splitlines()}
@@ -240,7 +249,7 @@ def test_profile_counts_the_matrix_products_of_a_step(place):
 
     episodes = generate(run, 1)
     sampled, prompt = sum(sum(e.action_mask) for e in episodes), episodes[0].prompt_length
-    done = work(run, StepReport(1, {"tokens/generated": sampled}, episodes, {}))
+    done = work(run, StepReport(1, {"tokens/generated": float(sampled)}, episodes, {}))
     assert done.training == 6 * (body * (prompt + sampled) + head * sampled)
     assert done.reference * 3 == done.training  # a forward is a third of forward and backward
     assert done.decode == 2 * (body + head) * (sampled - 2)  # the first token of each sample comes with its prompt
