@@ -56,9 +56,8 @@ def _kept(policy: Policy, tokens: int) -> int:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         address = tensor.untyped_storage().data_ptr()
-        bare = (
-            tensor.detach()
-        )  # with its history it would hold the graph that holds it, and neither would ever be freed
+        # With its history the tensor would hold the graph that holds it, and neither would ever be freed.
+        bare = tensor.detach()
         if address not in own:
             kept[address] = bare
         return bare
