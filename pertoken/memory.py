@@ -14,6 +14,22 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 """oneDNN keeps the code that it generated for 1,024 shapes of matrices, 0.3 GB; rows of text rarely have one again."""
 
 
+def keep_freed_memory() -> None:
+    """From now on, memory that is freed stays with the process until `give_back_freed_memory()`; glibc alone knows how.
+
+    Left to itself glibc gives large tensors back at once, and the next one's pages are handed over, emptied by the
+    system, one by one: a quarter of a training step went into that.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)  # nothing outside of the heap,
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)  # whose end stays where it is
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Names of glibc's <malloc.h>."""
+
+
 def give_back_freed_memory() -> None:
     """Hand memory that was freed, but is kept for later, back to the system; glibc's heap and CUDA's cache.
 

@@ -19,10 +19,11 @@ from pertoken.batching import Part, minibatches, to_batch
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation, Evaluator
-from pertoken.memory import give_back_freed_memory, peak_memory
+from pertoken.memory import give_back_freed_memory, keep_freed_memory, peak_memory
 from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
+from pertoken.policy.gradients import Casts
 from pertoken.policy.model import Policy, Reference
 from pertoken.rewards import Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
@@ -112,6 +113,7 @@ def loop(
     run: Run, log: RunLog, *, on_step: Callable[[StepReport], None], interrupted: Callable[[], bool] = lambda: False
 ) -> str:
     """Train until a stop condition holds or `interrupted()`; returns why it ended. Each step is one policy version."""
+    keep_freed_memory()
     evaluate(run, log)
     while not (reason := run.stop_reason()) and not interrupted():
         begun, step = time.monotonic(), run.progress.step + 1
@@ -248,8 +250,9 @@ def update(
         tokens_per_micro_batch=config.tokens_per_micro_batch, seed=run.config.seed * 1_000_003 + step,
         left_out=_without_effect(run, credit),
     )  # fmt: skip
+    entropy_grad, casts = run.config.objective.entropy_coefficient != 0, Casts()
     for part in parts:
-        new = run.policy.score(part.batch, grad=True, entropy_grad=run.config.objective.entropy_coefficient != 0)
+        new = run.policy.score(part.batch, grad=True, entropy_grad=entropy_grad, into_grad=casts)
         if not moved and not run.policy.dropout:
             # Until the weights move, old and new are the same policy; taking the same pass for both removes the
             # rounding noise between passes of different shapes (and the drift of the sampler).
@@ -266,7 +269,7 @@ def update(
             norm = _step_optimizer(run, bad, step)
             moved = moved or norm is not None
             norms += [] if norm is None else [norm]
-            bad = ""
+            bad, casts = "", Casts()
     limit = config.max_grad_norm
     metrics = check_ratio(batch, replace(old, logprobs=first), exact=exact) | {
         "loss/policy": sums["loss/policy"] / max(steps, 1),

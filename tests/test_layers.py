@@ -21,11 +21,12 @@ MAY: dict[str, set[str]] = {
     "errors": set(),
     "cache": set(),
     "memory": set(),
+    "native": {"cache"},
     "stopwatch": set(),
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
     # the stages of a step: each knows the types, none knows a sibling
-    **{stage: {"errors", "cache", "sampling", "types"} for stage in STAGES},
+    **{stage: {"errors", "cache", "native", "sampling", "types"} for stage in STAGES},
     **{maths: {"types"} for maths in MATHS},
     # beside the stages
     "config": {"errors", "sampling"},

@@ -12,33 +12,19 @@ whether a model gives the right numbers with it.
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from pertoken.policy import compiled
+from pertoken.policy.packs import Pack
+
 NAME = "pertoken_packed"
 """Under this name transformers finds `packed_attention`; it has no mask function, so no mask is ever built."""
-
-
-@dataclass(frozen=True)
-class Pack:
-    """One prompt and the rows behind it: cells `[start, start + prompt + rows)` of the packed row."""
-
-    start: int
-    prompt: int
-    """Tokens of the prompt."""
-    rows: int
-    """Tokens of all rows together."""
-    rectangle: Int[Tensor, "n L"] | None
-    """Cell of each row's tokens, counted from `start`; rows shorter than L end in copies of a cell that exists,
-    which nothing reads. None if the pack is one sequence (a single row, or none): it is plainly causal."""
-    inside: Bool[Tensor, "n L"] | None
-    """True where `rectangle` holds a token of the row."""
 
 
 _packs: ContextVar[tuple[Pack, ...]] = ContextVar("packs")
@@ -76,13 +62,16 @@ def packed_attention(
     for name in ("softcap", "s_aux", "position_bias", "cache"):
         if options.get(name) is not None:
             raise NotImplementedError(f"packed attention without {name}")
+    packs = _packs.get()
+    if dropout == 0.0 and compiled.takes(query, key, value):
+        return compiled.attend(query, key, value, packs, sliding_window, scaling), None
     common = torch.float32 if query.device.type == "cpu" else value.dtype  # on CPUs bfloat16 attention is no faster
     settings: dict[str, Any] = {"scale": scaling, "dropout_p": dropout}
     outputs: list[Tensor] = []
     with torch.autocast(query.device.type, enabled=False):
-        for pack in _packs.get():
-            cells = slice(pack.start, pack.start + pack.prompt + pack.rows)
-            q, k, v = (x[0, :, cells].to(common) for x in (query, key, value))
+        sizes = [pack.cells for pack in packs]  # one split: its backward pass makes one tensor, not one a pack
+        parts = [x[0].to(common).split(sizes, 1) for x in (query, key, value)]
+        for pack, q, k, v in zip(packs, *parts, strict=True):
             outputs += _one_pack(q, k, v, pack, sliding_window, settings)
     return torch.cat(outputs)[None].to(value.dtype), None
 
@@ -99,8 +88,8 @@ def _one_pack(
     settings: dict[str, Any],
 ) -> list[Float[Tensor, "_ Hq Dv"]]:
     """Outputs of the prompt's tokens and of the rows' tokens, in their order in the packed row."""
-    size = pack.prompt if pack.rectangle is not None else pack.prompt + pack.rows
-    itself = _attend(q[None, :, :size], k[None, :, :size], v[None, :, :size], _causal(size, 0, window, q), settings)
+    size = pack.prompt if pack.rectangle is not None else pack.cells
+    itself = _attend(q[None, :, :size], k[None, :, :size], v[None, :, :size], pack.mask(size, 0, window), settings)
     outputs = [itself[0].transpose(0, 1)]
     if pack.rectangle is None or pack.inside is None:
         return outputs
@@ -114,18 +103,9 @@ def _one_pack(
         return torch.cat([x[:, : pack.prompt].expand(n, -1, -1, -1), rows_of(x)], 2)
 
     rows = _attend(
-        rows_of(q), behind_prompt(k), behind_prompt(v), _causal(width, pack.prompt, window, q), settings
+        rows_of(q), behind_prompt(k), behind_prompt(v), pack.mask(width, pack.prompt, window), settings
     )  # [n, Hq, L, Dv]
     return [*outputs, rows.transpose(1, 2)[pack.inside]]
-
-
-def _causal(length: int, before: int, window: int | None, like: Tensor) -> Bool[Tensor, "L K"] | None:
-    """Which of `before + length` keys each of the last `length` positions sees; None for the plain triangle."""
-    if before == 0 and (window is None or length <= window):
-        return None
-    distance = torch.arange(length, device=like.device)[:, None] + before
-    distance = distance - torch.arange(before + length, device=like.device)[None]
-    return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def _attend(

@@ -12,11 +12,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pertoken import native
+from pertoken.policy.gradients import Casts, add_product
+
 BLOCK_BYTES = 8_000_000
 """Float32 logits at once: what fits into the last-level cache of a small machine."""
 
 KEPT_BYTES = 300_000_000
 """Logits up to this size wait for the backward pass; larger ones are computed again."""
+
+PASSING_BYTES = 30_000_000
+"""Logits at once where none are kept."""
 
 
 def linear_logprobs(
@@ -27,80 +33,137 @@ def linear_logprobs(
     *,
     temperature: float,
     entropy_grad: bool,
+    into_grad: Casts | None = None,
 ) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
     """log softmax((hidden @ weight.T + bias) / temperature) at `targets`, and that distribution's entropy (nats).
 
-    hidden and weight must have one dtype, which the products are made in; sums over the vocabulary are float32.
-    The entropy carries a gradient only with `entropy_grad`.
+    The products are made in the dtype of `hidden`, whatever that of the weight; sums over the vocabulary are float32.
+    The entropy carries a gradient only with `entropy_grad`; with `into_grad` that of the weight goes straight to its
+    `.grad` (`gradients.py`).
 
     >>> hidden, weight = torch.zeros(1, 2), torch.ones(4, 2)
     >>> linear_logprobs(hidden, weight, None, torch.tensor([3]), temperature=1.0, entropy_grad=False)
     (tensor([-1.3863]), tensor([1.3863]))
     """
-    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, targets, temperature)  # type: ignore[no-untyped-call]
+    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, into_grad)  # type: ignore[no-untyped-call]
     return logprobs, entropy if entropy_grad else entropy.detach()
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """With p = softmax(z / T):  dlogp/dz = (onehot - p) / T,  dH/dz = -p (log p + H) / T."""
+    """Keeps the logits and what `_summary` says of them; the backward pass makes them their own gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        into_grad: Casts | None,
     ) -> tuple[Tensor, Tensor]:
-        keep = ctx.needs_input_grad[0] and len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES
-        total, entropy, chosen = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
-        kept: list[Tensor] = []
-        blocks = list(_blocks(len(hidden), len(weight)))
-        whole = torch.nn.functional.linear(hidden, weight, bias) if keep else None
-        for block in blocks:
-            raw = torch.nn.functional.linear(hidden[block], weight, bias) if whole is None else whole[block]
-            z = raw.float() / temperature
-            chosen[block] = z.gather(1, targets[block, None]).squeeze(1)
-            top = z.amax(1, keepdim=True)
-            p = z.sub(top).exp_()
-            mass = p.sum(1)
-            log_total = mass.log() + top.squeeze(1)
-            total[block] = log_total
-            entropy[block] = log_total - p.mul_(z).sum(1) / mass  # H = log sum exp z - sum p z
-        if whole is not None:
-            kept = [whole]
+        linear = torch.nn.functional.linear
+        ctx.parameter = None if into_grad is None else weight
+        ctx.types = weight.dtype, None if bias is None else bias.dtype
+        weight = (into_grad or Casts())(weight, hidden.dtype)
+        bias = None if bias is None else bias.to(hidden.dtype)
+        if ctx.needs_input_grad[0] and len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES:
+            kept = [linear(hidden, weight, bias)]
+            logprobs, total, entropy = _summary(kept[0], targets, temperature)
+        else:
+            kept = []
+            parts = [
+                _summary(linear(hidden[piece], weight, bias), targets[piece], temperature)
+                for piece in _pieces(len(hidden), len(weight) * hidden.element_size(), PASSING_BYTES)
+            ]
+            logprobs, total, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, bias, targets, total, entropy, *kept)
         ctx.temperature = temperature
-        return chosen - total, entropy
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, total, entropy, *kept = ctx.saved_tensors
-        by_entropy = bool(grad_entropy.any())
         grad_hidden = torch.empty_like(hidden)
         grad_weight, grad_bias = None, None
-        for piece in _pieces(len(hidden), len(weight) * hidden.element_size()):
+        for piece in _pieces(len(hidden), len(weight) * hidden.element_size(), KEPT_BYTES):
             logits = kept[0] if kept else torch.nn.functional.linear(hidden[piece], weight, bias)
-            for inner in _blocks(len(logits), len(weight)):
-                rows = slice(piece.start + inner.start, piece.start + inner.stop)
-                logp = logits[inner].float().div_(ctx.temperature).sub_(total[rows, None])
-                p = logp.exp()
-                gradient = p * -grad_logprobs[rows, None]
-                if by_entropy:
-                    gradient -= p * (logp + entropy[rows, None]) * grad_entropy[rows, None]
-                gradient[torch.arange(len(gradient)), targets[rows]] += grad_logprobs[rows]
-                logits[inner] = gradient.div_(ctx.temperature)
-            grad_hidden[piece] = logits @ weight
-            if ctx.needs_input_grad[1]:
+            _to_gradient_(
+                logits, targets[piece], total[piece], entropy[piece], grad_logprobs[piece], grad_entropy[piece],
+                ctx.temperature,
+            )  # fmt: skip
+            torch.mm(logits, weight, out=grad_hidden[piece])
+            if ctx.needs_input_grad[1] and ctx.parameter is not None:
+                add_product(ctx.parameter, logits.T, hidden[piece])
+            elif ctx.needs_input_grad[1]:
                 share = logits.T @ hidden[piece]
-                grad_weight = share if grad_weight is None else grad_weight.add_(share)
+                grad_weight = share.to(ctx.types[0]) if grad_weight is None else grad_weight.add_(share)
             if bias is not None and ctx.needs_input_grad[2]:
-                share = logits.sum(0, dtype=torch.float32).to(bias.dtype)
-                grad_bias = share if grad_bias is None else grad_bias.add_(share)
-        return grad_hidden, grad_weight, grad_bias, None, None
+                share = logits.sum(0, dtype=torch.float32)
+                grad_bias = share.to(ctx.types[1]) if grad_bias is None else grad_bias.add_(share)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _blocks(count: int, vocabulary: int) -> list[slice]:
-    size = max(1, BLOCK_BYTES // (4 * vocabulary))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def _summary(
+    logits: Float[Tensor, "A V"], targets: Int[Tensor, " A"], temperature: float
+) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"], Float[Tensor, " A"]]:
+    """Of softmax(logits / temperature): log-prob of the target, log of the normaliser, and entropy."""
+    if _compiled(logits):
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.pertoken.softmax_at(logits, targets, temperature)
+        return found
+    logprobs, total, entropy = (torch.empty(len(logits), device=logits.device) for _ in range(3))
+    buffer = _buffer(logits)
+    for rows in _pieces(len(logits), 4 * logits.shape[1], BLOCK_BYTES):
+        z = buffer[: rows.stop - rows.start].copy_(logits[rows]).div_(temperature)
+        top = z.amax(1, keepdim=True)
+        shifted = z.sub_(top)
+        p = shifted.exp()
+        mass = p.sum(1)
+        log_mass = mass.log()
+        logprobs[rows] = shifted.gather(1, targets[rows, None]).squeeze(1) - log_mass
+        total[rows] = log_mass + top.squeeze(1)
+        entropy[rows] = log_mass - p.mul_(shifted).sum(1) / mass  # H = log sum exp z - sum p z
+    return logprobs, total, entropy
 
 
-def _pieces(count: int, bytes_per_row: int) -> list[slice]:
-    size = max(1, KEPT_BYTES // bytes_per_row)
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def _to_gradient_(
+    logits: Float[Tensor, "A V"],
+    targets: Int[Tensor, " A"],
+    total: Float[Tensor, " A"],
+    entropy: Float[Tensor, " A"],
+    by_logprob: Float[Tensor, " A"],
+    by_entropy: Float[Tensor, " A"],
+    temperature: float,
+) -> None:
+    """In place: with p = softmax(z / T),  dlogp/dz = (onehot - p) / T  and  dH/dz = -p (log p + H) / T."""
+    if _compiled(logits):
+        torch.ops.pertoken.softmax_gradient_(
+            logits, targets, total, entropy, by_logprob.contiguous(), by_entropy.contiguous(), temperature
+        )
+        return
+    buffer, with_entropy = _buffer(logits), bool(by_entropy.any())
+    for rows in _pieces(len(logits), 4 * logits.shape[1], BLOCK_BYTES):
+        logp = buffer[: rows.stop - rows.start].copy_(logits[rows]).div_(temperature).sub_(total[rows, None])
+        weight = -by_logprob[rows, None]
+        if with_entropy:
+            weight = weight - (logp + entropy[rows, None]) * by_entropy[rows, None]
+        gradient = logp.exp_().mul_(weight)
+        gradient[torch.arange(len(gradient)), targets[rows]] += by_logprob[rows]
+        logits[rows] = gradient.div_(temperature)
+
+
+def _compiled(logits: Tensor) -> bool:
+    known = logits.dtype in (torch.float32, torch.bfloat16) and logits.is_contiguous()
+    return known and logits.device.type == "cpu" and native.available()
+
+
+def _buffer(logits: Tensor) -> Tensor:
+    """Room for a block of logits in float32, used again for each block: new memory costs more than the arithmetic."""
+    rows = min(len(logits), max(1, BLOCK_BYTES // (4 * logits.shape[1])))
+    return torch.empty(rows, logits.shape[1], device=logits.device)
+
+
+def _pieces(count: int, size: int, most: int) -> list[slice]:
+    """`count` rows of `size` in slices of at most `most` (of one row at least)."""
+    step = max(1, most // size)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -21,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from pertoken.cache import cache_folder
 from pertoken.errors import MissingExtraError, ModelError, closest
+from pertoken.policy.gradients import Casts
+from pertoken.policy.layers import fuse_layers
 from pertoken.policy.scoring import Layout, Trunk, find_layout, recomputable, score_batch
 from pertoken.types import PolicyOutput, TokenBatch
 
@@ -84,6 +86,7 @@ class Policy:
         """
         self.tokenizer = tokenizer
         self.autocast_dtype = resolve_precision(precision, model.device)
+        fuse_layers(model)
         self.layout: Layout = layout or find_layout(model)
         self.model = _with_lora(model, lora) if lora else model
         self.value_head = value_head.to(model.device) if value_head else None
@@ -117,13 +120,19 @@ class Policy:
     def eos_ids(self) -> tuple[int, ...]:
         return end_ids(self.hf_model, self.tokenizer)
 
-    def score(self, batch: TokenBatch, *, grad: bool = False, entropy_grad: bool = False) -> PolicyOutput:
+    def score(
+        self, batch: TokenBatch, *, grad: bool = False, entropy_grad: bool = False, into_grad: Casts | None = None
+    ) -> PolicyOutput:
         """Log-probs, entropies and values at the actions of `batch`, under the weights of now.
 
         Without `grad` the rows go through in parts of at most `tokens_per_pass` cells. Dropout is off unless the
-        policy was made with `dropout=True`, and then on only in passes with gradient.
+        policy was made with `dropout=True`, and then on only in passes with gradient. With `into_grad` the backward
+        pass adds gradients of matrices straight to `.grad` (faster, and seen by `backward()` alone); several passes
+        between two steps of the optimiser share the `Casts` that they give.
         """
-        trunk = Trunk(self.hf_model, self.value_head, self.autocast_dtype, self.layout, self.recompute_activations)
+        trunk = Trunk(
+            self.hf_model, self.value_head, self.autocast_dtype, self.layout, self.recompute_activations, into_grad
+        )
         if grad:
             self.model.train(self.dropout)
             try:

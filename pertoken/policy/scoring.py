@@ -27,8 +27,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pertoken.errors import NumericsError
-from pertoken.policy.attention import Pack, packed
+from pertoken.policy.attention import packed
+from pertoken.policy.gradients import Casts, into_grad
 from pertoken.policy.head import linear_logprobs
+from pertoken.policy.layers import fused_rotation
+from pertoken.policy.packs import Pack
 from pertoken.sampling import NO_TOKEN, Controls, processed_logits
 from pertoken.types import PolicyOutput, TokenBatch
 
@@ -48,6 +51,8 @@ class Trunk:
     layout: Layout
     recompute: bool = False
     """Keep each layer's input alone for the backward pass, and run the layer again there."""
+    into_grad: Casts | None = None
+    """Let the backward pass add gradients of matrices straight to `.grad` (`gradients.py`)."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,18 @@ def _hidden_states(trunk: Trunk, rows: _Rows) -> Float[Tensor, "RS H"]:
     """Last hidden states of the trunk, row after row, without the head."""
     model, mask = trunk.model, {} if rows.packs else {"attention_mask": rows.mask}
 
-    def attending() -> AbstractContextManager[None]:
-        return packed(model, rows.packs) if rows.packs else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def set_up() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if rows.packs:
+                stack.enter_context(packed(model, rows.packs))
+                stack.enter_context(fused_rotation(model))
+            if trunk.into_grad is not None:
+                stack.enter_context(into_grad(model, trunk.autocast_dtype, trunk.into_grad))
+            yield
 
     again = trunk.recompute and torch.is_grad_enabled()
-    with attending(), _recomputed(model, attending) if again else contextlib.nullcontext():
+    with set_up(), _recomputed(model, set_up) if again else contextlib.nullcontext():
         states: Tensor = model.base_model(
             input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, return_dict=True, **mask
         ).last_hidden_state
@@ -107,23 +119,39 @@ def recomputable(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 @contextlib.contextmanager
-def _recomputed(model: nn.Module, attending: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Within it, each layer keeps its input alone; its second run, in the backward pass, is under `attending()`.
+def _recomputed(model: nn.Module, set_up: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Within it, each layer keeps its input alone; its second run, in the backward pass, is under `set_up()`.
 
-    Transformers looks for this wish in the layer and in its training mode. The mode is set on the layer alone: what is
-    inside of it, dropout above all, stays as it was.
+    Transformers looks for this wish in the layer and in its training mode, and then makes the call that it is given.
+    Both runs are made in the mode that the layer is in now, so that dropout is off, or the same, in both.
     """
     layers = recomputable(model)
-    before = [layer.training for layer in layers]
-    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), attending()))
-    for layer in layers:
+    modes = [layer.training for layer in layers]
+
+    def calls(layer: nn.Module, mode: bool) -> Callable[..., Any]:
+        def run(function: Callable[..., Any], *args: Any) -> Any:
+            outside = layer.training
+            layer.train(mode)
+            try:
+                return function(*args)
+            finally:
+                layer.train(outside)
+
+        def again(function: Callable[..., Any], *args: Any) -> Any:
+            contexts = (contextlib.nullcontext(), set_up())
+            return checkpoint(partial(run, function), *args, use_reentrant=False, context_fn=lambda: contexts)
+
+        return again
+
+    for layer, mode in zip(layers, modes, strict=True):
         layer.training = layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = again  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = calls(layer, mode)  # type: ignore[assignment]
     try:
         yield
     finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training, layer.gradient_checkpointing = training, False
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.gradient_checkpointing = False
+            layer.train(mode)
             del layer._gradient_checkpointing_func
 
 
@@ -180,7 +208,7 @@ def _pack(batch: TokenBatch, lengths: Tensor, row: Tensor, column: Tensor) -> _R
             positions.append(torch.arange(prompt, sizes[b]))
             prompt_at[b], rest_at[b] = start, end - prompt
             end += sizes[b] - prompt
-        packs.append(_pack_of(start, prompt, [sizes[b] - prompt for b in members], device))
+        packs.append(Pack.of(start, prompt, [sizes[b] - prompt for b in members], device))
         start = end
     prompt_at, rest_at, prefixes = prompt_at.to(device), rest_at.to(device), torch.tensor(prefix, device=device)
 
@@ -198,18 +226,6 @@ def _pack(batch: TokenBatch, lengths: Tensor, row: Tensor, column: Tensor) -> _R
     )
 
 
-def _pack_of(start: int, prompt: int, rests: list[int], device: torch.device) -> Pack:
-    """The pack of a prompt and the lengths of its rows behind it; rows without tokens take no part."""
-    rows = [length for length in rests if length]
-    if len(rows) < 2:
-        return Pack(start, prompt, sum(rows), None, None)
-    length = torch.tensor(rows, device=device)
-    first = prompt + length.cumsum(0) - length
-    step = torch.arange(max(rows), device=device)
-    inside = step < length[:, None]
-    return Pack(start, prompt, sum(rows), torch.where(inside, first[:, None] + step, first[:, None]), inside)
-
-
 # --- head ------------------------------------------------------------------------------------------------
 
 
@@ -225,11 +241,11 @@ def _head(
     layer = model.get_output_embeddings()
     if controls.only_temperature and type(layer) is nn.Linear and not _behind_head(model):
         dtype = trunk.autocast_dtype or layer.weight.dtype
-        bias = None if layer.bias is None else layer.bias.to(dtype)
         temperature = controls.sampling.temperature or 1.0
         return linear_logprobs(
-            hidden.to(dtype), layer.weight.to(dtype), bias, targets, temperature=temperature, entropy_grad=entropy_grad
-        )
+            hidden.to(dtype), layer.weight, layer.bias, targets,
+            temperature=temperature, entropy_grad=entropy_grad, into_grad=trunk.into_grad,
+        )  # fmt: skip
     return _head_in_chunks(model, hidden, targets, batch, entropy_grad)
 
 

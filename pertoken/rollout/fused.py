@@ -1,25 +1,18 @@
-"""A decoder for Llama-shaped models on CPUs: a whole step in compiled code (`fused.cpp`), weights packed once a step.
+"""A decoder for Llama-shaped models on CPUs: a whole step in compiled code, weights packed once per policy version.
 
-What it gains over `HFDecoder`: no Python between layers, matrix products on packed bfloat16 weights, and a prompt's
-keys and values in memory once for all the rows behind it. It is built with the machine's C++ compiler on first use and
-compared with the model before it is trusted; wherever one of these fails, the engine goes on with `HFDecoder`.
+The code is `native/decoding.cpp`. What it gains over `HFDecoder`: no Python between layers, matrix products on packed
+bfloat16 weights, and a prompt's keys and values in memory once for all the rows behind it. It is compared with the
+model before it is trusted; where that fails, or nothing could be compiled, the engine goes on with `HFDecoder`.
 """
 
-import hashlib
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pertoken.cache import cache_folder
+from pertoken import native
 from pertoken.rollout.decoder import agrees
 from pertoken.rollout.packing import multiply, pack
 from pertoken.rollout.rows import Drawn
@@ -27,8 +20,6 @@ from pertoken.sampling import refuse_lost
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s whose layers have the shape that the code computes."""
-
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-ffast-math", "-fno-finite-math-only")
 
 PROBE_TOLERANCE = 0.3
 """Largest difference of a probe's logits from the model's own, in standard deviations of the logits (bfloat16)."""
@@ -41,7 +32,7 @@ _NO_ROWS = (torch.empty(0, 0, 0, 0, 0), torch.empty(0, 0, 0, 0, 0))
 def fused_decoder(model: Any) -> "FusedDecoder | None":
     """A decoder that reads the weights of `model` (adapters included), or None where it does not apply."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if inner.device.type != "cpu" or not _has_the_shape(inner) or not _library():
+    if inner.device.type != "cpu" or not _has_the_shape(inner) or not native.available():
         return None
     decoder = FusedDecoder(inner)
     return decoder if agrees(decoder, inner, tolerance=PROBE_TOLERANCE) else None
@@ -174,45 +165,3 @@ def _has_the_shape(model: Any) -> bool:
         and type(model.get_output_embeddings()) is nn.Linear
         and getattr(model.base_model.layers[0].self_attn.o_proj, "bias", None) is None
     )
-
-
-@cache
-def _library() -> bool:
-    """Build (once per machine, compiler and version) and load the compiled code; False if that cannot be done."""
-    source = Path(__file__).with_name("fused.cpp")
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or not torch.backends.mkldnn.is_available():
-        return False
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = "\n".join([source.read_text(), version, torch.__version__, *FLAGS, platform.processor(), _features()])
-    target = cache_folder() / "native" / f"fused-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-    try:
-        if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as place:
-                built, part = Path(place) / "fused.so", Path(place) / "fused.o"
-                includes = [f"-I{path}" for path in include_paths()]
-                abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-                _run([compiler, *FLAGS, abi, *includes, "-c", str(source), "-o", str(part)])
-                # Linked in a step of its own: with -ffast-math it would turn subnormal numbers off for the process.
-                where = [f"-L{path}" for path in library_paths()]
-                _run([compiler, "-shared", "-fopenmp", str(part), *where, "-ltorch_cpu", "-lc10", "-o", str(built)])
-                built.replace(target)
-        torch.ops.load_library(str(target))
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
-
-
-def _run(command: list[str]) -> None:
-    subprocess.run(command, capture_output=True, check=True, timeout=600)
-
-
-def _features() -> str:
-    """What the processor can do: code built for one machine must not be loaded on another by way of a shared home."""
-    try:
-        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        return platform.machine()

@@ -151,7 +151,10 @@ def test_the_reference_keeps_its_matrices_in_the_type_they_are_multiplied_in():
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"lora": Lora(rank=2)}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"precision": "bfloat16"}, {"lora": Lora(rank=2)}, {"lora": Lora(rank=2, dropout=0.5), "dropout": True}],
+)
 def test_recomputed_activations_give_the_same_gradient(layout, settings):
     batch = ragged_batch()
     settings = {"precision": "float32", "layout": layout} | settings
@@ -161,6 +164,8 @@ def test_recomputed_activations_give_the_same_gradient(layout, settings):
         runs = []
         layer = policy.hf_model.base_model.layers[0]
         layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+        if settings.get("dropout"):
+            torch.nn.init.ones_(next(p for name, p in policy.trainable().items() if "lora_B" in name))
         torch.manual_seed(0)
         policy.score(batch, grad=True).logprobs.sum().backward()
         assert (layer.training, layer.gradient_checkpointing) == (False, False)

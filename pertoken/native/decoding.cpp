@@ -1,9 +1,11 @@
 // One decoding step of a Llama-shaped model as one call: no Python between the layers, packed bfloat16 weights,
-// keys and values read in place. Built on first use by fused.py, which also checks its numbers against the model.
+// keys and values read in place. `pertoken/rollout/fused.py` calls it, and checks its numbers against the model.
 //
 // Layout of one layer's weights in the list: input norm, packed qkv, qkv bias (or empty), packed o, packed gate+up,
 // packed down, norm before the MLP, query norm (or empty), key norm (or empty): `kPerLayer` tensors.
 // The residual stream stays float32, as it does in training under autocast; products are bfloat16.
+
+#include "numbers.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -83,7 +85,7 @@ Tensor silu_product(const Tensor& gate_up) {
       const BFloat16 *gate = in + r * 2 * width, *up = gate + width;
       for (int64_t i = 0; i < width; ++i) {
         const float g = gate[i];
-        target[r * width + i] = g / (1.0f + std::exp(-g)) * static_cast<float>(up[i]);
+        target[r * width + i] = g / (1.0f + pertoken::fast_exp(-g)) * static_cast<float>(up[i]);
       }
     }
   });
@@ -176,7 +178,7 @@ Tensor attend_step(const Tensor& qkv, const Memory& memory, const Tensor& positi
       for (int64_t g = 0; g < s.shared; ++g) {
         float *p = scores.data() + g * count, top = p[0], mass = 0;
         for (int64_t j = 1; j < count; ++j) top = std::max(top, p[j]);
-        for (int64_t j = 0; j < count; ++j) mass += p[j] = std::exp(p[j] - top);
+        for (int64_t j = 0; j < count; ++j) mass += p[j] = pertoken::fast_exp(p[j] - top);
         for (int64_t j = 0; j < count; ++j) p[j] /= mass;
       }
       std::fill(result.begin(), result.end(), 0.0f);
@@ -285,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperatu
         float weight = 0, weighted = 0;
         for (int64_t i = first; i < last; ++i) {
           const float x = (static_cast<float>(z[i]) - top) * warmth;
-          p[i] = std::exp(x);
+          p[i] = pertoken::fast_exp(x);
           weight += p[i];
           weighted += p[i] * x;
         }
@@ -314,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperatu
 
 }  // namespace
 
-TORCH_LIBRARY(pertoken, m) {
+TORCH_LIBRARY_FRAGMENT(pertoken, m) {
   m.def("step", &step);
   m.def("prefill", &prefill);
   m.def("sample", &sample);

@@ -1,0 +1,74 @@
+"""Compiled code for CPUs, as operators `torch.ops.pertoken.*`: what costs too much between matrix products.
+
+It is built with the machine's own C++ compiler on first use, and kept in the cache folder. Wherever it stands there is
+a way in plain torch that gives the same numbers: a machine without a compiler is slower, nothing else.
+"""
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pertoken.cache import cache_folder
+
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-ffast-math", "-fno-finite-math-only")
+
+
+@cache
+def available() -> bool:
+    """Build (once per machine, compiler and version) and load the operators; False if that cannot be done."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or not torch.backends.mkldnn.is_available():
+        return False
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.[ch]*"))]
+    key = "\n".join([*texts, version, torch.__version__, *FLAGS, platform.processor(), _features()])
+    target = cache_folder() / "native" / f"pertoken-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    try:
+        if not target.is_file():
+            _build(compiler, target)
+        torch.ops.load_library(str(target))
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def _build(compiler: str, target: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    includes = [f"-I{path}" for path in include_paths()]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as place:
+        parts = {source: f"{place}/{source.stem}.o" for source in Path(__file__).parent.glob("*.cpp")}
+        _run(*([compiler, *FLAGS, abi, *includes, "-c", str(source), "-o", part] for source, part in parts.items()))
+        # Linked in a step of its own: with -ffast-math it would turn subnormal numbers off for the process.
+        where, built = [f"-L{path}" for path in library_paths()], f"{place}/pertoken.so"
+        _run([compiler, "-shared", "-fopenmp", *parts.values(), *where, "-ltorch_cpu", "-lc10", "-o", built])
+        Path(built).replace(target)
+
+
+def _run(*commands: list[str]) -> None:
+    """Run commands side by side; raises CalledProcessError if one fails."""
+    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands]
+    try:
+        codes = [process.wait(timeout=600) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for command, code in zip(commands, codes, strict=True):
+        if code:
+            raise subprocess.CalledProcessError(code, command)
+
+
+def _features() -> str:
+    """What the processor can do: code built for one machine must not be loaded on another by way of a shared home."""
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return platform.machine()

@@ -1,0 +1,36 @@
+// Reading and writing float32 and bfloat16 alike, in loops that the compiler turns into vector code.
+
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <bit>
+#include <cstdint>
+
+namespace pertoken {
+
+#define PERTOKEN_INLINE __attribute__((always_inline)) inline  // a call inside a loop keeps it from becoming vector code
+
+PERTOKEN_INLINE float widen(float x) { return x; }
+PERTOKEN_INLINE float widen(at::BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
+
+PERTOKEN_INLINE void narrow(float x, float* to) { *to = x; }
+// To the nearest, ties to even. Without the branch for NaNs that c10 has: theirs stay NaNs here as well.
+PERTOKEN_INLINE void narrow(float x, at::BFloat16* to) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  to->x = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// exp(x), relative error below 3e-7 down to exp(-87), and 0 from there on. libm's own has no vector form under the
+// flags that keep NaNs and infinities; NaN stays NaN here.
+PERTOKEN_INLINE float fast_exp(float x) {
+  const float bounded = x > 88.0f ? 88.0f : x;
+  const float n = __builtin_rintf(bounded * 1.4426950408889634f);  // exp(x) = 2^n exp(r), |r| <= ln(2) / 2
+  const float r = bounded - n * 0.6931471805599453f;
+  const float high = 1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720)));
+  const float sum = 1.0f + r * (1.0f + r * (0.5f + r * high));
+  const float power = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+  return x < -87.0f ? 0.0f : sum * power;
+}
+
+}  // namespace pertoken
