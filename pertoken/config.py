@@ -170,9 +170,9 @@ class KLConfig(Section):
     """Adapt the coefficient to keep the KL per sequence near this many nats; null keeps it fixed."""
     horizon: int = Field(default=2000, ge=1)
     """Sequences over which the adaptive coefficient moves; larger is slower."""
-    estimator: Literal["ratio_k3", "k2", "k3"] = "ratio_k3"
-    """Only for place: loss. ratio_k3 and k2 give the gradient of KL(policy || reference), k3 that of
-    KL(reference || policy)."""
+    estimator: Literal["ratio_k3", "k2", "k3", "exact"] = "ratio_k3"
+    """Only for place: loss. ratio_k3 and k2 give the gradient of KL(policy || reference) from the sampled tokens, k3
+    that of KL(reference || policy); exact sums over the vocabulary: no noise, and another pass of the head."""
     measure: bool = True
     """Score the reference even if no penalty needs it, to log the KL."""
 

@@ -24,7 +24,8 @@ from pertoken.types import Credit, PolicyOutput, TokenBatch, TokenLoss
 
 Level = Literal["token", "sequence", "sequence_token"]
 Surrogate = Literal["policy_gradient", "clipped"]
-KLLoss = Literal["k2", "k3", "ratio_k3"]
+KLEstimate = Literal["k2", "k3", "ratio_k3"]
+KLLoss = Literal["k2", "k3", "ratio_k3", "exact"]
 Over = Literal["token", "sequence", "constant"]
 
 MAX_LOG_RATIO = 20.0
@@ -194,7 +195,7 @@ def kl_loss(
     ref_logprobs: Float[Tensor, "B T"],
     action_mask: Bool[Tensor, "B T"],
     *,
-    estimator: KLLoss = "ratio_k3",
+    estimator: KLEstimate = "ratio_k3",
 ) -> Float[Tensor, "B T"]:
     """A KL penalty to differentiate. What each choice does to the expected gradient of one token:
 
@@ -203,8 +204,8 @@ def kl_loss(
         k3         grad KL(ref || new) while new = old: the *forward* KL, in GRPO's paper all the same
         k1         0: refused here; as a penalty it belongs into the reward
 
-    All of them see a token's own KL only and not how it leads to states where the policies differ more. The
-    exact gradient of the sequence KL comes from -k1 as a detached *reward* with reward-to-go.
+    All of them see a token's own KL only, as `exact_kl` does, and not how it leads to states where the policies differ
+    more. The exact gradient of the sequence KL comes from -k1 as a detached *reward* with reward-to-go.
     Tang & Munos 2025, https://arxiv.org/abs/2506.09477; ratio_k3 is DeepSeek-V3.2's.
 
     >>> new, mask = torch.tensor([[-1.0]]), torch.tensor([[True]])
@@ -217,6 +218,17 @@ def kl_loss(
     if estimator not in ("k2", "k3"):
         raise ValueError(f"kl_loss: estimator must be 'k2', 'k3' or 'ratio_k3', got {estimator!r}; k1 has no gradient")
     return kl_per_token(new_logprobs, ref_logprobs, action_mask, estimator=estimator)
+
+
+def exact_kl(new: PolicyOutput, action_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """KL(new || ref) at each action, summed over the vocabulary: value and gradient without noise.
+
+    The state is taken as it is: how a token leads to others is not seen, as in `kl_loss`. Raises ValueError if `new`
+    was not scored against a reference.
+    """
+    if new.kl is None:
+        raise ValueError("exact KL: score the new policy against the reference (Policy.score(..., against=...))")
+    return torch.where(action_mask, new.kl, 0.0)
 
 
 @dataclass(frozen=True)
@@ -314,7 +326,10 @@ def policy_loss(
     if ref is not None:
         aux["kl"] = kl_per_token(new.logprobs, ref.logprobs, mask, estimator="k1").detach()
         if kl_coefficient:
-            penalty = kl_loss(new.logprobs, old.logprobs, ref.logprobs, mask, estimator=kl_estimator)
+            if kl_estimator == "exact":
+                penalty = exact_kl(new, mask)
+            else:
+                penalty = kl_loss(new.logprobs, old.logprobs, ref.logprobs, mask, estimator=kl_estimator)
             loss = loss + kl_coefficient * penalty
     if entropy_coefficient:
         loss = loss + entropy_coefficient * entropy_bonus(new.entropy, mask)

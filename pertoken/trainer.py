@@ -121,7 +121,7 @@ def loop(
         episodes = generate(run, step)
         clock.lap("rollout")
         batch = to_batch(episodes, run.controls, device=str(run.policy.device))
-        old, ref = score_old(run, batch), run.reference.score(batch) if run.reference else None
+        old, ref = score_old(run, batch), score_reference(run, batch)
         clock.lap("score")
         scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
         rewards = reward(run, scene)
@@ -175,6 +175,14 @@ def score_old(run: Run, batch: TokenBatch) -> PolicyOutput:
     old = run.policy.score(batch)
     check_ratio(batch, old, exact=run.policy.autocast_dtype is None)
     return old
+
+
+def score_reference(run: Run, batch: TokenBatch) -> PolicyOutput | None:
+    """The reference at the actions of `batch`, if the run has one."""
+    if run.reference is None:
+        return None
+    kl = run.config.kl
+    return run.reference.score(batch, hidden=kl.place == "loss" and kl.estimator == "exact")
 
 
 def check_ratio(batch: TokenBatch, old: PolicyOutput, *, exact: bool) -> dict[str, float]:
@@ -252,7 +260,10 @@ def update(
     )  # fmt: skip
     entropy_grad, casts = run.config.objective.entropy_coefficient != 0, Casts()
     for part in parts:
-        new = run.policy.score(part.batch, grad=True, entropy_grad=entropy_grad, into_grad=casts)
+        against = (
+            run.reference.against(part.ref) if run.reference and part.ref and part.ref.hidden is not None else None
+        )
+        new = run.policy.score(part.batch, grad=True, entropy_grad=entropy_grad, into_grad=casts, against=against)
         if not moved and not run.policy.dropout:
             # Until the weights move, old and new are the same policy; taking the same pass for both removes the
             # rounding noise between passes of different shapes (and the drift of the sampler).

@@ -222,12 +222,19 @@ class PolicyOutput:
     """Value of the state before the token was chosen; None without a value head."""
     bootstrap: Float[Tensor, " B"] | None = None
     """Value of the state after the last token: what a truncated episode is still worth."""
+    hidden: Float[Tensor, "B T H"] | None = None
+    """Last hidden state that each action is predicted from, where it was asked for."""
+    kl: Float[Tensor, "B T"] | None = None
+    """KL over the whole vocabulary from this policy to the one that it was scored against (nats); None without one."""
 
     def rows(self, index: Int[Tensor, " R"]) -> "PolicyOutput":
         """The output of the rows `index`, in that order."""
-        values = None if self.values is None else self.values[index]
-        bootstrap = None if self.bootstrap is None else self.bootstrap[index]
-        return PolicyOutput(self.logprobs[index], self.entropy[index], values, bootstrap)
+
+        def pick(cells: Tensor | None) -> Tensor | None:
+            return None if cells is None else cells[index]
+
+        chosen = (pick(cells) for cells in (self.values, self.bootstrap, self.hidden, self.kl))
+        return PolicyOutput(self.logprobs[index], self.entropy[index], *chosen)
 
 
 @dataclass(frozen=True)

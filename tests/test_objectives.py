@@ -383,6 +383,21 @@ def test_extreme_kl_stays_finite(difference: float, estimator: Any) -> None:
     assert bool(torch.autograd.grad(loss.sum(), x)[0].isfinite().all())
 
 
+def test_exact_kl_takes_what_was_scored_and_nothing_in_its_place() -> None:
+    """Value and gradient are tested where the vocabulary is known (test_scoring); here: who asks for it, gets it."""
+    zeros, yes = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    kl = torch.tensor([[7.0, 0.5]], requires_grad=True)
+    new, ref = PolicyOutput(zeros, zeros, kl=kl), PolicyOutput(zeros, zeros)
+    mask, one = torch.tensor([[False, True]]), torch.tensor([1])
+    batch = TokenBatch(yes.long(), yes, mask, zeros, zeros, yes.long(), one, one.bool(), ("a",))
+    settings: dict[str, Any] = {"kl_coefficient": 0.1, "kl_estimator": "exact"}
+    loss = objectives.policy_loss(new, ref, ref, Credit(zeros), batch, **settings)
+    equal(loss.per_token, [[0.0, 0.05]])
+    equal(torch.autograd.grad(loss.per_token.sum(), kl)[0], [[0.0, 0.1]])
+    with pytest.raises(ValueError, match="score the new policy against the reference"):
+        objectives.policy_loss(ref, ref, ref, Credit(zeros), batch, **settings)
+
+
 def test_a_token_that_the_reference_forbids_costs_infinity_and_not_nan() -> None:
     kl = objectives.kl_per_token(f64([[-1.0]]), f64([[-torch.inf]]), one_action, estimator="k1")
     assert kl.item() == torch.inf

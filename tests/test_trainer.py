@@ -331,6 +331,20 @@ def test_an_occupied_folder_is_refused(model_folder, data, tmp_path):
         run.train(config)
 
 
+def test_the_exact_kl_holds_a_policy_back(model_folder, data, tmp_path):
+    """The same run with a penalty of next to nothing and with a heavy one."""
+
+    def kl_at_the_end(coefficient):
+        folder = tmp_path / str(coefficient)
+        kl = {"place": "loss", "estimator": "exact", "coefficient": coefficient}
+        rewards = [{"fn": f"{__name__}:letter_by_letter", "name": "letters"}]
+        run.train(settings(model_folder, data, tmp_path, folder=str(folder), kl=kl, rewards=rewards, stop__steps=8))
+        return metrics_of(folder)[-1]["kl/sequence"]
+
+    free, held = kl_at_the_end(1e-6), kl_at_the_end(10.0)
+    assert abs(held) < 0.5 * free
+
+
 def test_adaptive_kl_follows_the_measured_kl(model_folder, data, tmp_path):
     kl = {"coefficient": 0.1, "target": 0.05, "horizon": 100}
     run.train(settings(model_folder, data, tmp_path, kl=kl, stop__steps=12, update__learning_rate=1e-2))

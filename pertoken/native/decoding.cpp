@@ -264,7 +264,8 @@ Tensor prefill(const Tensor& ids, const Tensor& embedding, const std::vector<Ten
   return hidden.narrow(0, length - 1, 1);
 }
 
-// Inverse-CDF draws from softmax(logits / temperature): ids, log-probs and entropies (nats), one uniform per row.
+// Inverse-CDF draws from softmax(logits / temperature), one uniform per row: ids, log-probs and entropies (nats). At
+// temperature 0 the first of the most probable ids, as softmax(logits) has them.
 std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperature, const Tensor& uniforms) {
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   Tensor ids = at::empty({rows}, logits.options().dtype(at::kLong));
@@ -272,7 +273,8 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperatu
   Tensor entropies = at::empty({rows}, logits.options().dtype(at::kDouble));
   const BFloat16* in = logits.const_data_ptr<BFloat16>();
   const double* points = uniforms.const_data_ptr<double>();
-  const float warmth = 1.0 / temperature;
+  const bool greedy = temperature == 0;
+  const float warmth = greedy ? 1.0 : 1.0 / temperature;
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     constexpr int64_t kBlock = 256;
     std::vector<float> p(vocabulary);
@@ -300,11 +302,13 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperatu
       while (block + 1 < mass.size() && point >= mass[block]) point -= mass[block++];
       const int64_t first = block * kBlock, last = std::min(vocabulary, first + kBlock);
       int64_t chosen = first;
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t i = first; i < last && !greedy; ++i) {
         if (p[i] > 0) chosen = i;
         if (point < p[i]) break;
         point -= p[i];
       }
+      if (greedy)
+        for (chosen = 0; chosen + 1 < vocabulary && static_cast<float>(z[chosen]) != top;) ++chosen;
       ids.data_ptr<int64_t>()[r] = chosen;
       const double log_total = std::log(total);
       logprobs.data_ptr<double>()[r] = (static_cast<float>(z[chosen]) - top) * warmth - log_total;

@@ -10,6 +10,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from pertoken.cache import cache_folder
 from pertoken.errors import MissingExtraError, ModelError, closest
 from pertoken.policy.gradients import Casts
 from pertoken.policy.layers import fuse_layers
-from pertoken.policy.scoring import Layout, Trunk, find_layout, recomputable, score_batch
+from pertoken.policy.scoring import Against, Layout, Trunk, find_layout, head_logits, recomputable, score_batch
 from pertoken.types import PolicyOutput, TokenBatch
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -121,14 +122,16 @@ class Policy:
         return end_ids(self.hf_model, self.tokenizer)
 
     def score(
-        self, batch: TokenBatch, *, grad: bool = False, entropy_grad: bool = False, into_grad: Casts | None = None
-    ) -> PolicyOutput:
+        self, batch: TokenBatch, *, grad: bool = False, entropy_grad: bool = False, into_grad: Casts | None = None,
+        against: Against | None = None,
+    ) -> PolicyOutput:  # fmt: skip
         """Log-probs, entropies and values at the actions of `batch`, under the weights of now.
 
         Without `grad` the rows go through in parts of at most `tokens_per_pass` cells. Dropout is off unless the
         policy was made with `dropout=True`, and then on only in passes with gradient. With `into_grad` the backward
         pass adds gradients of matrices straight to `.grad` (faster, and seen by `backward()` alone); several passes
-        between two steps of the optimiser share the `Casts` that they give.
+        between two steps of the optimiser share the `Casts` that they give. `against` adds the KL to another policy,
+        over the whole vocabulary (`Reference.against`).
         """
         trunk = Trunk(
             self.hf_model, self.value_head, self.autocast_dtype, self.layout, self.recompute_activations, into_grad
@@ -136,10 +139,10 @@ class Policy:
         if grad:
             self.model.train(self.dropout)
             try:
-                return score_batch(trunk, batch, entropy_grad=entropy_grad)
+                return score_batch(trunk, batch, entropy_grad=entropy_grad, against=against)
             finally:
                 self.model.eval()
-        return _score_in_parts(trunk, batch, self.tokens_per_pass)
+        return _score_in_parts(trunk, batch, self.tokens_per_pass, against=against)
 
     def reference(self) -> "Reference":
         """The policy as it is now, frozen: adapters switched off (LoRA), else a copy of the weights."""
@@ -177,12 +180,30 @@ class Reference:
             self._copy = copy.deepcopy(policy.hf_model).eval().requires_grad_(False)
             _cast_linears(self._copy, policy.autocast_dtype)
 
-    def score(self, batch: TokenBatch) -> PolicyOutput:
-        """Log-probs and entropies at the actions of `batch` under the frozen weights."""
+    def score(self, batch: TokenBatch, *, hidden: bool = False) -> PolicyOutput:
+        """Log-probs and entropies at the actions of `batch` under the frozen weights, and `hidden` states if asked."""
         policy = self._policy
-        trunk = Trunk(self._copy or policy.hf_model, None, policy.autocast_dtype, policy.layout)
-        with contextlib.nullcontext() if self._copy else policy.adapters_off():
-            return _score_in_parts(trunk, batch, policy.tokens_per_pass)
+        trunk = Trunk(self._model, None, policy.autocast_dtype, policy.layout)
+        with self._frozen():
+            return _score_in_parts(trunk, batch, policy.tokens_per_pass, hidden=hidden)
+
+    def against(self, scored: PolicyOutput) -> Against:
+        """What `Policy.score` compares a policy with, of a pass of this reference that has kept its hidden states."""
+        if scored.hidden is None:
+            raise ValueError("the pass of the reference kept no hidden states: score(batch, hidden=True)")
+
+        def logits(hidden: Tensor) -> Tensor:
+            with self._frozen():
+                return head_logits(self._model, hidden)
+
+        return Against(logits, scored.hidden)
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        return self._copy or self._policy.hf_model
+
+    def _frozen(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._copy else self._policy.adapters_off()
 
 
 def _cast_linears(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
@@ -198,18 +219,28 @@ def _cast_linears(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
             module.to(dtype)
 
 
-def _score_in_parts(trunk: Trunk, batch: TokenBatch, tokens_per_pass: int) -> PolicyOutput:
+def _score_in_parts(
+    trunk: Trunk, batch: TokenBatch, tokens_per_pass: int, *, hidden: bool = False, against: Against | None = None
+) -> PolicyOutput:
     """The whole batch without gradient, about `tokens_per_pass` tokens at a time."""
     parts = batch.parts(tokens_per_pass)
     with torch.no_grad():
-        outputs = [score_batch(trunk, batch.rows(rows)) for rows in parts]
+        outputs = [
+            score_batch(
+                trunk,
+                batch.rows(rows),
+                hidden=hidden,
+                against=None if against is None else Against(against.logits, against.hidden[rows]),
+            )
+            for rows in parts
+        ]
     back = torch.cat(parts).argsort()
 
     def column(name: str) -> Any:
         cells = [getattr(output, name) for output in outputs]
         return None if cells[0] is None else torch.cat(cells)[back]
 
-    return PolicyOutput(column("logprobs"), column("entropy"), column("values"), column("bootstrap"))
+    return PolicyOutput(**{name: column(name) for name in vars(outputs[0])})
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

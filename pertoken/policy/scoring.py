@@ -71,24 +71,49 @@ class _Rows:
     """Flat index of the hidden state after each row's last token."""
 
 
-def score_batch(trunk: Trunk, batch: TokenBatch, *, entropy_grad: bool = False) -> PolicyOutput:
+@dataclass(frozen=True)
+class Against:
+    """Another policy that the scored one is compared with over the whole vocabulary."""
+
+    logits: Callable[[Float[Tensor, "A H"]], Float[Tensor, "A V"]]
+    """Its head."""
+    hidden: Float[Tensor, "B T H"]
+    """Its hidden states, from a pass of its own (`hidden=True`)."""
+
+
+def score_batch(
+    trunk: Trunk,
+    batch: TokenBatch,
+    *,
+    entropy_grad: bool = False,
+    hidden: bool = False,
+    against: Against | None = None,
+) -> PolicyOutput:
     """Log-prob, entropy and value of every action of `batch`; 0 elsewhere. Gradients flow if enabled.
 
     Log-probs and entropies are those of the processed distribution of `batch.controls` (temperature,
     penalties, bans), restricted to the stored kept sets, as at sampling time. The entropy carries a gradient
-    only with `entropy_grad`: it costs another pass over the vocabulary.
+    only with `entropy_grad`: it costs another pass over the vocabulary. `hidden` asks for the states behind them;
+    with `against` comes the KL to that policy, of the same processed distributions.
     """
     rows = _lay_out(batch, trunk.layout)
     device = batch.tokens.device.type
     with torch.autocast(device, dtype=trunk.autocast_dtype, enabled=trunk.autocast_dtype is not None):
         flat = _hidden_states(trunk, rows)
         at_actions = flat.index_select(0, rows.predictors)
-        logprobs, entropy = _head(trunk, at_actions, batch, entropy_grad)
+        logprobs, entropy, *kl = _head(trunk, at_actions, batch, entropy_grad, against)
         values = bootstrap = None
         if trunk.value_head is not None:
             values = _to_cells(trunk.value_head(at_actions), batch)
             bootstrap = trunk.value_head(flat.index_select(0, rows.last))
-    return PolicyOutput(_to_cells(logprobs, batch), _to_cells(entropy, batch), values, bootstrap)
+    return PolicyOutput(
+        _to_cells(logprobs, batch),
+        _to_cells(entropy, batch),
+        values,
+        bootstrap,
+        _to_cells(at_actions, batch) if hidden else None,
+        _to_cells(kl[0], batch) if kl else None,
+    )
 
 
 def _hidden_states(trunk: Trunk, rows: _Rows) -> Float[Tensor, "RS H"]:
@@ -172,9 +197,10 @@ def _behind_head(model: Any) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float) and value != 1.0}
 
 
-def _to_cells(per_action: Float[Tensor, " A"], batch: TokenBatch) -> Float[Tensor, "B T"]:
-    cells = torch.zeros(batch.tokens.shape, dtype=per_action.dtype, device=per_action.device)
-    return cells.masked_scatter(batch.action_mask, per_action)
+def _to_cells(per_action: Float[Tensor, "A *more"], batch: TokenBatch) -> Float[Tensor, "B T *more"]:
+    more = per_action.shape[1:]
+    cells = torch.zeros(*batch.tokens.shape, *more, dtype=per_action.dtype, device=per_action.device)
+    return cells.masked_scatter(batch.action_mask.view(*batch.tokens.shape, *[1] * len(more)), per_action)
 
 
 # --- layouts ---------------------------------------------------------------------------------------------
@@ -230,33 +256,40 @@ def _pack(batch: TokenBatch, lengths: Tensor, row: Tensor, column: Tensor) -> _R
 
 
 def _head(
-    trunk: Trunk, hidden: Float[Tensor, "A H"], batch: TokenBatch, entropy_grad: bool
-) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
-    """Log-prob and entropy of each action under the processed distribution."""
+    trunk: Trunk, hidden: Float[Tensor, "A H"], batch: TokenBatch, entropy_grad: bool, against: Against | None
+) -> tuple[Float[Tensor, " A"], ...]:
+    """Log-prob and entropy of each action under the processed distribution, and the KL `against` another policy."""
     model, controls = trunk.model, batch.controls
     targets = batch.tokens[batch.action_mask]
     if not len(targets):
         nothing = hidden.float().sum(1)
-        return nothing, nothing
+        return (nothing,) * (2 if against is None else 3)
     layer = model.get_output_embeddings()
-    if controls.only_temperature and type(layer) is nn.Linear and not _behind_head(model):
+    plain = controls.only_temperature and type(layer) is nn.Linear and not _behind_head(model)
+    if plain and against is None:
         dtype = trunk.autocast_dtype or layer.weight.dtype
         temperature = controls.sampling.temperature or 1.0
         return linear_logprobs(
             hidden.to(dtype), layer.weight, layer.bias, targets,
             temperature=temperature, entropy_grad=entropy_grad, into_grad=trunk.into_grad,
         )  # fmt: skip
-    return _head_in_chunks(model, hidden, targets, batch, entropy_grad)
+    return _head_in_chunks(model, hidden, targets, batch, entropy_grad, against)
 
 
 def _head_in_chunks(
-    model: Any, hidden: Float[Tensor, "A H"], targets: Int[Tensor, " A"], batch: TokenBatch, entropy_grad: bool
-) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
+    model: Any,
+    hidden: Float[Tensor, "A H"],
+    targets: Int[Tensor, " A"],
+    batch: TokenBatch,
+    entropy_grad: bool,
+    against: Against | None,
+) -> tuple[Float[Tensor, " A"], ...]:
     """For any head and any controls: autograd chunk by chunk, logits computed again in the backward pass."""
     generated = (batch.action_mask.cumsum(1) - 1)[batch.action_mask]
     history = _histories(batch) if batch.controls.needs_history else None
+    other = None if against is None else against.hidden[batch.action_mask]
     vocab = model.get_output_embeddings().weight.shape[0]
-    logprobs, entropies = [], []
+    found = []
     for at in torch.arange(len(targets), device=hidden.device).split(ACTIONS_PER_CHUNK):
         keep = None if batch.support is None else unpack_support(batch.support[at.to(batch.support.device)], vocab)
         inputs = (
@@ -268,12 +301,11 @@ def _head_in_chunks(
             None if keep is None else keep.to(hidden.device),
             batch.controls,
             entropy_grad,
+            None if against is None or other is None else partial(against.logits, other[at]),
         )
         needs_graph = torch.is_grad_enabled() and hidden.requires_grad
-        chunk = checkpoint(_head_chunk, *inputs, use_reentrant=False) if needs_graph else _head_chunk(*inputs)
-        logprobs.append(chunk[0])
-        entropies.append(chunk[1])
-    return torch.cat(logprobs), torch.cat(entropies)
+        found.append(checkpoint(_head_chunk, *inputs, use_reentrant=False) if needs_graph else _head_chunk(*inputs))
+    return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
 def _head_chunk(
@@ -285,17 +317,24 @@ def _head_chunk(
     keep: Tensor | None,
     controls: Controls,
     entropy_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    z = processed_logits(head_logits(model, hidden), controls, generated, history)
-    if keep is not None:
-        z = z.masked_fill(~keep, -torch.inf)
-    total = z.logsumexp(1)
-    logprobs = z.gather(1, targets[:, None]).squeeze(1) - total
+    other: Callable[[], Tensor] | None,
+) -> tuple[Tensor, ...]:
+    def log_softmax(logits: Tensor) -> Tensor:
+        z = processed_logits(logits, controls, generated, history)
+        return (z if keep is None else z.masked_fill(~keep, -torch.inf)).log_softmax(1)
+
+    logp = log_softmax(head_logits(model, hidden))
+    logprobs = logp.gather(1, targets[:, None]).squeeze(1)
+    # Forbidden tokens have p = 0 and must not make 0 * -inf, nor -inf - -inf.
+    possible = logp > -torch.inf
+    probs, finite = logp.exp(), logp.masked_fill(~possible, 0.0)
     with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        # H = logsumexp(z) - sum_v p_v z_v; forbidden tokens have p = 0 and must not make 0 * -inf
-        probs = (z - total[:, None]).exp()
-        entropy = total - (probs * z.masked_fill(z == -torch.inf, 0.0)).sum(1)
-    return logprobs, entropy
+        entropy = -(probs * finite).sum(1)
+    if other is None:
+        return logprobs, entropy
+    with torch.no_grad():
+        reference = log_softmax(other()).masked_fill(~possible, 0.0)
+    return logprobs, entropy, (probs * (finite - reference)).sum(1)
 
 
 def _histories(batch: TokenBatch) -> Int[Tensor, "A L"]:

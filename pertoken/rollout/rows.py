@@ -24,9 +24,9 @@ Drawn = tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]
 
 
 def draw_plain(logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]) -> Drawn:
-    """Ids drawn from softmax(logits / temperature), one uniform number each."""
-    logprobs = (logits.float() / temperature).log_softmax(1)
-    ids = draw(logprobs, uniforms)
+    """Ids drawn from softmax(logits / temperature), one uniform number each; the most probable one at temperature 0."""
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(1)
+    ids = draw(logprobs, uniforms) if temperature else logprobs.argmax(1)
     return ids, logprobs.gather(1, ids[:, None])[:, 0], entropy_of(logprobs)
 
 
@@ -107,7 +107,7 @@ class Rows:
         """Ids, their log-probs, the entropies, and the kept sets where a control truncates."""
         sampling, device = self.controls.sampling, logits.device
         uniforms = torch.stack([self._uniforms[row.index, len(row.tokens)] for row in rows]).to(device)
-        if self.controls.only_temperature and not sampling.greedy:
+        if self.controls.only_temperature:
             return *self._draw_plain(logits, sampling.temperature, uniforms), None
         taken = torch.tensor([len(row.tokens) for row in rows], device=device)
         z = processed_logits(logits, self.controls, taken, self._history(rows))

@@ -10,7 +10,7 @@ from pertoken.batching import to_batch
 from pertoken.errors import ModelError, NumericsError
 from pertoken.policy import scoring
 from pertoken.policy.model import Lora, Policy, ValueHead
-from pertoken.sampling import Controls
+from pertoken.sampling import Controls, Sampling, processed_logits
 from pertoken.testing import byte_tokenizer, episode, tiny_model
 from pertoken.types import Span
 
@@ -64,6 +64,61 @@ def test_gradients_equal_the_plain_forward(layout, monkeypatch):
     (policy.score(batch, grad=True).logprobs * weights).sum().backward()
     for (name, wanted), got in zip(reference.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(got.grad, wanted.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, repetition_penalty=1.3)])
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)])
+def test_the_kl_over_the_vocabulary_is_exact_and_so_is_its_gradient(monkeypatch, lora, sampling):
+    monkeypatch.setattr(scoring, "ACTIONS_PER_CHUNK", 3)
+    batch, weights = ragged_batch(), torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    batch = replace(batch, controls=Controls(sampling, ()))
+    policy = Policy(tiny_model(), byte_tokenizer(), precision="float32", lora=lora)
+    reference = policy.reference()
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    other = reference.score(batch, hidden=True)
+
+    def processed(model):
+        logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask.long()).logits
+        rows = batch.action_mask.nonzero().tolist()
+        generated = (batch.action_mask.cumsum(1) - 1)[batch.action_mask]
+        history = scoring._histories(batch)
+        z = processed_logits(torch.stack([logits[b, t - 1] for b, t in rows]), batch.controls, generated, history)
+        return z.log_softmax(1)
+
+    new = processed(policy.model)
+    with reference._frozen(), torch.no_grad():
+        old = processed(reference._model)
+    wanted = (new.exp() * (new - old)).sum(1)
+    parameters = list(policy.trainable().values())
+    by_hand = torch.autograd.grad((wanted * weights[batch.action_mask]).sum(), parameters)
+    got = policy.score(batch, grad=True, against=reference.against(other)).kl
+    torch.testing.assert_close(got[batch.action_mask], wanted, atol=1e-5, rtol=1e-4)
+    assert not got[~batch.action_mask].any()
+    for a, b in zip(torch.autograd.grad((got * weights).sum(), parameters), by_hand, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    without = policy.score(batch, against=reference.against(other))
+    torch.testing.assert_close(without.kl, got.detach())
+    assert (policy.score(batch).kl, reference.score(batch).hidden) == (None, None)
+
+
+def test_the_kl_over_kept_sets_counts_what_could_be_drawn():
+    policy, batch = Policy(tiny_model(), byte_tokenizer(), precision="float32"), ragged_batch()
+    keep = torch.zeros(batch.num_actions, 258, dtype=torch.bool)
+    keep[torch.arange(len(keep)), batch.tokens[batch.action_mask]] = True
+    support = torch.from_numpy(scoring.pack_support(keep))
+    alone = replace(batch, controls=Controls(Sampling(top_k=1), ()), support=support)
+    reference = policy.reference()
+    kl = policy.score(alone, against=reference.against(reference.score(alone, hidden=True))).kl
+    assert torch.equal(kl, torch.zeros_like(kl))
+
+
+def test_a_pass_without_hidden_states_cannot_be_compared_with():
+    policy, batch = Policy(tiny_model(), byte_tokenizer(), precision="float32"), ragged_batch()
+    reference = policy.reference()
+    with pytest.raises(ValueError, match="kept no hidden states"):
+        reference.against(reference.score(batch))
 
 
 def test_entropy_has_a_gradient_only_when_asked():

@@ -120,7 +120,7 @@ def test_fused_draws_are_those_of_the_plain_sampler():
     decoder = needs_compiler(fused_decoder(model))
     logits = (torch.randn(300, 64, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
     uniforms = torch.rand(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for temperature in (1.0, 0.6, 1.8):
+    for temperature in (1.0, 0.6, 1.8, 0.0):
         got = decoder.draw(logits, temperature, uniforms)
         wanted = HFDecoder(model, head_logits).draw(logits, temperature, uniforms)
         assert torch.equal(got[0], wanted[0])
