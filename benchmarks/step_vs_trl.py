@@ -6,9 +6,10 @@
     python benchmarks/step_vs_trl.py --table
 
 Each arm is a process of its own that makes one step when it is told to, while all others sleep; the arms take turns.
-An arm is `pertoken`, `pertoken/generic` (without the compiled decoder: what any Hugging Face model gets),
-`pertoken/float32`, `pertoken/lora`, or `trl/<precision>/<rows per micro-batch>[/lora]`. TRL runs without gradient
-checkpointing, which makes it faster. Both sides log their usual metrics. `--table` runs the scaling table.
+An arm is `pertoken`, with settings behind slashes: `generic` (without the compiled decoder, norms, activations and
+rotation of the Llama family: what any Hugging Face model gets), `float32`, `lora`, `micro=<tokens per micro-batch>`; or
+`trl/<precision>/<rows per micro-batch>[/lora]`. TRL runs without gradient checkpointing, which makes it faster. Both
+sides log their usual metrics. `--table` runs the scaling table; `--plot FILE` draws the steps (extra `plots`).
 """
 
 import argparse
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -93,6 +94,7 @@ def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
     from pertoken import build, profiling, trainer
     from pertoken.config import validate
     from pertoken.memory import peak_memory
+    from pertoken.policy import model, scoring
     from pertoken.rewards import Weighted, episode_reward
     from pertoken.rollout import engine
     from pertoken.sampling import Controls
@@ -102,6 +104,9 @@ def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
     settings = name.split("/")[1:]
     if "generic" in settings:
         engine.fused_decoder = lambda model: None  # type: ignore[assignment]
+        model.fuse_layers = lambda model: 0  # type: ignore[assignment]
+        scoring.fused_rotation = lambda model: nullcontext()  # type: ignore[assignment]
+    micro = next((int(s.removeprefix("micro=")) for s in settings if s.startswith("micro=")), None)
     config = validate({
         "name": "speed",
         "policy": {"model": job["model"], "precision": "float32" if "float32" in settings else "auto",
@@ -112,7 +117,7 @@ def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
         "rewards": [{"name": "length", "max_words": 20}],
         "kl": {"place": "loss", "coefficient": job["kl"]} if job["kl"] else {"place": "none", "measure": False},
         "credit": {"type": "group_relative"},
-        "update": {"learning_rate": LEARNING_RATE},
+        "update": {"learning_rate": LEARNING_RATE, **({"tokens_per_micro_batch": micro} if micro else {})},
         "stop": {"steps": job["steps"]},
         "evaluation": {"items": 0},
     })  # fmt: skip
@@ -302,6 +307,46 @@ def table(arms: dict[str, Arm]) -> str:
     return "\n".join(lines)
 
 
+PARTS = {
+    "rollout": ("prompts", "decoding", "sampling", "generation"),
+    "other passes": ("old-policy pass", "reference pass"),
+    "forward": ("forward",),
+    "backward": ("backward",),
+}
+"""What the picture tells apart: the phases that each side names in its own way."""
+
+
+def plot(arms: dict[str, Arm], file: Path) -> None:
+    """Seconds of a step by arm, as bars of their parts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.45 * len(arms)), layout="constrained")
+    totals = [median(step["seconds"] for step in arm.steps) for arm in arms.values()]
+    left = [0.0] * len(arms)
+    for colour, (name, phases) in zip(("#4269d0", "#97bbf5", "#efb118", "#ff725c"), PARTS.items(), strict=True):
+        widths = [
+            median(sum(step["parts"].get(phase, 0.0) for phase in phases) for step in arm.steps)
+            for arm in arms.values()
+        ]
+        if any(widths):
+            axes.barh(list(arms), widths, left=left, color=colour, label=name)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.barh(
+        list(arms), [t - a for t, a in zip(totals, left, strict=True)], left=left, color="#9c9c9c", label="all else"
+    )
+    for k, total in enumerate(totals):
+        axes.text(total, k, f" {total:.1f} s", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(totals))
+    axes.set_xlabel("seconds of a training step (median)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.45, -0.32))
+    figure.savefig(file, dpi=144)
+
+
 def scaling(args: argparse.Namespace) -> str:
     """One axis at a time around the job: group size, prompt length, completion length."""
     rows = ["| completions | prompt tokens | new tokens | s/step | packed tokens | ms per packed token |",
@@ -332,6 +377,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="the scaling table of the first arm instead")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the steps as a picture (PNG, SVG)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pipe", type=int, nargs=2, help=argparse.SUPPRESS)
@@ -343,7 +389,13 @@ def main() -> None:
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores: {args.prompts} prompts "
           f"x {args.completions} completions, prompts of {args.prompt_tokens[0]}-{args.prompt_tokens[1]} tokens, "
           f"{'at most ' if args.natural else ''}{args.new_tokens} new tokens, KL {args.kl}")  # fmt: skip
-    print(scaling(args) if args.table else table(measure(args)))
+    if args.table:
+        print(scaling(args))
+        return
+    arms = measure(args)
+    print(table(arms))
+    if args.plot:
+        plot(arms, args.plot)
 
 
 if __name__ == "__main__":

@@ -385,8 +385,8 @@ def test_extreme_kl_stays_finite(difference: float, estimator: Any) -> None:
 
 def test_exact_kl_takes_what_was_scored_and_nothing_in_its_place() -> None:
     """Value and gradient are tested where the vocabulary is known (test_scoring); here: who asks for it, gets it."""
-    zeros, yes = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    kl = torch.tensor([[7.0, 0.5]], requires_grad=True)
+    zeros, yes = f64([[0.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
+    kl = f64([[7.0, 0.5]]).requires_grad_()
     new, ref = PolicyOutput(zeros, zeros, kl=kl), PolicyOutput(zeros, zeros)
     mask, one = torch.tensor([[False, True]]), torch.tensor([1])
     batch = TokenBatch(yes.long(), yes, mask, zeros, zeros, yes.long(), one, one.bool(), ("a",))

@@ -19,6 +19,9 @@ namespace {
 
 using at::BFloat16;
 using at::Tensor;
+using pertoken::fast_exp;
+using pertoken::narrow;
+using pertoken::widen;
 
 constexpr int64_t kPerLayer = 9;
 constexpr int kLanes = 16;
@@ -29,12 +32,6 @@ typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4)));
 inline Lanes load16(const BFloat16* p) {
   Words wide = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Words) << 16;
   return reinterpret_cast<Lanes&>(wide);
-}
-
-inline float sum16(Lanes v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
 }
 
 struct Shape {
@@ -65,11 +62,11 @@ Tensor add_and_norm(Tensor& residual, const Tensor& update, const Tensor& scale,
       float* x = base + r * width;
       float squares = 0;
       for (int64_t i = 0; i < width; ++i) {
-        if (add) x[i] += static_cast<float>(add[r * width + i]);
+        if (add) x[i] += widen(add[r * width + i]);
         squares += x[i] * x[i];
       }
       const float factor = 1.0f / std::sqrt(squares / width + static_cast<float>(eps));
-      for (int64_t i = 0; i < width; ++i) target[r * width + i] = x[i] * factor * weight[i];
+      for (int64_t i = 0; i < width; ++i) narrow(x[i] * factor * weight[i], target + r * width + i);
     }
   });
   return out;
@@ -84,8 +81,8 @@ Tensor silu_product(const Tensor& gate_up) {
     for (int64_t r = begin; r < end; ++r) {
       const BFloat16 *gate = in + r * 2 * width, *up = gate + width;
       for (int64_t i = 0; i < width; ++i) {
-        const float g = gate[i];
-        target[r * width + i] = g / (1.0f + pertoken::fast_exp(-g)) * static_cast<float>(up[i]);
+        const float g = widen(gate[i]);
+        narrow(g / (1.0f + fast_exp(-g)) * widen(up[i]), target + r * width + i);
       }
     }
   });
@@ -113,15 +110,37 @@ void rotate(const BFloat16* in, const float* norm, const float* cos, const float
 
 const float* maybe(const Tensor& t) { return t.numel() ? t.const_data_ptr<float>() : nullptr; }
 
-// Scores of `count` keys for the `shared` queries of one key head; scores[g * stride + j].
+// Keys lie in blocks of kLanes positions, [blocks, width, kLanes]: a block's scores are one vector, without sums across it.
+inline int64_t blocks_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
+
+inline BFloat16* key_at(BFloat16* keys, int64_t position, int64_t width) {
+  return keys + position / kLanes * width * kLanes + position % kLanes;  // the next number is kLanes further
+}
+
+// Scores of `count` keys for G queries of their head; scores[g * stride + j].
+template <int G>
+void add_scores_of(const float* queries, const BFloat16* keys, int64_t count, int64_t width, float scale, float* scores,
+                   int64_t stride) {
+  for (int64_t first = 0; first < count; first += kLanes, keys += width * kLanes) {
+    Lanes totals[G] = {};
+    for (int64_t i = 0; i < width; ++i) {
+      const Lanes key = load16(keys + i * kLanes);
+      for (int g = 0; g < G; ++g) totals[g] += queries[g * width + i] * key;
+    }
+    const int64_t here = std::min<int64_t>(kLanes, count - first);
+    for (int g = 0; g < G; ++g)
+      for (int64_t j = 0; j < here; ++j) scores[g * stride + first + j] = totals[g][j] * scale;
+  }
+}
+
 void add_scores(const float* queries, const BFloat16* keys, int64_t count, int64_t shared, int64_t width, float scale,
                 float* scores, int64_t stride) {
-  for (int64_t j = 0; j < count; ++j) {
-    for (int64_t g = 0; g < shared; ++g) {
-      Lanes total = {};
-      for (int64_t i = 0; i < width; i += kLanes)
-        total += load16(keys + j * width + i) * *reinterpret_cast<const Lanes*>(queries + g * width + i);
-      scores[g * stride + j] = sum16(total) * scale;
+  for (int64_t g = 0; g < shared; g += 4, queries += 4 * width, scores += 4 * stride) {
+    switch (std::min<int64_t>(4, shared - g)) {
+      case 1: add_scores_of<1>(queries, keys, count, width, scale, scores, stride); break;
+      case 2: add_scores_of<2>(queries, keys, count, width, scale, scores, stride); break;
+      case 3: add_scores_of<3>(queries, keys, count, width, scale, scores, stride); break;
+      default: add_scores_of<4>(queries, keys, count, width, scale, scores, stride);
     }
   }
 }
@@ -139,9 +158,9 @@ void add_values(const float* weights, const BFloat16* values, int64_t count, int
 }
 
 struct Memory {  // of one layer
-  std::vector<const BFloat16*> prompt_keys, prompt_values;  // by row: [kv_heads, prompt length, width]
+  std::vector<const BFloat16*> prompt_keys, prompt_values;  // by row: [kv_heads, blocks of keys], [kv_heads, length, width]
   std::vector<int64_t> prompt_lengths;
-  BFloat16 *own_keys, *own_values;  // [slots, kv_heads, capacity, width] with `slot_stride` between slots
+  BFloat16 *own_keys, *own_values;  // the same by slot, for `capacity` positions, with `slot_stride` between slots
   int64_t slot_stride, capacity;
 };
 
@@ -168,23 +187,24 @@ Tensor attend_step(const Tensor& qkv, const Memory& memory, const Tensor& positi
       BFloat16* values = memory.own_values + r * memory.slot_stride + h * memory.capacity * s.width;
       rotate(row + s.queries + h * s.width, key_norm, c, n, s.width, eps, rotated.data());
       for (int64_t i = 0; i < s.width; ++i) {
-        keys[own * s.width + i] = rotated[i];
+        narrow(rotated[i], key_at(keys, own, s.width) + i * kLanes);
         values[own * s.width + i] = row[s.queries + (s.kv_heads + h) * s.width + i];
       }
       scores.resize(s.shared * count);
-      const int64_t before = h * prompt * s.width;
-      add_scores(queries.data(), memory.prompt_keys[r] + before, prompt, s.shared, s.width, scale, scores.data(), count);
+      const int64_t before = h * prompt * s.width, blocks_before = h * blocks_of(prompt) * kLanes * s.width;
+      add_scores(queries.data(), memory.prompt_keys[r] + blocks_before, prompt, s.shared, s.width, scale, scores.data(), count);
       add_scores(queries.data(), keys, own + 1, s.shared, s.width, scale, scores.data() + prompt, count);
       for (int64_t g = 0; g < s.shared; ++g) {
         float *p = scores.data() + g * count, top = p[0], mass = 0;
         for (int64_t j = 1; j < count; ++j) top = std::max(top, p[j]);
-        for (int64_t j = 0; j < count; ++j) mass += p[j] = pertoken::fast_exp(p[j] - top);
+        for (int64_t j = 0; j < count; ++j) mass += p[j] = fast_exp(p[j] - top);
         for (int64_t j = 0; j < count; ++j) p[j] /= mass;
       }
       std::fill(result.begin(), result.end(), 0.0f);
       add_values(scores.data(), memory.prompt_values[r] + before, prompt, s.shared, s.width, count, result.data());
       add_values(scores.data() + prompt, values, own + 1, s.shared, s.width, count, result.data());
-      for (int64_t i = 0; i < s.shared * s.width; ++i) target[r * s.queries + h * s.shared * s.width + i] = result[i];
+      for (int64_t i = 0; i < s.shared * s.width; ++i)
+        narrow(result[i], target + r * s.queries + h * s.shared * s.width + i);
     }
   });
   return out;
@@ -208,32 +228,36 @@ Tensor run_layers(const Tensor& ids, const Tensor& embedding, const std::vector<
 }
 
 // Last hidden states [R, H] after one more token in each of the first R slots.
-//   prompt_keys, prompt_values: by row [layers, kv_heads, prompt length, width]; own: [slots, layers, kv_heads, C, width]
+//   prompt_keys: by row [layers, kv_heads, blocks, width, kLanes], prompt_values: [layers, kv_heads, length, width];
+//   own: both the same behind [slots, layers, kv_heads], for C positions, which kLanes divides
 Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& embedding, const std::vector<Tensor>& weights,
             const Tensor& last_norm, const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& prompt_keys,
             const std::vector<Tensor>& prompt_values, Tensor own_keys, Tensor own_values, int64_t heads, double eps) {
-  const Shape s(heads, own_keys.size(2), own_keys.size(4));
-  const int64_t layer_stride = own_keys.stride(1);
+  const Shape s(heads, own_values.size(2), own_values.size(4));
+  const int64_t layer_stride = own_values.stride(1);
   return run_layers(ids, embedding, weights, last_norm, eps,
                     [&](size_t layer, const Tensor& qkv, const float* query_norm, const float* key_norm) {
                       Memory memory{{}, {}, {}, own_keys.data_ptr<BFloat16>() + layer * layer_stride,
-                                    own_values.data_ptr<BFloat16>() + layer * layer_stride, own_keys.stride(0),
-                                    own_keys.size(3)};
+                                    own_values.data_ptr<BFloat16>() + layer * layer_stride, own_values.stride(0),
+                                    own_values.size(3)};
                       for (size_t r = 0; r < prompt_keys.size(); ++r) {
-                        const int64_t offset = layer * prompt_keys[r].stride(0);
-                        memory.prompt_keys.push_back(prompt_keys[r].const_data_ptr<BFloat16>() + offset);
-                        memory.prompt_values.push_back(prompt_values[r].const_data_ptr<BFloat16>() + offset);
-                        memory.prompt_lengths.push_back(prompt_keys[r].size(2));
+                        const auto at_layer = [&](const Tensor& t) {
+                          return t.const_data_ptr<BFloat16>() + layer * t.stride(0);
+                        };
+                        memory.prompt_keys.push_back(at_layer(prompt_keys[r]));
+                        memory.prompt_values.push_back(at_layer(prompt_values[r]));
+                        memory.prompt_lengths.push_back(prompt_values[r].size(2));
                       }
                       return attend_step(qkv, memory, positions, cos, sin, query_norm, key_norm, eps, s);
                     });
 }
 
-// Last hidden state [1, H] of one prompt; its keys and values go into keys, values [layers, kv_heads, length, width].
+// Last hidden state [1, H] of one prompt; its keys and values go into keys [layers, kv_heads, blocks, width, kLanes]
+// and values [layers, kv_heads, length, width].
 Tensor prefill(const Tensor& ids, const Tensor& embedding, const std::vector<Tensor>& weights, const Tensor& last_norm,
                const Tensor& cos, const Tensor& sin, Tensor keys, Tensor values, int64_t heads, double eps) {
   const int64_t length = ids.size(0);
-  const Shape s(heads, keys.size(1), keys.size(3));
+  const Shape s(heads, values.size(1), values.size(3));
   Tensor hidden = run_layers(
       ids, embedding, weights, last_norm, eps,
       [&](size_t layer, const Tensor& qkv, const float* query_norm, const float* key_norm) {
@@ -254,7 +278,10 @@ Tensor prefill(const Tensor& ids, const Tensor& embedding, const std::vector<Ten
         Tensor v = qkv.narrow(1, s.queries + s.kv_heads * s.width, s.kv_heads * s.width)
                        .view({length, s.kv_heads, s.width})
                        .transpose(0, 1);
-        keys[layer].copy_(k);
+        const int64_t blocks = blocks_of(length);
+        keys[layer].copy_(at::constant_pad_nd(k, {0, 0, 0, blocks * kLanes - length})
+                              .view({s.kv_heads, blocks, kLanes, s.width})
+                              .transpose(2, 3));
         values[layer].copy_(v);
         Tensor out = at::scaled_dot_product_attention(q.unsqueeze(0), k.repeat_interleave(s.shared, 0).unsqueeze(0),
                                                       v.to(at::kFloat).repeat_interleave(s.shared, 0).unsqueeze(0),
@@ -289,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperatu
         float weight = 0, weighted = 0;
         for (int64_t i = first; i < last; ++i) {
           const float x = (static_cast<float>(z[i]) - top) * warmth;
-          p[i] = pertoken::fast_exp(x);
+          p[i] = fast_exp(x);
           weight += p[i];
           weighted += p[i] * x;
         }

@@ -25,8 +25,11 @@ PROBE_TOLERANCE = 0.3
 """Largest difference of a probe's logits from the model's own, in standard deviations of the logits (bfloat16)."""
 
 
+LANES = 16
+"""Positions in a block of keys (`kLanes` in the compiled code)."""
+
 _NO_PROMPT = (torch.empty(0), torch.empty(0))
-_NO_ROWS = (torch.empty(0, 0, 0, 0, 0), torch.empty(0, 0, 0, 0, 0))
+_NO_ROWS = (torch.empty(0), torch.empty(0, 0, 0, 0, 0))
 
 
 def fused_decoder(model: Any) -> "FusedDecoder | None":
@@ -82,9 +85,11 @@ class FusedDecoder:
 
     def reserve(self, slots: int, prompt: int, own: int) -> None:
         c = self._config
-        shape = (slots, c.num_hidden_layers, c.num_key_value_heads, own, self._width)
-        if any(has < wants for has, wants in zip(self._own[0].shape, shape, strict=True)):
-            self._own = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16)
+        blocks = -(-own // LANES)
+        shape = (slots, c.num_hidden_layers, c.num_key_value_heads, blocks * LANES, self._width)
+        if any(has < wants for has, wants in zip(self._own[1].shape, shape, strict=True)):
+            keys = torch.empty(*shape[:3], blocks, self._width, LANES, dtype=torch.bfloat16)
+            self._own = keys, torch.empty(shape, dtype=torch.bfloat16)
         self._prompts, self._lengths = [_NO_PROMPT] * slots, [0] * slots
         if prompt + own > len(self._table[0]):
             positions = torch.arange(prompt + own)[None]
@@ -93,8 +98,9 @@ class FusedDecoder:
 
     def prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
         c = self._config
-        shape = (c.num_hidden_layers, c.num_key_value_heads, len(prompt), self._width)
-        keys, values = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16)
+        outer, length = (c.num_hidden_layers, c.num_key_value_heads), len(prompt)
+        keys = torch.empty(*outer, -(-length // LANES), self._width, LANES, dtype=torch.bfloat16)
+        values = torch.empty(*outer, length, self._width, dtype=torch.bfloat16)
         hidden = torch.ops.pertoken.prefill(
             torch.tensor(prompt), self._embedding, self._weights, self._last_norm, *self._table, keys, values,
             c.num_attention_heads, c.rms_norm_eps,
@@ -115,9 +121,10 @@ class FusedDecoder:
         return self._logits(hidden)
 
     def move(self, source: int, target: int) -> None:
-        own = self._lengths[source] - self._prompts[source][0].shape[2]
-        for buffer in self._own:
-            buffer[target, :, :, :own] = buffer[source, :, :, :own]
+        own = self._lengths[source] - self._prompts[source][1].shape[2]
+        keys, values = self._own
+        keys[target, :, :, : -(-own // LANES)] = keys[source, :, :, : -(-own // LANES)]
+        values[target, :, :, :own] = values[source, :, :, :own]
         self._prompts[target], self._lengths[target] = self._prompts[source], self._lengths[source]
 
     def draw(self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]) -> Drawn:
