@@ -252,43 +252,57 @@ Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& embedding,
                     });
 }
 
-// Last hidden state [1, H] of one prompt; its keys and values go into keys [layers, kv_heads, blocks, width, kLanes]
-// and values [layers, kv_heads, length, width].
+// Last hidden states [n, H] of n prompts, whose `ids` stand one behind another; the keys and values of each go into its
+// keys [layers, kv_heads, blocks, width, kLanes] and values [layers, kv_heads, length, width].
 Tensor prefill(const Tensor& ids, const Tensor& embedding, const std::vector<Tensor>& weights, const Tensor& last_norm,
-               const Tensor& cos, const Tensor& sin, Tensor keys, Tensor values, int64_t heads, double eps) {
-  const int64_t length = ids.size(0);
-  const Shape s(heads, values.size(1), values.size(3));
+               const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+               int64_t heads, double eps) {
+  const int64_t total = ids.size(0);
+  const Shape s(heads, values[0].size(1), values[0].size(3));
+  std::vector<int64_t> positions, lasts;
+  for (const Tensor& v : values) {
+    for (int64_t t = 0; t < v.size(2); ++t) positions.push_back(t);
+    lasts.push_back(static_cast<int64_t>(positions.size()) - 1);
+  }
+  TORCH_CHECK(static_cast<int64_t>(positions.size()) == total, "prompts of ", positions.size(), " tokens, but ", total);
   Tensor hidden = run_layers(
       ids, embedding, weights, last_norm, eps,
       [&](size_t layer, const Tensor& qkv, const float* query_norm, const float* key_norm) {
-        Tensor q = at::empty({heads, length, s.width}, qkv.options().dtype(at::kFloat));
-        Tensor k = at::empty({s.kv_heads, length, s.width}, q.options());
+        Tensor q = at::empty({heads, total, s.width}, qkv.options().dtype(at::kFloat));
+        Tensor k = at::empty({s.kv_heads, total, s.width}, q.options());
         const BFloat16* in = qkv.const_data_ptr<BFloat16>();
         float *to_q = q.data_ptr<float>(), *to_k = k.data_ptr<float>();
         const float *cosines = cos.const_data_ptr<float>(), *sines = sin.const_data_ptr<float>();
-        at::parallel_for(0, length, 8, [&](int64_t begin, int64_t end) {
+        at::parallel_for(0, total, 8, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; ++t)
             for (int64_t h = 0; h < heads + s.kv_heads; ++h) {
               const bool query = h < heads;
-              float* out = query ? to_q + (h * length + t) * s.width : to_k + ((h - heads) * length + t) * s.width;
-              rotate(in + t * s.columns + h * s.width, query ? query_norm : key_norm, cosines + t * s.width,
-                     sines + t * s.width, s.width, eps, out);
+              float* out = query ? to_q + (h * total + t) * s.width : to_k + ((h - heads) * total + t) * s.width;
+              rotate(in + t * s.columns + h * s.width, query ? query_norm : key_norm, cosines + positions[t] * s.width,
+                     sines + positions[t] * s.width, s.width, eps, out);
             }
         });
         Tensor v = qkv.narrow(1, s.queries + s.kv_heads * s.width, s.kv_heads * s.width)
-                       .view({length, s.kv_heads, s.width})
+                       .view({total, s.kv_heads, s.width})
                        .transpose(0, 1);
-        const int64_t blocks = blocks_of(length);
-        keys[layer].copy_(at::constant_pad_nd(k, {0, 0, 0, blocks * kLanes - length})
-                              .view({s.kv_heads, blocks, kLanes, s.width})
-                              .transpose(2, 3));
-        values[layer].copy_(v);
-        Tensor out = at::scaled_dot_product_attention(q.unsqueeze(0), k.repeat_interleave(s.shared, 0).unsqueeze(0),
-                                                      v.to(at::kFloat).repeat_interleave(s.shared, 0).unsqueeze(0),
-                                                      std::nullopt, 0.0, true);
-        return out[0].transpose(0, 1).reshape({length, s.queries}).to(at::kBFloat16);
+        Tensor out = at::empty({total, s.queries}, qkv.options());
+        int64_t start = 0;
+        for (size_t p = 0; p < values.size(); ++p) {
+          const int64_t length = values[p].size(2), blocks = blocks_of(length);
+          Tensor own_k = k.narrow(1, start, length), own_v = v.narrow(1, start, length);
+          keys[p][layer].copy_(at::constant_pad_nd(own_k, {0, 0, 0, blocks * kLanes - length})
+                                   .view({s.kv_heads, blocks, kLanes, s.width})
+                                   .transpose(2, 3));
+          values[p][layer].copy_(own_v);
+          Tensor attended = at::scaled_dot_product_attention(
+              q.narrow(1, start, length).unsqueeze(0), own_k.repeat_interleave(s.shared, 0).unsqueeze(0),
+              own_v.to(at::kFloat).repeat_interleave(s.shared, 0).unsqueeze(0), std::nullopt, 0.0, true);
+          out.narrow(0, start, length).view({length, heads, s.width}).copy_(attended[0].transpose(0, 1));
+          start += length;
+        }
+        return out;
       });
-  return hidden.narrow(0, length - 1, 1);
+  return hidden.index_select(0, at::tensor(lasts, ids.options()));
 }
 
 // Inverse-CDF draws from softmax(logits / temperature), one uniform per row: ids, log-probs and entropies (nats). At

@@ -29,8 +29,8 @@ class Decoder(Protocol):
         """Make room for `slots` rows of at most `prompt` tokens and `own` more; what was in them is gone."""
         ...
 
-    def prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
-        """Compute a prompt once, put it into each of `slots`, and return the logits behind it."""
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> Float[Tensor, "n V"]:
+        """Compute each of n prompts once, put it into each of its `slots`, and return the logits behind them."""
         ...
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
@@ -79,7 +79,10 @@ class HFDecoder:
             self._size, self._memory = (slots, prompt + own), []
         self._lengths = [0] * self._size[0]
 
-    def prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> Float[Tensor, "n V"]:
+        return torch.stack([self._prefill(*one) for one in zip(prompts, slots, strict=True)])
+
+    def _prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
         ids = torch.tensor([list(prompt)], device=self._model.device)
         hidden = self._forward(ids, torch.arange(len(prompt), device=ids.device)[None], list(slots), [0])
         for slot in slots:
@@ -142,10 +145,11 @@ class RecomputingDecoder:
     def reserve(self, slots: int, prompt: int, own: int) -> None:
         self._rows = [[] for _ in range(slots)]
 
-    def prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
-        for slot in slots:
-            self._rows[slot] = list(prompt)
-        return self._logits([list(prompt)])[0]
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> Float[Tensor, "n V"]:
+        for prompt, places in zip(prompts, slots, strict=True):
+            for slot in places:
+                self._rows[slot] = list(prompt)
+        return torch.cat([self._logits([list(prompt)]) for prompt in prompts])
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         for row, token in zip(self._rows, tokens.tolist(), strict=False):
@@ -180,7 +184,7 @@ def agrees(decoder: Decoder, model: Any, *, tolerance: float) -> bool:
     ids = (torch.arange(12, device=model.device) * 31 + 7) % vocabulary
     try:
         decoder.reserve(2, 8, 4)
-        found = [decoder.prefill(ids[:8].tolist(), [0, 1])]
+        found = [decoder.prefill([ids[:8].tolist()], [[0, 1]])[0]]
         found += [decoder.step(ids[k : k + 1].expand(2))[1] for k in range(8, 12)]
     except Exception:  # attention that cannot be replaced, or an operator that is missing, may fail in any way
         return False

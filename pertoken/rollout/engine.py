@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from pertoken.rollout.decoder import Decoder, HFDecoder, RecomputingDecoder, agrees
@@ -132,10 +131,13 @@ class _Decoding:
         """All completions; `room` is how many tokens a row may need behind its prompt."""
         self.decoder.reserve(self.slots, max(map(len, self.rows.prompts)), room)
         while self.waiting or self.live:
-            fresh = self._admit()
-            if fresh:  # they draw their first token before they join the others
-                first = len(self.live) - sum(count for _, count in fresh)
-                self.rows.choose(torch.cat([logits.expand(count, -1) for logits, count in fresh]), self.live[first:])
+            first = len(self.live)
+            places = self._admit()
+            if places:  # they draw their first token before they join the others
+                prompts = [self.rows.prompts[self.live[slots[0]].index] for slots in places]
+                logits = self.decoder.prefill(prompts, places)
+                of_row = torch.tensor([k for k, slots in enumerate(places) for _ in slots], device=logits.device)
+                self.rows.choose(logits[of_row], self.live[first:])
                 self._retire()
             if self.live:
                 last = torch.tensor([row.tokens[-1] for row in self.live], device=self.device)
@@ -143,21 +145,20 @@ class _Decoding:
                 self._retire()
         return [row.completion() for row in self.rows.rows]
 
-    def _admit(self) -> list[tuple[Float[Tensor, "1 V"], int]]:
-        """Let waiting prompts into free slots: the logits behind each distinct prompt, and how many rows take it.
+    def _admit(self) -> list[range]:
+        """Let waiting prompts into free slots: for each distinct prompt, the slots of its rows.
 
         A group enters together, or into whatever room there is if it is larger than all slots.
         """
-        fresh = []
+        places = []
         while self.waiting:
-            prompt, members = next(groupby(self.waiting, key=lambda row: self.rows.prompts[row.index]))
+            _, members = next(groupby(self.waiting, key=lambda row: self.rows.prompts[row.index]))
             count = min(len(list(members)), self.slots)
             if len(self.live) + count > self.slots:
                 break
-            places = range(len(self.live), len(self.live) + count)
+            places.append(range(len(self.live), len(self.live) + count))
             self.live += [self.waiting.popleft() for _ in range(count)]
-            fresh.append((self.decoder.prefill(prompt, places)[None], count))
-        return fresh
+        return places
 
     def _retire(self) -> None:
         """Free the slots of rows that have ended."""

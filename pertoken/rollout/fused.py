@@ -5,7 +5,7 @@ bfloat16 weights, and a prompt's keys and values in memory once for all the rows
 model before it is trusted; where that fails, or nothing could be compiled, the engine goes on with `HFDecoder`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROBE_TOLERANCE = 0.3
 """Largest difference of a probe's logits from the model's own, in standard deviations of the logits (bfloat16)."""
 
+
+PREFILL_TOKENS = 2048
+"""Tokens of prompts that are computed at once."""
 
 LANES = 16
 """Positions in a block of keys (`kLanes` in the compiled code)."""
@@ -96,18 +99,22 @@ class FusedDecoder:
             cos, sin = self._model.base_model.rotary_emb(torch.empty(1, dtype=torch.float32), positions)
             self._table = cos[0].contiguous(), sin[0].contiguous()
 
-    def prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
-        c = self._config
-        outer, length = (c.num_hidden_layers, c.num_key_value_heads), len(prompt)
-        keys = torch.empty(*outer, -(-length // LANES), self._width, LANES, dtype=torch.bfloat16)
-        values = torch.empty(*outer, length, self._width, dtype=torch.bfloat16)
-        hidden = torch.ops.pertoken.prefill(
-            torch.tensor(prompt), self._embedding, self._weights, self._last_norm, *self._table, keys, values,
-            c.num_attention_heads, c.rms_norm_eps,
-        )  # fmt: skip
-        for slot in slots:
-            self._prompts[slot], self._lengths[slot] = (keys, values), len(prompt)
-        return self._logits(hidden)[0]
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> Float[Tensor, "n V"]:
+        c, logits = self._config, []
+        outer = (c.num_hidden_layers, c.num_key_value_heads)
+        for part in _in_passes(prompts):
+            lengths = [len(prompts[k]) for k in part]
+            keys = [torch.empty(*outer, -(-n // LANES), self._width, LANES, dtype=torch.bfloat16) for n in lengths]
+            values = [torch.empty(*outer, n, self._width, dtype=torch.bfloat16) for n in lengths]
+            hidden = torch.ops.pertoken.prefill(
+                torch.tensor([token for k in part for token in prompts[k]]), self._embedding, self._weights,
+                self._last_norm, *self._table, keys, values, c.num_attention_heads, c.rms_norm_eps,
+            )  # fmt: skip
+            for k, memory in zip(part, zip(keys, values, strict=True), strict=True):
+                for slot in slots[k]:
+                    self._prompts[slot], self._lengths[slot] = memory, len(prompts[k])
+            logits.append(self._logits(hidden))
+        return torch.cat(logits)
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         rows, c = len(tokens), self._config
@@ -144,6 +151,20 @@ class FusedDecoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return multiply(hidden, self._head)
+
+
+def _in_passes(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Numbers of prompts that go through the layers together: `PREFILL_TOKENS` at most, one prompt at least."""
+    part: list[int] = []
+    taken = 0
+    for k, prompt in enumerate(prompts):
+        if part and taken + len(prompt) > PREFILL_TOKENS:
+            yield part
+            part, taken = [], 0
+        part.append(k)
+        taken += len(prompt)
+    if part:
+        yield part
 
 
 def _weight(layer: Any) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from pertoken.policy.model import Lora, Policy
 from pertoken.policy.scoring import head_logits
+from pertoken.rollout import fused
 from pertoken.rollout.decoder import HFDecoder, RecomputingDecoder, agrees
 from pertoken.rollout.engine import NativeEngine
 from pertoken.rollout.fused import FusedDecoder, fused_decoder
@@ -59,7 +60,7 @@ def test_each_prompt_is_computed_once_for_its_group():
     engine = NativeEngine(tiny_model(), byte_tokenizer(), head_logits=head_logits)
     seen = []
     prefill = engine.decoder.prefill
-    engine.decoder.prefill = lambda prompt, slots: seen.append(list(slots)) or prefill(prompt, slots)
+    engine.decoder.prefill = lambda prompts, slots: seen.extend(map(list, slots)) or prefill(prompts, slots)
     engine.generate([[1, 2, 3]] * 4 + [[4, 5]] * 3, Controls(Sampling(max_new_tokens=3), ()), seeds=range(7))
     assert seen == [[0, 1, 2, 3], [4, 5, 6]]
 
@@ -97,15 +98,19 @@ def needs_compiler(decoder):
     return decoder
 
 
+@pytest.mark.parametrize("together", [2048, 20])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 @torch.no_grad()
-def test_fused_logits_are_the_models_own_up_to_bfloat16(name):
+def test_fused_logits_are_the_models_own_up_to_bfloat16(name, together, monkeypatch):
+    """Two prompts in one pass or in one each, of which one is no multiple of a block of keys."""
+    monkeypatch.setattr(fused, "PREFILL_TOKENS", together)
     model = fused_model(name)
     decoder = needs_compiler(fused_decoder(model))
     ids = torch.arange(30) * 7 % 64
     decoder.reserve(3, 20, 10)
-    found = [decoder.prefill(ids[:20].tolist(), [0, 2])]
-    decoder.prefill([3, 4], [1])
+    other, one = decoder.prefill([[3, 4], ids[:20].tolist()], [[1], [0, 2]])
+    assert (other.float() - model(input_ids=torch.tensor([[3, 4]])).logits[0, -1]).abs().mean() < 0.02 * other.std()
+    found = [one]
     for k in range(20, 30):
         found.append(decoder.step(torch.tensor([ids[k], 9, ids[k]]))[2])
         if k == 24:  # the row goes on in another slot
