@@ -157,7 +157,7 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
             reward = factory(**parameters)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"rewards.{index} ({name}): {error}") from error
-        parts.append(Weighted(reward, config.weight, name))
+        parts.append(Weighted(reward, config.weight, name, config.time_limit))
     return parts
 
 

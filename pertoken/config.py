@@ -146,6 +146,8 @@ class RewardConfig(BaseModel):
     """`module:function` of your own reward."""
     weight: float = 1.0
     """Factor of this part in the total."""
+    time_limit: float | None = Field(default=None, gt=0)
+    """Seconds that it may take for the completions of a step; then the run ends, saved. null waits for ever."""
 
     @model_validator(mode="after")
     def _named(self) -> "RewardConfig":

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from pertoken import build
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, RunConfig
-from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RunFolderError
+from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
 from pertoken.rewards import Scene, score
@@ -121,6 +121,12 @@ def _train(
         if not stopped_early:
             _save_model(run.policy, log.folder / "model")
         log.finish("interrupted" if stopped_early else "finished", reason)
+    except RewardError as error:
+        _mark(log, "failed", str(error))
+        if run.before_step is None or not run.progress.step:
+            raise
+        checkpoint(run, log)
+        raise RewardError(f"{error} (step {run.progress.step} is saved: `--resume` goes on behind it)") from error
     except PertokenError as error:
         _mark(log, "failed", str(error))
         raise

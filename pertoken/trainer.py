@@ -76,6 +76,8 @@ class Run:
     notes: list[str] = field(default_factory=list)
     """What was decided or left out while setting up, in sentences for a person."""
     progress: Progress = field(default_factory=Progress)
+    before_step: dict[str, Any] | None = None
+    """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
 
     def stop_reason(self) -> str | None:
         """Why the run ends now, in words; None while it goes on."""
@@ -117,6 +119,7 @@ def loop(
     evaluate(run, log)
     while not (reason := run.stop_reason()) and not interrupted():
         begun, step = time.monotonic(), run.progress.step + 1
+        run.before_step = run.state_dict()
         clock = _Clock()
         episodes = generate(run, step)
         clock.lap("rollout")
@@ -127,6 +130,7 @@ def loop(
         rewards = reward(run, scene)
         credit = assign(run.config.credit, rewards, batch, old)
         clock.lap("reward")
+        run.before_step = None
         run.engine.release()  # the update needs the room, and makes its packed weights old
         give_back_freed_memory()
         updated = update(run, batch, old, ref, credit, step)
@@ -406,11 +410,15 @@ def record(run: Run, log: RunLog, report: StepReport, scene: Scene) -> None:
 
 
 def checkpoint(run: Run, log: RunLog) -> Path:
-    """Save all that is needed to go on from here; older checkpoints that `checkpoint` does not keep are removed."""
+    """Save all that is needed to go on from here; older checkpoints that `checkpoint` does not keep are removed.
+
+    A step whose update has not begun is forgotten: what goes on makes it again.
+    """
     now, config = run.progress, run.config.checkpoint
+    state = run.before_step or run.state_dict()
     return CheckpointStore(log.folder / "checkpoints").save(
         now.step,
-        lambda folder: save_state(folder, run.policy, run.optimizer, run.state_dict()),
+        lambda folder: save_state(folder, run.policy, run.optimizer, state),
         size=state_size(run.policy, run.optimizer),
         metric=now.metric if now.evaluated == now.step else None,
         keep=config.keep,

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import threading
 from itertools import pairwise
 
 import pytest
@@ -315,6 +317,46 @@ def test_a_reward_that_raises_ends_the_run_with_its_name(model_folder, data, tmp
     with pytest.raises(RewardError, match=r"broken.*KeyError"):
         run.train(config)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def failing(tmp_path, how):
+    """A reward that gives the share of the letter e, and fails at its fourth step if a file tells it to."""
+
+    @episode_reward
+    def fails(sample):
+        if sample.step == 4 and (tmp_path / "fail").exists():
+            if how == "hangs":
+                threading.Event().wait(60)
+            return math.nan if how == "nan" else {}["no such thing"]
+        return sample.text.count("e")
+
+    return fails
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raises", r"fails.*KeyError"),
+        ("nan", "fails.*nan"),
+        ("hangs", r"fails.*no answer for 16 completions within 0\.5 s\. It is at .*threading\.py:\d+, in wait"),
+    ],
+)
+def test_a_reward_that_fails_costs_the_step_that_it_fails_in(model_folder, data, tmp_path, monkeypatch, how, words):
+    """What was made before is saved; mended and resumed, the run ends as one that never failed."""
+    monkeypatch.setattr(sys.modules[__name__], "fails", failing(tmp_path, how), raising=False)
+    rewards = [{"fn": f"{__name__}:fails", "time_limit": 0.5}]
+    (tmp_path / "fail").touch()
+    config = settings(model_folder, data, tmp_path, rewards=rewards, stop__steps=6)
+    with pytest.raises(RewardError, match=words + r".*step 3 is saved: `--resume`"):
+        run.train(config)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    (tmp_path / "fail").unlink()
+    run.train(config, resume=tmp_path / "run")
+    whole = settings(model_folder, data, tmp_path, rewards=rewards, stop__steps=6, folder=str(tmp_path / "whole"))
+    run.train(whole)
+    kept = ("step", "reward/fails", "grad/norm", "kl/sequence")
+    got, wanted = ([{k: row[k] for k in kept} for row in metrics_of(tmp_path / n)] for n in ("run", "whole"))
+    assert got == wanted
 
 
 def test_a_prompt_longer_than_the_context_is_found_before_the_first_token(model_folder, data, tmp_path):

@@ -16,6 +16,9 @@ import importlib
 import inspect
 import json
 import math
+import sys
+import threading
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -300,6 +303,8 @@ class Weighted:
     reward: Reward
     weight: float
     name: str
+    time_limit: float | None = None
+    """Seconds that one call may take; None waits for ever."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -409,7 +414,7 @@ def _credited(name: str, values: Float[Tensor, "B T"], scene: Scene) -> Float[Te
 def _evaluate(part: Weighted, scene: Scene) -> Float[Tensor, "B T"]:
     """What the reward returns, if it is of the right type and shape; every fault names the reward."""
     try:
-        values: Any = part.reward(scene)
+        values: Any = part.reward(scene) if part.time_limit is None else _in_time(part.reward, scene, part.time_limit)
     except RewardError as error:
         raise RewardError(f"reward {part.name!r}: {error}") from error
     except Exception as error:
@@ -420,6 +425,34 @@ def _evaluate(part: Weighted, scene: Scene) -> Float[Tensor, "B T"]:
     if values.shape != scene.batch.tokens.shape or not values.is_floating_point():
         raise RewardError(f"reward {part.name!r} returned {values.dtype} of shape {list(values.shape)}, {expected}")
     return values
+
+
+def _in_time(reward: Reward, scene: Scene, seconds: float) -> Any:
+    """What `reward` returns; RewardError, with the line that it is at, if that takes longer than `seconds`.
+
+    Nothing in Python can end a thread: a reward that hangs is left behind, and goes with the process.
+    """
+    returned: list[Any] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            returned.append(reward(scene))
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="pertoken-reward")
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not returned:
+        frame = sys._current_frames().get(thread.ident or 0)
+        at = traceback.extract_stack(frame)[-1] if frame else None
+        where = f" It is at {at.filename}:{at.lineno}, in {at.name}." if at else ""
+        waited = f"no answer for {len(scene.episodes)} completions within {seconds:g} s"
+        raise RewardError(f"{waited}.{where} Mend it, or raise `time_limit`.")
+    return returned[0]
 
 
 def _where(episode: Episode) -> str:
