@@ -19,7 +19,7 @@ from pertoken.batching import Part, minibatches, to_batch
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation, Evaluator
-from pertoken.memory import give_back_freed_memory, keep_freed_memory, peak_memory
+from pertoken.memory import Heap, peak_memory
 from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
@@ -115,7 +115,7 @@ def loop(
     run: Run, log: RunLog, *, on_step: Callable[[StepReport], None], interrupted: Callable[[], bool] = lambda: False
 ) -> str:
     """Train until a stop condition holds or `interrupted()`; returns why it ended. Each step is one policy version."""
-    keep_freed_memory()
+    heap = Heap(run.policy.device)
     evaluate(run, log)
     while not (reason := run.stop_reason()) and not interrupted():
         begun, step = time.monotonic(), run.progress.step + 1
@@ -132,8 +132,9 @@ def loop(
         clock.lap("reward")
         run.before_step = None
         run.engine.release()  # the update needs the room, and makes its packed weights old
-        give_back_freed_memory()
+        heap.before_update()
         updated = update(run, batch, old, ref, credit, step)
+        heap.after_update()
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
         measured = clock.seconds | memory(run)

@@ -3,14 +3,17 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from pertoken import memory
 from pertoken.memory import give_back_freed_memory, installed_memory, peak_memory, used_memory
 
 CPU = torch.device("cpu")
 
 
 def test_a_large_tensor_shows_and_stays_in_the_peak():
+    give_back_freed_memory()  # else the block may lie in memory that this process has already
     before = used_memory(CPU)
     block = torch.ones(100_000_000)  # 0.4 GB
     assert 0.3 < used_memory(CPU) - before < 0.6
@@ -42,3 +45,34 @@ def test_giving_back_hurts_nothing_that_is_alive():
     block = torch.arange(1000)
     give_back_freed_memory()
     assert torch.equal(block, torch.arange(1000))
+
+
+def test_the_heap_gives_back_when_it_has_grown_by_a_tenth(monkeypatch):
+    given, used = [], [4.0]
+    monkeypatch.setattr(memory, "give_back_freed_memory", lambda: given.append(used[0]))
+    monkeypatch.setattr(memory, "used_memory", lambda device: used[0])
+    heap = memory.Heap(torch.device("cpu"))
+    assert heap.before_update()  # nothing is known yet
+    heap.after_update()
+    for used[0] in (4.0, 4.3, 4.5, 4.2, 9.0):
+        heap.before_update()
+        heap.after_update()
+    assert given == [4.0, 4.5, 9.0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_freed_memory_is_used_again_without_new_pages():
+    """Page faults of writing to 64 MB that were freed before, in a process of its own."""
+    code = (
+        "import resource, torch\n"
+        "from pertoken.memory import keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "room = [torch.ones(1 << 24) for _ in range(3)]\n"
+        "del room\n"
+        "before = faults()\n"
+        "for _ in range(5): torch.ones(1 << 24)\n"
+        "print(faults() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 5 * (1 << 26) // 4096 // 10
