@@ -18,15 +18,18 @@ def keep_freed_memory() -> None:
     """From now on, memory that is freed stays with the process until `give_back_freed_memory()`; glibc alone knows how.
 
     Left to itself glibc gives large tensors back at once, and the next one's pages are handed over, emptied by the
-    system, one by one: a quarter of a training step went into that.
+    system, one by one: a quarter of a training step went into that. And of the few bytes that it cuts off to align a
+    tensor it makes fast chunks, which do not grow together with what is freed beside them: the room of a tensor does
+    not fit the next one of its size, and the heap creeps.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
+        mallopt(_MXFAST, 0)
         mallopt(_MMAP_MAX, 0)  # nothing outside of the heap,
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)  # whose end stays where it is
 
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_MXFAST, _TRIM_THRESHOLD, _MMAP_MAX = 1, -1, -4
 """Names of glibc's <malloc.h>."""
 
 
@@ -35,14 +38,16 @@ class Heap:
 
     Activations have another length in each pass, and leave the heap in pieces that the next ones do not fit into: a
     training process grew from 4.4 GB in its first step to 7.7 GB. To give everything back before each update costs
-    a second of page faults a step, so it is done when the process has grown by `GROWTH` since its first one.
+    a second of page faults a step, so it is done when the process has grown by `GROWTH` since its second one (the
+    optimiser's averages are new in the first).
     """
 
-    GROWTH = 0.1
+    GROWTH = 0.2
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._usual: float | None = None
+        self._updates = 0
         keep_freed_memory()
 
     def before_update(self) -> bool:
@@ -53,7 +58,8 @@ class Heap:
         return grown
 
     def after_update(self) -> None:
-        if self._usual is None:
+        self._updates += 1
+        if self._updates == 2:
             self._usual = used_memory(self._device)
 
 
