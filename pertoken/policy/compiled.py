@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pertoken import native
 from pertoken.policy.packs import Pack
@@ -69,6 +70,7 @@ class _Norm(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, factors = ctx.saved_tensors
         to_x, to_weight = torch.ops.pertoken.rms_norm_backward(gradient.contiguous(), x, weight.float(), factors)
@@ -83,6 +85,7 @@ class _GatedSilu(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         to_gate, to_up = torch.ops.pertoken.gated_silu_backward(gradient.contiguous(), *ctx.saved_tensors)
         return to_gate, to_up
@@ -96,6 +99,7 @@ class _Rotation(torch.autograd.Function):
         return _rotated(x, cos, sin, back=False, dtype=torch.promote_types(x.dtype, cos.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _rotated(gradient, *ctx.saved_tensors, back=True, dtype=ctx.dtype), None, None
 
@@ -124,6 +128,7 @@ class _Attention(torch.autograd.Function):
         return out.to(v.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         to_q, to_k, to_v = (torch.zeros(x.shape) for x in (q, k, v))

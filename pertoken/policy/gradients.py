@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pertoken import native
 
@@ -87,6 +88,7 @@ class _Linear(torch.autograd.Function):
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = gradient.to(weight.dtype)
@@ -105,6 +107,7 @@ class _Embedding(torch.autograd.Function):
         return nn.functional.embedding(ids, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         (ids,), parameter = ctx.saved_tensors, ctx.parameter
         if ctx.padding is not None:  # the row of the padding never learns

@@ -115,6 +115,15 @@ def test_attention(heads, width, window, monkeypatch):
     same_with_gradients(got, wanted, (q, k, v))
 
 
+@needs_compiler
+def test_a_second_derivative_is_refused_not_wrong():
+    x, weight = draw(1, 3, 4), draw(4, seed=1)
+    loss = compiled.rms_norm(x, weight, 1e-5, torch.float32).square().sum()
+    first = torch.autograd.grad(loss, x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 # --- which layers ---------------------------------------------------------------------------------------------
 
 
