@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE, after --")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # overrides stand behind the options
     results = []
     for seed in options.seeds:
         folder, peak = run(options.recipe, seed, options.runs, options.overrides)
