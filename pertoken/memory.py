@@ -42,7 +42,7 @@ class Heap:
     optimiser's averages are new in the first).
     """
 
-    GROWTH = 0.2
+    GROWTH = 0.1
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -20,20 +20,14 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 using pertoken::fast_exp;
+using pertoken::kLanes;
+using pertoken::Lanes;
+using pertoken::largest;
+using pertoken::load16;
 using pertoken::narrow;
 using pertoken::widen;
 
 constexpr int64_t kPerLayer = 9;
-constexpr int kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4)));
-typedef uint16_t Half __attribute__((vector_size(kLanes * 2), aligned(2)));
-typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4)));
-
-inline Lanes load16(const BFloat16* p) {
-  Words wide = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Words) << 16;
-  return reinterpret_cast<Lanes&>(wide);
-}
-
 struct Shape {
   int64_t heads, kv_heads, width, shared, queries, columns;
   Shape(int64_t heads, int64_t kv_heads, int64_t width)
@@ -145,16 +139,40 @@ void add_scores(const float* queries, const BFloat16* keys, int64_t count, int64
   }
 }
 
-void add_values(const float* weights, const BFloat16* values, int64_t count, int64_t shared, int64_t width,
-                int64_t stride, float* out) {
-  for (int64_t g = 0; g < shared; ++g) {
-    float* target = out + g * width;
-    for (int64_t i = 0; i < width; i += kLanes) {
-      Lanes total = *reinterpret_cast<Lanes*>(target + i);
-      for (int64_t j = 0; j < count; ++j) total += weights[g * stride + j] * load16(values + j * width + i);
-      *reinterpret_cast<Lanes*>(target + i) = total;
+// out[g] += sum over j of weights[g * stride + j] * values[j], for G queries of a head and W vectors of their width.
+template <int G, int W>
+void add_values_of(const float* weights, const BFloat16* values, int64_t count, int64_t width, int64_t stride,
+                   float* out) {
+  Lanes totals[G][W] = {};
+  for (int64_t j = 0; j < count; ++j)
+    for (int w = 0; w < W; ++w) {
+      const Lanes value = load16(values + j * width + w * kLanes);
+      for (int g = 0; g < G; ++g) totals[g][w] += weights[g * stride + j] * value;
+    }
+  for (int g = 0; g < G; ++g)
+    for (int w = 0; w < W; ++w) *reinterpret_cast<Lanes*>(out + g * width + w * kLanes) += totals[g][w];
+}
+
+template <int W>
+void add_values_in(const float* weights, const BFloat16* values, int64_t count, int64_t shared, int64_t width,
+                   int64_t stride, float* out) {
+  for (int64_t g = 0; g < shared; g += 4, weights += 4 * stride, out += 4 * width) {
+    switch (std::min<int64_t>(4, shared - g)) {
+      case 1: add_values_of<1, W>(weights, values, count, width, stride, out); break;
+      case 2: add_values_of<2, W>(weights, values, count, width, stride, out); break;
+      case 3: add_values_of<3, W>(weights, values, count, width, stride, out); break;
+      default: add_values_of<4, W>(weights, values, count, width, stride, out);
     }
   }
+}
+
+void add_values(const float* weights, const BFloat16* values, int64_t count, int64_t shared, int64_t width,
+                int64_t stride, float* out) {
+  int64_t first = 0;
+  for (; first + 4 * kLanes <= width; first += 4 * kLanes)
+    add_values_in<4>(weights, values + first, count, shared, width, stride, out + first);
+  for (; first < width; first += kLanes)
+    add_values_in<1>(weights, values + first, count, shared, width, stride, out + first);
 }
 
 struct Memory {  // of one layer
@@ -322,8 +340,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperatu
     std::vector<double> mass((vocabulary + kBlock - 1) / kBlock);
     for (int64_t r = begin; r < end; ++r) {
       const BFloat16* z = in + r * vocabulary;
-      float top = -INFINITY;
-      for (int64_t i = 0; i < vocabulary; ++i) top = std::max(top, static_cast<float>(z[i]));
+      const float top = largest(z, vocabulary);
       double total = 0, moment = 0;
       for (size_t block = 0; block < mass.size(); ++block) {
         const int64_t first = block * kBlock, last = std::min(vocabulary, first + kBlock);

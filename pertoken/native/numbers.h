@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 
 namespace pertoken {
@@ -31,6 +32,35 @@ PERTOKEN_INLINE float fast_exp(float x) {
   const float sum = 1.0f + r * (1.0f + r * (0.5f + r * high));
   const float power = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
   return x < -87.0f ? 0.0f : sum * power;
+}
+
+// Vectors by hand, where the compiler does not see one: 16 numbers at once.
+constexpr int kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef uint16_t Half __attribute__((vector_size(kLanes * 2), aligned(2)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+PERTOKEN_INLINE Lanes load16(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
+PERTOKEN_INLINE Lanes load16(const at::BFloat16* p) {
+  Words wide = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Words) << 16;
+  return reinterpret_cast<Lanes&>(wide);
+}
+
+// The largest of `count` numbers; NaNs are passed over (whoever sums the exponentials meets them).
+template <typename T>
+float largest(const T* numbers, int64_t count) {
+  float top = -INFINITY;
+  int64_t i = 0;
+  if (count >= kLanes) {
+    Lanes tops = load16(numbers);
+    for (i = kLanes; i + kLanes <= count; i += kLanes) {
+      const Lanes here = load16(numbers + i);
+      tops = here > tops ? here : tops;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] > top ? tops[lane] : top;
+  }
+  for (; i < count; ++i) top = widen(numbers[i]) > top ? widen(numbers[i]) : top;
+  return top;
 }
 
 }  // namespace pertoken

@@ -15,6 +15,7 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 using pertoken::fast_exp;
+using pertoken::largest;
 using pertoken::narrow;
 using pertoken::widen;
 
@@ -47,8 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_at(const Tensor& logits, const Tensor
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const T* z = base + r * vocabulary;
-        float top = widen(z[0]);
-        for (int64_t i = 0; i < vocabulary; ++i) top = std::max(top, widen(z[i]));
+        const float top = largest(z, vocabulary);
         double mass = 0, moment = 0;
         for (int64_t first = 0; first < vocabulary; first += kBlock) {
           const int64_t last = std::min(vocabulary, first + kBlock);
@@ -268,7 +268,29 @@ Tensor gather_cells(const Tensor& x, const Tensor& cells, int64_t copies) {
   return out;
 }
 
-// The way back: total [N, heads, D] += parts [n, heads * copies, K, D], summed over copies and over equal cells.
+// The way back where no cell comes twice: total [N, heads, D] at `cells` [n, K] becomes parts [n, heads, K, D].
+void put_cells_(Tensor total, const Tensor& parts, const Tensor& cells) {
+  const int64_t n = cells.size(0), count = cells.size(1), heads = total.size(1), width = total.size(2);
+  TORCH_CHECK(total.is_contiguous() && cells.is_contiguous() && parts.stride(3) == 1);
+  const int64_t* at_cell = cells.const_data_ptr<int64_t>();
+  const float* from = parts.const_data_ptr<float>();
+  with_type(total, [&](auto kind) {
+    auto* to = total.data_ptr<decltype(kind)>();
+    at::parallel_for(0, n * heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = task / heads, head = task % heads, *cell = at_cell + row * count;
+        const float* in = from + row * parts.stride(0) + head * parts.stride(1);
+        for (int64_t k = 0; k < count; ++k, in += parts.stride(2)) {
+          if (cell[k] < 0) continue;
+          auto* o = to + (cell[k] * heads + head) * width;
+          for (int64_t i = 0; i < width; ++i) narrow(in[i], o + i);
+        }
+      }
+    });
+  });
+}
+
+// The way back where cells do: total [N, heads, D] += parts [n, heads * copies, K, D], summed over copies and over equal cells.
 void add_cells_(Tensor total, const Tensor& parts, const Tensor& cells, int64_t copies) {
   const int64_t n = cells.size(0), count = cells.size(1), heads = total.size(1), width = total.size(2);
   TORCH_CHECK(total.is_contiguous() && cells.is_contiguous() && parts.stride(3) == 1);
@@ -314,6 +336,7 @@ void add_(Tensor total, const Tensor& share) {
 TORCH_LIBRARY_FRAGMENT(pertoken, m) {
   m.def("rotate", &rotate);
   m.def("gather_cells", &gather_cells);
+  m.def("put_cells_", &put_cells_);
   m.def("add_cells_", &add_cells_);
   m.def("add_", &add_);
   m.def("softmax_at", &softmax_at);

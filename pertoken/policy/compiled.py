@@ -118,20 +118,20 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, packs: Sequence[Pack], window: int | None, scale: float | None
     ) -> Tensor:
         ctx.packs, ctx.window, ctx.scale = packs, window, scale
-        out = torch.zeros(len(q), q.shape[1], v.shape[2])
+        out = torch.empty(len(q), q.shape[1], v.shape[2], dtype=v.dtype)  # each cell asks once
         kept: list[Tensor] = []
         for part in _parts(packs, window, q.shape[1] // k.shape[1]):
             o, mass = _flash(*part.laid_out(q, k, v), 0.0, part.mask is None, attn_mask=part.mask, scale=scale)
             part.put_queries(out, o)
             kept += [o, mass]
         ctx.save_for_backward(q, k, v, *kept)
-        return out.to(v.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        to_q, to_k, to_v = (torch.zeros(x.shape) for x in (q, k, v))
+        to_q, to_k, to_v = torch.empty(q.shape, dtype=q.dtype), torch.zeros(k.shape), torch.zeros(v.shape)
         parts = _parts(ctx.packs, ctx.window, q.shape[1] // k.shape[1])
         for part, o, mass in zip(parts, kept[::2], kept[1::2], strict=True):
             laid_out = part.laid_out(q, k, v)
@@ -142,7 +142,7 @@ class _Attention(torch.autograd.Function):
             part.put_queries(to_q, dq)
             for total, share in ((to_k, dk), (to_v, dv)):
                 torch.ops.pertoken.add_cells_(total, share, part.keys, part.copies)
-        return to_q.to(q.dtype), to_k.to(k.dtype), to_v.to(v.dtype), None, None, None
+        return to_q, to_k.to(k.dtype), to_v.to(v.dtype), None, None, None
 
 
 class _Part:
@@ -168,7 +168,7 @@ class _Part:
     def put_queries(self, total: Float[Tensor, "N Hq D"], laid: Float[Tensor, "n H L D"]) -> None:
         n, length = self.queries.shape
         by_head = laid.reshape(n, total.shape[1], length, total.shape[2])
-        torch.ops.pertoken.add_cells_(total, by_head, self.queries, 1)
+        torch.ops.pertoken.put_cells_(total, by_head, self.queries)
 
 
 def _parts(packs: Sequence[Pack], window: int | None, shared: int) -> list[_Part]:
