@@ -33,6 +33,4 @@ def test_a_step_of_each_own_arm_is_timed_and_drawn(model_folder, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.name)
 def test_every_benchmark_says_how_it_is_called(path):
-    text = path.read_text(encoding="utf-8")
-    assert f"python benchmarks/{path.name}" in text.split('"""')[1]
-    assert path.name in (BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8") or path.name == "roofline.py"
+    assert f"python benchmarks/{path.name}" in path.read_text(encoding="utf-8").split('"""')[1]
