@@ -89,7 +89,9 @@ def _one_pack(
 ) -> list[Float[Tensor, "_ Hq Dv"]]:
     """Outputs of the prompt's tokens and of the rows' tokens, in their order in the packed row."""
     size = pack.prompt if pack.rectangle is not None else pack.cells
-    itself = _attend(q[None, :, :size], k[None, :, :size], v[None, :, :size], pack.mask(size, 0, window), settings)
+    itself = _attend(
+        q[None, :, :size], k[None, :, :size], v[None, :, :size], pack.mask(size, 0, window, q.device), settings
+    )
     outputs = [itself[0].transpose(0, 1)]
     if pack.rectangle is None or pack.inside is None:
         return outputs
@@ -103,7 +105,7 @@ def _one_pack(
         return torch.cat([x[:, : pack.prompt].expand(n, -1, -1, -1), rows_of(x)], 2)
 
     rows = _attend(
-        rows_of(q), behind_prompt(k), behind_prompt(v), pack.mask(width, pack.prompt, window), settings
+        rows_of(q), behind_prompt(k), behind_prompt(v), pack.mask(width, pack.prompt, window, q.device), settings
     )  # [n, Hq, L, Dv]
     return [*outputs, rows.transpose(1, 2)[pack.inside]]
 

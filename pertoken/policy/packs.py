@@ -57,12 +57,11 @@ class Pack:
         own = torch.where(self.inside, self.rectangle + self.start, -1)
         return own, torch.cat([self.itself.expand(len(own), -1), own], 1)
 
-    def mask(self, length: int, before: int, window: int | None) -> Bool[Tensor, "L K"] | None:
+    def mask(self, length: int, before: int, window: int | None, device: torch.device) -> Bool[Tensor, "L K"] | None:
         """Which of `before + length` keys each of the last `length` positions sees; None for the plain triangle."""
         key = (length, before, window)
         if key not in self._masks:
             plain = before == 0 and (window is None or length <= window)
-            device = None if self.rectangle is None else self.rectangle.device
             at = torch.arange(before + length, device=device)
             distance = at[before:, None] - at
             seen = (distance >= 0) & (distance < window) if window else distance >= 0
@@ -70,6 +69,6 @@ class Pack:
         return self._masks[key]
 
     def bias(self, length: int, before: int, window: int | None) -> Float[Tensor, "L K"] | None:
-        """`mask` as what is added to the scores."""
-        seen = self.mask(length, before, window)
+        """`mask` as what is added to the scores, on the CPU."""
+        seen = self.mask(length, before, window, torch.device("cpu"))
         return None if seen is None else torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)

@@ -13,11 +13,14 @@ def by_autograd(hidden, weight, bias, targets, temperature):
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(1)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("kept", [1 << 30, 200])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values_and_gradients_are_those_of_autograd(monkeypatch, kept, with_bias, temperature):
+def test_values_and_gradients_are_those_of_autograd(monkeypatch, compiled, kept, with_bias, temperature):
     """With logits kept for the backward pass or made again, in blocks that do not divide the number of rows."""
+    if not compiled:
+        monkeypatch.setattr(head, "_compiled", lambda logits: False)
     monkeypatch.setattr(head, "KEPT_BYTES", kept)
     monkeypatch.setattr(head, "BLOCK_BYTES", 4 * 17 * 3)
     draw = torch.Generator().manual_seed(0)
