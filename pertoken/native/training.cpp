@@ -1,5 +1,5 @@
 // What stands between the matrix products of a training pass, forward and backward, each in one sweep over memory:
-// the softmax behind the head, RMS norms and gated activations. Sums are float32 or wider, whatever the tensors are.
+// the softmax behind the head, RMS norms, gated activations, rotation. Sums are float32 or wider, whatever the tensors are.
 // `pertoken/policy/head.py` and `layers.py` have the same in plain torch, and the derivations.
 
 #include "numbers.h"
@@ -8,7 +8,6 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <vector>
 
 namespace {
 
@@ -201,7 +200,7 @@ std::tuple<Tensor, Tensor> gated_silu_backward(const Tensor& gradient, const Ten
   return {to_gate, to_up};
 }
 
-// --- attention ----------------------------------------------------------------------------------------------
+// --- rotation -----------------------------------------------------------------------------------------------
 
 // Rotary position embedding of x [N, heads, D] by cos and sin [N, D], the halves of D in pairs; `back` turns the other
 // way, which is the gradient. Out comes the type `like`, [N, heads, D].
@@ -241,80 +240,6 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back, 
   return out;
 }
 
-// x [N, heads, D] at `cells` [n, K], in float32 [n, heads * copies, K, D]; zeros where a cell is negative.
-Tensor gather_cells(const Tensor& x, const Tensor& cells, int64_t copies) {
-  const int64_t n = cells.size(0), count = cells.size(1), heads = x.size(1), width = x.size(2);
-  TORCH_CHECK(x.stride(2) == 1 && cells.is_contiguous());
-  Tensor out = at::empty({n, heads * copies, count, width}, x.options().dtype(at::kFloat));
-  const int64_t* at_cell = cells.const_data_ptr<int64_t>();
-  float* to = out.data_ptr<float>();
-  with_type(x, [&](auto kind) {
-    const auto* base = x.const_data_ptr<decltype(kind)>();
-    at::parallel_for(0, n * heads * copies, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t *cell = at_cell + task / (heads * copies) * count, head = task % (heads * copies) / copies;
-        for (int64_t k = 0; k < count; ++k) {
-          float* o = to + (task * count + k) * width;
-          if (cell[k] < 0) {
-            std::fill(o, o + width, 0.0f);
-            continue;
-          }
-          const auto* in = base + cell[k] * x.stride(0) + head * x.stride(1);
-          for (int64_t i = 0; i < width; ++i) o[i] = widen(in[i]);
-        }
-      }
-    });
-  });
-  return out;
-}
-
-// The way back where no cell comes twice: total [N, heads, D] at `cells` [n, K] becomes parts [n, heads, K, D].
-void put_cells_(Tensor total, const Tensor& parts, const Tensor& cells) {
-  const int64_t n = cells.size(0), count = cells.size(1), heads = total.size(1), width = total.size(2);
-  TORCH_CHECK(total.is_contiguous() && cells.is_contiguous() && parts.stride(3) == 1);
-  const int64_t* at_cell = cells.const_data_ptr<int64_t>();
-  const float* from = parts.const_data_ptr<float>();
-  with_type(total, [&](auto kind) {
-    auto* to = total.data_ptr<decltype(kind)>();
-    at::parallel_for(0, n * heads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t row = task / heads, head = task % heads, *cell = at_cell + row * count;
-        const float* in = from + row * parts.stride(0) + head * parts.stride(1);
-        for (int64_t k = 0; k < count; ++k, in += parts.stride(2)) {
-          if (cell[k] < 0) continue;
-          auto* o = to + (cell[k] * heads + head) * width;
-          for (int64_t i = 0; i < width; ++i) narrow(in[i], o + i);
-        }
-      }
-    });
-  });
-}
-
-// The way back where cells do: total [N, heads, D] += parts [n, heads * copies, K, D], summed over copies and over equal cells.
-void add_cells_(Tensor total, const Tensor& parts, const Tensor& cells, int64_t copies) {
-  const int64_t n = cells.size(0), count = cells.size(1), heads = total.size(1), width = total.size(2);
-  TORCH_CHECK(total.is_contiguous() && cells.is_contiguous() && parts.stride(3) == 1);
-  const int64_t* at_cell = cells.const_data_ptr<int64_t>();
-  const float* from = parts.const_data_ptr<float>();
-  float* to = total.data_ptr<float>();
-  const int64_t slice = width % 32 ? width : 32;  // a prompt's cells come once a row: a task owns some columns of a head
-  at::parallel_for(0, heads * (width / slice), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / (width / slice), column = task % (width / slice) * slice;
-      for (int64_t row = 0; row < n; ++row)
-        for (int64_t copy = 0; copy < copies; ++copy) {
-          const float* in = from + row * parts.stride(0) + (head * copies + copy) * parts.stride(1) + column;
-          for (int64_t k = 0; k < count; ++k) {
-            const int64_t cell = at_cell[row * count + k];
-            if (cell < 0) continue;
-            float* o = to + (cell * heads + head) * width + column;
-            for (int64_t i = 0; i < slice; ++i) o[i] += in[k * parts.stride(2) + i];
-          }
-        }
-    }
-  });
-}
-
 // --- gradients ----------------------------------------------------------------------------------------------
 
 // total += share, of another type, without a copy of it in that of the total.
@@ -335,9 +260,6 @@ void add_(Tensor total, const Tensor& share) {
 
 TORCH_LIBRARY_FRAGMENT(pertoken, m) {
   m.def("rotate", &rotate);
-  m.def("gather_cells", &gather_cells);
-  m.def("put_cells_", &put_cells_);
-  m.def("add_cells_", &add_cells_);
   m.def("add_", &add_);
   m.def("softmax_at", &softmax_at);
   m.def("softmax_gradient_", &softmax_gradient_);

@@ -3,10 +3,10 @@
     [prompt of pack 0 | row 0 | row 1 | prompt of pack 1 | row 2 | ...]
 
 A token sees its own prompt and what stands before it in its own row. A dense mask over such a row would cost
-the square of its length; here each pack is two small calls: its prompt with itself, and its rows, side by side
-in a rectangle, with prompt and row. It reaches the model through the attention interface of transformers
-(`ALL_ATTENTION_FUNCTIONS`), so any model that uses that interface takes it; `scoring.find_layout` measures
-whether a model gives the right numbers with it.
+the square of its length. Compiled code goes through such a row as it is (`compiled.attend`); without it, each pack
+is two small calls: its prompt with itself, and its rows, side by side in a rectangle, with prompt and row. It
+reaches the model through the attention interface of transformers (`ALL_ATTENTION_FUNCTIONS`), so any model that
+uses that interface takes it; `scoring.find_layout` measures whether a model gives the right numbers with it.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def packed_attention(
         if options.get(name) is not None:
             raise NotImplementedError(f"packed attention without {name}")
     packs = _packs.get()
-    if dropout == 0.0 and compiled.takes(query, key, value):
+    if dropout == 0.0 and compiled.takes(query, key, value) and compiled.attends():
         return compiled.attend(query, key, value, packs, sliding_window, scaling), None
     common = torch.float32 if query.device.type == "cpu" else value.dtype  # on CPUs bfloat16 attention is no faster
     settings: dict[str, Any] = {"scale": scaling, "dropout_p": dropout}

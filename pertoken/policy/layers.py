@@ -67,7 +67,7 @@ class FusedNorm(nn.Module):
         epsilon = _epsilon(self)
         if epsilon is None or not compiled.takes(x):
             return super().forward(x)  # type: ignore[no-any-return]
-        return compiled.rms_norm(x, self.weight, epsilon, _wanted(torch.promote_types(x.dtype, self.weight.dtype)))
+        return compiled.rms_norm(x, self.weight, epsilon, compiled.wanted(x.dtype, self.weight.dtype))
 
 
 class FusedGatedMLP(nn.Module):
@@ -131,11 +131,6 @@ def _rotates_halves(own: Callable[..., Any]) -> bool:
 def _with(kind: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
     """A class that is both: the forward of `kind`, everything else (and its name) of `own`."""
     return type(own.__name__, (kind, own), {"__module__": own.__module__, "__doc__": own.__doc__})
-
-
-def _wanted(dtype: torch.dtype) -> torch.dtype:
-    """The type that matrix products will want: autocast's, or what it is without."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
 
 
 def _epsilon(module: nn.Module) -> float | None:

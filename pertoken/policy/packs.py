@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -44,18 +44,13 @@ class Pack:
         return self.prompt + self.rows
 
     @cached_property
-    def itself(self) -> Int[Tensor, "1 S"]:
-        """Cells of the packed row that see what stands before them in it: the prompt, or all of a single sequence."""
-        length = self.cells if self.rectangle is None else self.prompt
-        return torch.arange(self.start, self.start + length)[None]
-
-    @cached_property
-    def side_by_side(self) -> tuple[Int[Tensor, "n L"], Int[Tensor, "n K"]] | None:
-        """Cells of the packed row that hold the rows' tokens, and those that each row sees; -1 behind a row's end."""
+    def sequences(self) -> tuple[tuple[int, int], ...]:
+        """First cell in the packed row, and tokens: of the prompt (of all, in a single sequence), then of each row."""
         if self.rectangle is None or self.inside is None:
-            return None
-        own = torch.where(self.inside, self.rectangle + self.start, -1)
-        return own, torch.cat([self.itself.expand(len(own), -1), own], 1)
+            return ((self.start, self.cells),)
+        firsts, lengths = self.rectangle[:, 0].tolist(), self.inside.sum(1).tolist()
+        rows = ((self.start + first, length) for first, length in zip(firsts, lengths, strict=True))
+        return ((self.start, self.prompt), *rows)
 
     def mask(self, length: int, before: int, window: int | None, device: torch.device) -> Bool[Tensor, "L K"] | None:
         """Which of `before + length` keys each of the last `length` positions sees; None for the plain triangle."""
@@ -67,8 +62,3 @@ class Pack:
             seen = (distance >= 0) & (distance < window) if window else distance >= 0
             self._masks[key] = None if plain else seen
         return self._masks[key]
-
-    def bias(self, length: int, before: int, window: int | None) -> Float[Tensor, "L K"] | None:
-        """`mask` as what is added to the scores, on the CPU."""
-        seen = self.mask(length, before, window, torch.device("cpu"))
-        return None if seen is None else torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)

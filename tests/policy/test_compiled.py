@@ -100,20 +100,61 @@ PACKS = (
 )
 
 
-@needs_compiler
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize(("heads", "width"), [((2, 2), 64), ((6, 2), 8), ((4, 1), 7)])
-def test_attention(heads, width, window, monkeypatch):
-    """Groups of unequal size, rows of unequal length, one row, none, rows of one token."""
-    q, k, v = draw(1, heads[0], 31, width), draw(1, heads[1], 31, width, seed=1), draw(1, heads[1], 31, width, seed=2)
-    token = attention._packs.set(PACKS)
+LONG = (
+    Pack.of(0, 70, [150, 1, 64, 65], torch.device("cpu")),
+    Pack.of(350, 64, [3, 128], torch.device("cpu")),
+    Pack.of(545, 2, [200], torch.device("cpu")),
+)
+"""Prompts and rows of several tiles, full ones and others."""
+
+
+def attended(packs, q, k, v, window):
+    token = attention._packs.set(packs)
     try:
-        got, _ = attention.packed_attention(nn.Module(), q, k, v, None, sliding_window=window, scaling=0.3)
-        monkeypatch.setattr(compiled, "takes", lambda *tensors: False)
-        wanted, _ = attention.packed_attention(nn.Module(), q, k, v, None, sliding_window=window, scaling=0.3)
+        return attention.packed_attention(nn.Module(), q, k, v, None, sliding_window=window, scaling=0.3)[0]
     finally:
         attention._packs.reset(token)
-    same_with_gradients(got, wanted, (q, k, v))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("packs", "tokens"), [(PACKS, 31), (LONG, 747)])
+@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize(("heads", "width"), [((2, 2), 64), ((6, 2), 8), ((4, 1), 7)])
+def test_attention(packs, tokens, heads, width, window, monkeypatch):
+    """Groups of unequal size, rows of unequal length, one row, none, rows of one token."""
+    assert compiled.attends()
+    q, k, v = (draw(1, h, tokens, width, seed=s) for s, h in enumerate((heads[0], heads[1], heads[1])))
+    got = attended(packs, q, k, v, window)
+    monkeypatch.setattr(compiled, "takes", lambda *tensors: False)
+    same_with_gradients(got, attended(packs, q, k, v, window), (q, k, v), atol=2e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_attention_in_bfloat16_is_off_by_its_rounding(threads, monkeypatch):
+    """Sums are float32: the error of a token does not grow with the number of those that it sees."""
+    exact = [draw(1, h, 747, 64, seed=s) for s, h in enumerate((9, 3, 3))]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    by = torch.randn(1, 747, 9, 64, generator=torch.Generator().manual_seed(9))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = attended(LONG, *rounded, None)
+        found = [got, *torch.autograd.grad((got.float() * by).sum(), rounded)]
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(compiled, "takes", lambda *tensors: False)
+    wanted = attended(LONG, *exact, None)
+    for a, b in zip(found, [wanted, *torch.autograd.grad((wanted * by).sum(), exact)], strict=True):
+        assert a.dtype is torch.bfloat16
+        assert (a.float() - b).norm() < 0.01 * b.norm()
+
+
+@needs_compiler
+def test_under_autocast_a_rotation_has_the_type_of_the_products():
+    q, angles = draw(1, 3, 5, 8, dtype=torch.bfloat16), torch.rand(1, 5, 4).repeat(1, 1, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compiled.rotate(q, angles.cos(), angles.sin()).dtype is torch.bfloat16
 
 
 @needs_compiler
