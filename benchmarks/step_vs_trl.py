@@ -126,8 +126,7 @@ def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
     run.items = [Item(str(k), text, None) for k, text in enumerate(job["prompts"])]
     if not job["natural"]:
         run.controls = Controls(run.controls.sampling, ())  # nothing ends a completion
-    in_order = iter(range(0, len(run.items), job["prompts_per_step"]))
-    trainer.batch_of = lambda items, *_: items[(k := next(in_order)) : k + job["prompts_per_step"]]
+    trainer.batch_of = lambda items, step, size, seed: items[step * size : (step + 1) * size]  # in order
     with tempfile.TemporaryDirectory() as folder, profiling.watched(run) as watch:
         log = RunLog.create(Path(folder) / "run", config_text=config.to_yaml(), seed=0)
 

@@ -64,6 +64,9 @@ class PolicyConfig(Section):
     """Adapters; null trains all weights."""
     value_head: ValueHeadConfig | None = None
     """Critic; needed by credit.type gae and by nothing else."""
+    compile: bool = True
+    """Run activations and norms that have no code of their own here through torch.compile where a trial, made once on
+    this machine and remembered, says that it pays; false never does."""
     dropout: bool = False
     """Keep the model's dropout in the update pass. Off, log-probs of the same weights are always the same."""
 
@@ -131,6 +134,9 @@ class RolloutConfig(Section):
     that can generate; both draw the same tokens."""
     max_rows: int = Field(default=64, ge=1)
     """Most sequences decoded at once."""
+    ahead: bool = False
+    """Draw the samples of the next step while the rewards of this one are computed, with the weights before its update.
+    It pays where rewards take long. Importance weights (`objective.importance_cap`) correct for the update between."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Leave out training items with longer prompts (counted and told); null keeps all."""
 
@@ -406,6 +412,11 @@ class RunConfig(Section):
         group_credit = credit.type in ("group_relative", "group_process", "leave_one_out", "leave_one_out_process")
         rows = rollout.prompts_per_step * rollout.samples_per_prompt
         needs_evaluation = stop.metric is not None or stop.patience is not None
+        yield (
+            rollout.ahead and self.objective.importance_cap is None,
+            "rollout.ahead samples with weights of one update before, and objective.importance_cap null does not correct "
+            "for it. Set a cap (2.0), or rollout.ahead=false.",
+        )
         yield (
             rollout.sampling.greedy,
             "rollout.sampling.temperature is 0: a greedy token has no probability to learn from. Use a temperature "

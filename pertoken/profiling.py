@@ -22,6 +22,7 @@ from pertoken.config import RunConfig
 from pertoken.memory import installed_memory, peak_memory
 from pertoken.observe import StepReport
 from pertoken.policy.model import Policy, fast_in_bfloat16
+from pertoken.rollout import rows
 from pertoken.rollout.decoder import HFDecoder, RecomputingDecoder
 from pertoken.stopwatch import Stopwatch
 from pertoken.tracking.runlog import RunLog
@@ -79,11 +80,11 @@ def watched(run: Run) -> Iterator[Stopwatch]:
         if decoder is not None:
             around(decoder, "prefill", PREFILL)
             around(decoder, "step", DECODE)
-            around(decoder, "draw", SAMPLE)
+        around(rows, "draw_plain", SAMPLE)
         around(run.policy, "score", lambda *_, grad=False, **__: FORWARD if grad else OLD)
         if run.reference is not None:
             around(run.reference, "score", REFERENCE)
-        around(trainer, "reward", REWARD)
+        around(trainer, "reward_and_draw_ahead", REWARD)
         around(trainer, "assign", REWARD)
         around(torch.Tensor, "backward", BACKWARD)
         around(run.optimizer, "step", OPTIMISER)
@@ -222,7 +223,8 @@ def advice(
          "The reference policy is only measured (kl.place none): kl.measure=false saves its pass and its copy of the "
          "weights."),
         (share[REWARD] > 0.15, share[REWARD],
-         "Rewards take a good part of the step; see which by leaving one out at a time."),
+         "Rewards take a good part of the step; see which by leaving one out at a time."
+         + " With rollout.ahead=true they are computed while the next samples are drawn." * (not config.rollout.ahead)),
         (share[OLD] > 0.05, share[OLD],
          "The old policy is scored in a pass of its own: update.minibatches 1, epochs 1 and no value head make it "
          "unnecessary."),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pertoken import credit as estimators
+from pertoken.background import Background
 from pertoken.batching import Part, minibatches, to_batch
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
@@ -27,7 +28,7 @@ from pertoken.policy.gradients import Casts
 from pertoken.policy.model import Policy, Reference
 from pertoken.rewards import Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
-from pertoken.rollout.collect import collect
+from pertoken.rollout.collect import Draws, draw_completions, stem_from, to_episodes
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
 from pertoken.tasks.base import batch_of
@@ -76,6 +77,10 @@ class Run:
     notes: list[str] = field(default_factory=list)
     """What was decided or left out while setting up, in sentences for a person."""
     progress: Progress = field(default_factory=Progress)
+    ahead: Draws | None = None
+    """What was sampled for the next step, while the rewards of this one were computed (`rollout.ahead`)."""
+    staleness: int = 0
+    """Policy versions between the weights that sampled the tokens of this step and those that it starts from."""
     before_step: dict[str, Any] | None = None
     """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
 
@@ -95,7 +100,8 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Everything beside weights, optimiser and random states that the next step depends on, as JSON."""
         rewards = {part.name: part.state() for part in self.rewards if isinstance(part.reward, Stateful)}
-        return {"progress": vars(self.progress).copy(), "kl": self.kl.state_dict(), "rewards": rewards}
+        ahead = None if self.ahead is None else self.ahead.state()
+        return {"progress": vars(self.progress).copy(), "kl": self.kl.state_dict(), "rewards": rewards, "ahead": ahead}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
@@ -109,6 +115,12 @@ class Run:
                 part.reward.set_state(state["rewards"][part.name])
             elif isinstance(part.reward, Stateful):
                 self.notes.append(f"rewards: the checkpoint has no state of {part.name!r}; it starts anew")
+        if state.get("ahead") is not None:
+            ahead, items = Draws.of_state(state["ahead"]), items_of(self, self.progress.step + 1)
+            if stem_from(ahead, items, self.policy.tokenizer, self.controls, self.config.rollout.samples_per_prompt):
+                self.ahead = ahead
+            else:
+                self.notes.append("rollout: prompts or sampling are others now; what was drawn ahead is drawn anew")
 
 
 def loop(
@@ -127,7 +139,7 @@ def loop(
         old, ref = score_old(run, batch), score_reference(run, batch)
         clock.lap("score")
         scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
-        rewards = reward(run, scene)
+        rewards = reward_and_draw_ahead(run, scene)
         credit = assign(run.config.credit, rewards, batch, old)
         clock.lap("reward")
         run.before_step = None
@@ -152,34 +164,45 @@ def loop(
 
 
 def generate(run: Run, step: int) -> list[Episode]:
-    """The episodes of `step`: which items and which random numbers depend on the seed and the step alone."""
+    """The episodes of `step`, drawn ahead or now; their items and random numbers depend on the seed and `step` alone."""
+    draws, run.ahead = run.ahead or draw(run, step), None
+    run.staleness = step - 1 - draws.version
+    return to_episodes(draws, items_of(run, step), run.policy.tokenizer, step=step)
+
+
+def draw(run: Run, step: int) -> Draws:
+    """The samples of `step`, by the weights of now."""
     rollout, seed = run.config.rollout, run.config.seed
-    items = batch_of(run.items, step - 1, rollout.prompts_per_step, seed)
-    return collect(
-        run.engine,
-        items,
-        run.policy.tokenizer,
-        run.controls,
-        samples_per_prompt=rollout.samples_per_prompt,
-        run_seed=seed,
-        step=step,
-    )
+    return draw_completions(
+        run.engine, items_of(run, step), run.policy.tokenizer, run.controls,
+        samples_per_prompt=rollout.samples_per_prompt, run_seed=seed, step=step,
+    )  # fmt: skip
+
+
+def items_of(run: Run, step: int) -> Sequence[Item]:
+    """The items whose prompts `step` samples for."""
+    return batch_of(run.items, step - 1, run.config.rollout.prompts_per_step, run.config.seed)
 
 
 def score_old(run: Run, batch: TokenBatch) -> PolicyOutput:
     """The policy before the update at the actions of `batch`: what the sampler knows of it, or a pass of its own.
 
     A pass is made where the sampler cannot stand in: for values, and where weights move before all rows have been
-    scored (minibatches; in bfloat16 further epochs too, as the sampler drifts from the scores). Otherwise the first
+    scored (minibatches; further epochs too, if the sampler drifts from the scores). Otherwise the first
     pass of the update scores the same weights anyway, and checks the ratio there.
     """
     config = run.config.update
-    several = config.minibatches > 1 or (config.epochs > 1 and run.policy.autocast_dtype is not None)
+    several = config.minibatches > 1 or (config.epochs > 1 and not _exact(run))
     if run.policy.value_head is None and not several and not run.policy.dropout and batch.sample_entropy is not None:
         return PolicyOutput(batch.sample_logprobs, batch.sample_entropy)
     old = run.policy.score(batch)
-    check_ratio(batch, old, exact=run.policy.autocast_dtype is None)
+    check_ratio(batch, old, exact=_exact(run))
     return old
+
+
+def _exact(run: Run) -> bool:
+    """Whether sampled log-probs are those of the policy before the update: float32, and no update in between."""
+    return run.policy.autocast_dtype is None and not run.staleness
 
 
 def score_reference(run: Run, batch: TokenBatch) -> PolicyOutput | None:
@@ -219,6 +242,15 @@ def reward(run: Run, scene: Scene) -> TokenRewards:
     return score(parts, scene)
 
 
+def reward_and_draw_ahead(run: Run, scene: Scene) -> TokenRewards:
+    """Every token's reward; with `rollout.ahead` the samples of the next step are drawn while rewards are computed."""
+    if not run.config.rollout.ahead or scene.step == run.config.stop.steps:
+        return reward(run, scene)
+    rewards = Background(lambda: reward(run, scene), "pertoken-rewards")
+    run.ahead = draw(run, scene.step + 1)
+    return rewards.result()
+
+
 def assign(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: PolicyOutput) -> Credit:
     """Advantages (and critic targets) of every action, by the estimator that the configuration names."""
     total, mask, group = rewards.total.to(old.logprobs.dtype), batch.action_mask, batch.group
@@ -249,7 +281,7 @@ def update(
     run: Run, batch: TokenBatch, old: PolicyOutput, ref: PolicyOutput | None, credit: Credit, step: int
 ) -> Updated:
     """All optimiser steps on one batch. A non-finite loss or gradient skips its optimiser step and is counted."""
-    config, exact = run.config.update, run.policy.autocast_dtype is None
+    config, exact = run.config.update, _exact(run)
     rate = learning_rate_factor(run.config, step)
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * rate
@@ -295,6 +327,7 @@ def update(
         "kl/coefficient": run.kl.coefficient,
         "learning_rate": config.learning_rate * rate,
         "skipped/updates": float(run.progress.skipped),
+        "staleness": float(run.staleness),
     }
     if "importance_weight" in streams:
         at_cap = batch.action_mask & (streams["importance_weight"] >= (run.config.objective.importance_cap or math.inf))

@@ -23,10 +23,11 @@ MAY: dict[str, set[str]] = {
     "memory": set(),
     "native": {"cache"},
     "stopwatch": set(),
+    "background": set(),
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
     # the stages of a step: each knows the types, none knows a sibling
-    **{stage: {"errors", "cache", "native", "sampling", "types"} for stage in STAGES},
+    **{stage: {"errors", "cache", "native", "background", "sampling", "types"} for stage in STAGES},
     **{maths: {"types"} for maths in MATHS},
     # beside the stages
     "config": {"errors", "sampling"},
@@ -38,7 +39,7 @@ MAY: dict[str, set[str]] = {
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
     "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
     "trainer": {
-        *("errors", "memory", "sampling", "types", "config", "tasks", "tracking", "observe", "evaluation"),
+        *("errors", "memory", "background", "sampling", "types", "config", "tasks", "tracking", "observe", "evaluation"),
         *(STAGES | MATHS),
     },
 }

@@ -87,6 +87,7 @@ CREDITS = {
     "reward_to_go": {"credit": {"type": "reward_to_go"}, "objective": {"level": "sequence"}},
     "gae": {"credit": {"type": "gae"}, "policy": {"value_head": {}}},
     "lora and dropout": {"credit": {"type": "leave_one_out"}, "policy": {"lora": {"rank": 2}, "dropout": True}},
+    "drawn ahead": {"credit": {"type": "leave_one_out"}, "rollout": {"ahead": True}},
     "bfloat16": {"credit": {"type": "leave_one_out"}, "policy": {"precision": "bfloat16"}},
 }
 

@@ -27,7 +27,7 @@ def available() -> bool:
         return False
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.[ch]*"))]
-    key = "\n".join([*texts, version, torch.__version__, *FLAGS, platform.processor(), _features()])
+    key = "\n".join([*texts, version, torch.__version__, *FLAGS, platform.processor(), processor()])
     target = cache_folder() / "native" / f"pertoken-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     try:
         if not target.is_file():
@@ -36,6 +36,12 @@ def available() -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     return True
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether the operators are there and know these tensors: float32 or bfloat16, on the CPU."""
+    known = all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
+    return known and available()
 
 
 def _build(compiler: str, target: Path) -> None:
@@ -66,7 +72,8 @@ def _run(*commands: list[str]) -> None:
             raise subprocess.CalledProcessError(code, command)
 
 
-def _features() -> str:
+@cache
+def processor() -> str:
     """What the processor can do: code built for one machine must not be loaded on another by way of a shared home."""
     try:
         return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))

@@ -25,6 +25,7 @@ using at::native::cpublas::brgemm;
 using pertoken::fast_exp;
 using pertoken::narrow;
 using pertoken::widen;
+using pertoken::with_type;
 
 constexpr int64_t kTile = 64;  // queries, and keys, of a tile
 
@@ -343,16 +344,6 @@ void backward(const Tensor& gradient, const Tensor& q, const Tensor& k, const Te
     else
       write(to_q[share].data_ptr<float>());
   });
-}
-
-template <typename Work>
-void with_type(const Tensor& t, Work work) {
-  if (t.scalar_type() == at::kBFloat16)
-    work(BFloat16());
-  else {
-    TORCH_CHECK(t.scalar_type() == at::kFloat, "float32 or bfloat16 expected, got ", t.scalar_type());
-    work(float());
-  }
 }
 
 // Of q [N, heads, D], k and v [N, kv_heads, D and Dv]: what each query attends to [N, heads, Dv], and the log of its mass

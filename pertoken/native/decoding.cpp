@@ -26,6 +26,7 @@ using pertoken::largest;
 using pertoken::load16;
 using pertoken::narrow;
 using pertoken::widen;
+using pertoken::with_type;
 
 constexpr int64_t kPerLayer = 9;
 struct Shape {
@@ -330,23 +331,25 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperatu
   Tensor ids = at::empty({rows}, logits.options().dtype(at::kLong));
   Tensor logprobs = at::empty({rows}, logits.options().dtype(at::kDouble));
   Tensor entropies = at::empty({rows}, logits.options().dtype(at::kDouble));
-  const BFloat16* in = logits.const_data_ptr<BFloat16>();
   const double* points = uniforms.const_data_ptr<double>();
   const bool greedy = temperature == 0;
   const float warmth = greedy ? 1.0 : 1.0 / temperature;
+  with_type(logits, [&](auto kind) {
+    using T = decltype(kind);
+    const T* in = logits.const_data_ptr<T>();
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     constexpr int64_t kBlock = 256;
     std::vector<float> p(vocabulary);
     std::vector<double> mass((vocabulary + kBlock - 1) / kBlock);
     for (int64_t r = begin; r < end; ++r) {
-      const BFloat16* z = in + r * vocabulary;
+      const T* z = in + r * vocabulary;
       const float top = largest(z, vocabulary);
       double total = 0, moment = 0;
       for (size_t block = 0; block < mass.size(); ++block) {
         const int64_t first = block * kBlock, last = std::min(vocabulary, first + kBlock);
         float weight = 0, weighted = 0;
         for (int64_t i = first; i < last; ++i) {
-          const float x = (static_cast<float>(z[i]) - top) * warmth;
+          const float x = (widen(z[i]) - top) * warmth;
           p[i] = fast_exp(x);
           weight += p[i];
           weighted += p[i] * x;
@@ -366,12 +369,13 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperatu
         point -= p[i];
       }
       if (greedy)
-        for (chosen = 0; chosen + 1 < vocabulary && static_cast<float>(z[chosen]) != top;) ++chosen;
+        for (chosen = 0; chosen + 1 < vocabulary && widen(z[chosen]) != top;) ++chosen;
       ids.data_ptr<int64_t>()[r] = chosen;
       const double log_total = std::log(total);
-      logprobs.data_ptr<double>()[r] = (static_cast<float>(z[chosen]) - top) * warmth - log_total;
+      logprobs.data_ptr<double>()[r] = (widen(z[chosen]) - top) * warmth - log_total;
       entropies.data_ptr<double>()[r] = log_total - moment / total;
     }
+  });
   });
   return {ids, logprobs, entropies};
 }

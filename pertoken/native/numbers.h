@@ -63,4 +63,15 @@ float largest(const T* numbers, int64_t count) {
   return top;
 }
 
+// work(T()), T the type of the numbers of `t`.
+template <typename Work>
+void with_type(const at::Tensor& t, Work work) {
+  if (t.scalar_type() == at::kBFloat16)
+    work(at::BFloat16());
+  else {
+    TORCH_CHECK(t.scalar_type() == at::kFloat, "float32 or bfloat16 expected, got ", t.scalar_type());
+    work(float());
+  }
+}
+
 }  // namespace pertoken

@@ -17,18 +17,9 @@ using pertoken::fast_exp;
 using pertoken::largest;
 using pertoken::narrow;
 using pertoken::widen;
+using pertoken::with_type;
 
 constexpr int64_t kBlock = 1024;  // numbers that are added up in float32 before their sum goes into a double
-
-template <typename Work>
-void with_type(const Tensor& t, Work work) {
-  if (t.scalar_type() == at::kBFloat16)
-    work(BFloat16());
-  else {
-    TORCH_CHECK(t.scalar_type() == at::kFloat, "float32 or bfloat16 expected, got ", t.scalar_type());
-    work(float());
-  }
-}
 
 // --- head -------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from pertoken import native
 from pertoken.policy import compiled
 from pertoken.policy.packs import Pack
 
@@ -63,7 +64,7 @@ def packed_attention(
         if options.get(name) is not None:
             raise NotImplementedError(f"packed attention without {name}")
     packs = _packs.get()
-    if dropout == 0.0 and compiled.takes(query, key, value) and compiled.attends():
+    if dropout == 0.0 and native.takes(query, key, value) and compiled.attends():
         return compiled.attend(query, key, value, packs, sliding_window, scaling), None
     common = torch.float32 if query.device.type == "cpu" else value.dtype  # on CPUs bfloat16 attention is no faster
     settings: dict[str, Any] = {"scale": scaling, "dropout_p": dropout}

@@ -13,14 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pertoken import native
 from pertoken.policy.packs import Pack
-
-
-def takes(*tensors: Tensor) -> bool:
-    """Whether the operators are there and know these tensors."""
-    known = all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
-    return known and native.available()
 
 
 def wanted(*dtypes: torch.dtype) -> torch.dtype:

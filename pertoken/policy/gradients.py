@@ -28,8 +28,8 @@ def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
         parameter.grad.addmm_(left, right)
     else:
         share = left @ right
-        compiled = share.dtype is torch.bfloat16 and share.device.type == "cpu" and parameter.grad.is_contiguous()
-        add = torch.ops.pertoken.add_ if compiled and native.available() else Tensor.add_
+        compiled = share.dtype is torch.bfloat16 and parameter.grad.is_contiguous() and native.takes(share)
+        add = torch.ops.pertoken.add_ if compiled else Tensor.add_
         add(parameter.grad, share)
 
 

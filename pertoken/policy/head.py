@@ -110,7 +110,7 @@ def _summary(
     logits: Float[Tensor, "A V"], targets: Int[Tensor, " A"], temperature: float
 ) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"], Float[Tensor, " A"]]:
     """Of softmax(logits / temperature): log-prob of the target, log of the normaliser, and entropy."""
-    if _compiled(logits):
+    if logits.is_contiguous() and native.takes(logits):
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.pertoken.softmax_at(logits, targets, temperature)
         return found
     logprobs, total, entropy = (torch.empty(len(logits), device=logits.device) for _ in range(3))
@@ -138,7 +138,7 @@ def _to_gradient_(
     temperature: float,
 ) -> None:
     """In place: with p = softmax(z / T),  dlogp/dz = (onehot - p) / T  and  dH/dz = -p (log p + H) / T."""
-    if _compiled(logits):
+    if logits.is_contiguous() and native.takes(logits):
         torch.ops.pertoken.softmax_gradient_(
             logits, targets, total, entropy, by_logprob.contiguous(), by_entropy.contiguous(), temperature
         )
@@ -152,11 +152,6 @@ def _to_gradient_(
         gradient = logp.exp_().mul_(weight)
         gradient[torch.arange(len(gradient)), targets[rows]] += by_logprob[rows]
         logits[rows] = gradient.div_(temperature)
-
-
-def _compiled(logits: Tensor) -> bool:
-    known = logits.dtype in (torch.float32, torch.bfloat16) and logits.is_contiguous()
-    return known and logits.device.type == "cpu" and native.available()
 
 
 def _buffer(logits: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class FusedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         epsilon = _epsilon(self)
-        if epsilon is None or not compiled.takes(x):
+        if epsilon is None or not native.takes(x):
             return super().forward(x)  # type: ignore[no-any-return]
         return compiled.rms_norm(x, self.weight, epsilon, compiled.wanted(x.dtype, self.weight.dtype))
 
@@ -84,7 +84,7 @@ class FusedGatedMLP(nn.Module):
         return named and type(children["act_fn"]).__name__ in ("SiLU", "SiLUActivation")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not compiled.takes(x):
+        if not native.takes(x):
             return super().forward(x)  # type: ignore[no-any-return]
         out: Tensor = self.down_proj(compiled.gated_silu(self.gate_proj(x), self.up_proj(x)))
         return out
@@ -103,7 +103,7 @@ def fused_rotation(model: nn.Module) -> Iterator[None]:
         return
 
     def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        if rest or named or len(q) != 1 or q.shape[-1] != cos.shape[-1] or not compiled.takes(q, k, cos, sin):
+        if rest or named or len(q) != 1 or q.shape[-1] != cos.shape[-1] or not native.takes(q, k, cos, sin):
             return own(q, k, cos, sin, *rest, **named)  # type: ignore[no-any-return]
         return compiled.rotate(q, cos, sin), compiled.rotate(k, cos, sin)
 

@@ -24,6 +24,7 @@ from pertoken.cache import cache_folder
 from pertoken.errors import MissingExtraError, ModelError, closest
 from pertoken.policy.gradients import Casts
 from pertoken.policy.layers import fuse_layers
+from pertoken.policy.pointwise import Pointwise, compile_pointwise
 from pertoken.policy.scoring import Against, Layout, Trunk, find_layout, head_logits, recomputable, score_batch
 from pertoken.types import PolicyOutput, TokenBatch
 
@@ -77,18 +78,21 @@ class Policy:
         value_head: ValueHead | None = None,
         dropout: bool = False,
         recompute_activations: bool = False,
+        compile: bool = True,
         tokens_per_pass: int = 4096,
         layout: Layout | None = None,
     ) -> None:
         """`tokens_per_pass` bounds a forward without gradient; `layout` overrides the measured one.
 
         With `recompute_activations` passes with gradient keep the input of each layer alone (Chen et al. 2016,
-        https://arxiv.org/abs/1604.06174). Raises ModelError if this model's layers cannot be run again.
+        https://arxiv.org/abs/1604.06174). With `compile` activations and norms go through `torch.compile` where a trial
+        says that it pays (`pointwise.py`). Raises ModelError if this model's layers cannot be run again.
         """
         self.tokenizer = tokenizer
         self.autocast_dtype = resolve_precision(precision, model.device)
         fuse_layers(model)
         self.layout: Layout = layout or find_layout(model)
+        self.pointwise = compile_pointwise(model, self.autocast_dtype) if compile else Pointwise({}, ())
         self.model = _with_lora(model, lora) if lora else model
         self.value_head = value_head.to(model.device) if value_head else None
         self.dropout = dropout
@@ -134,8 +138,9 @@ class Policy:
         over the whole vocabulary (`Reference.against`).
         """
         trunk = Trunk(
-            self.hf_model, self.value_head, self.autocast_dtype, self.layout, self.recompute_activations, into_grad
-        )
+            self.hf_model, self.value_head, self.autocast_dtype, self.layout, self.recompute_activations, into_grad,
+            self.pointwise,
+        )  # fmt: skip
         if grad:
             self.model.train(self.dropout)
             try:

@@ -32,6 +32,7 @@ from pertoken.policy.gradients import Casts, into_grad
 from pertoken.policy.head import linear_logprobs
 from pertoken.policy.layers import fused_rotation
 from pertoken.policy.packs import Pack
+from pertoken.policy.pointwise import Pointwise
 from pertoken.sampling import NO_TOKEN, Controls, processed_logits
 from pertoken.types import PolicyOutput, TokenBatch
 
@@ -53,6 +54,8 @@ class Trunk:
     """Keep each layer's input alone for the backward pass, and run the layer again there."""
     into_grad: Casts | None = None
     """Let the backward pass add gradients of matrices straight to `.grad` (`gradients.py`)."""
+    pointwise: Pointwise = Pointwise({}, ())
+    """Modules that run compiled (`pointwise.py`)."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def _hidden_states(trunk: Trunk, rows: _Rows) -> Float[Tensor, "RS H"]:
             if rows.packs:
                 stack.enter_context(packed(model, rows.packs))
                 stack.enter_context(fused_rotation(model))
+            stack.enter_context(trunk.pointwise.in_use())
             if trunk.into_grad is not None:
                 stack.enter_context(into_grad(model, trunk.autocast_dtype, trunk.into_grad))
             yield

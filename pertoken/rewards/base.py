@@ -16,9 +16,6 @@ import importlib
 import inspect
 import json
 import math
-import sys
-import threading
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pertoken.background import Background, StillRunning
 from pertoken.errors import ConfigError, RewardError, closest
 from pertoken.rewards.align import AlignedText, align, spread
 from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
@@ -428,31 +426,12 @@ def _evaluate(part: Weighted, scene: Scene) -> Float[Tensor, "B T"]:
 
 
 def _in_time(reward: Reward, scene: Scene, seconds: float) -> Any:
-    """What `reward` returns; RewardError, with the line that it is at, if that takes longer than `seconds`.
-
-    Nothing in Python can end a thread: a reward that hangs is left behind, and goes with the process.
-    """
-    returned: list[Any] = []
-    raised: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            returned.append(reward(scene))
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="pertoken-reward")
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    if not returned:
-        frame = sys._current_frames().get(thread.ident or 0)
-        at = traceback.extract_stack(frame)[-1] if frame else None
-        where = f" It is at {at.filename}:{at.lineno}, in {at.name}." if at else ""
+    """What `reward` returns; RewardError, with the line that it is at, if that takes longer than `seconds`."""
+    try:
+        return Background(lambda: reward(scene), "pertoken-reward").result(seconds)
+    except StillRunning as error:
         waited = f"no answer for {len(scene.episodes)} completions within {seconds:g} s"
-        raise RewardError(f"{waited}.{where} Mend it, or raise `time_limit`.")
-    return returned[0]
+        raise RewardError(f"{waited}. {error} Mend it, or raise `time_limit`.") from error
 
 
 def _where(episode: Episode) -> str:

@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from pertoken.rollout.rows import Drawn, draw_plain
 
 NAME = "pertoken_slots"
 """Under this name transformers finds `slot_attention`; it has no mask function, so no mask is ever built."""
@@ -47,10 +46,6 @@ class Decoder(Protocol):
 
     def release(self) -> None:
         """Give up rows and packed weights; `load` comes before the next `reserve`."""
-        ...
-
-    def draw(self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]) -> Drawn:
-        """Ids drawn from softmax(logits / temperature), one uniform number each; their log-probs, the entropies."""
         ...
 
 
@@ -106,8 +101,6 @@ class HFDecoder:
                 buffer[target, :, :length] = buffer[source, :, :length]
         self._lengths[target] = length
 
-    draw = staticmethod(draw_plain)
-
     def _forward(self, ids: Tensor, positions: Tensor, slots: list[int], before: list[int]) -> Float[Tensor, "R S H"]:
         with _writing(self._model, _Writing(self, slots, before, ids.shape[1])):
             states: Tensor = self._model.base_model(
@@ -161,8 +154,6 @@ class RecomputingDecoder:
 
     def move(self, source: int, target: int) -> None:
         self._rows[target] = self._rows[source]
-
-    draw = staticmethod(draw_plain)
 
     def _logits(self, rows: list[list[int]]) -> Float[Tensor, "R V"]:
         lengths = torch.tensor([len(row) for row in rows], device=self._model.device)

@@ -109,7 +109,7 @@ class NativeEngine:
             return []
         rows = Rows(
             prompts, controls, seeds, device=self._hf.device, context=self._context, tokenizer=self._tokenizer,
-            draw_plain=self.decoder.draw, on_token=on_token,
+            on_token=on_token,
         )  # fmt: skip
         slots = min(self._max_rows, len(prompts))
         room = min(rows.budget, self._context - min(map(len, prompts)))

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from pertoken import native
 from pertoken.rollout.decoder import agrees
 from pertoken.rollout.packing import multiply, pack
-from pertoken.rollout.rows import Drawn
-from pertoken.sampling import refuse_lost
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s whose layers have the shape that the code computes."""
@@ -133,11 +131,6 @@ class FusedDecoder:
         keys[target, :, :, : -(-own // LANES)] = keys[source, :, :, : -(-own // LANES)]
         values[target, :, :, :own] = values[source, :, :, :own]
         self._prompts[target], self._lengths[target] = self._prompts[source], self._lengths[source]
-
-    def draw(self, logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]) -> Drawn:
-        ids, logprobs, entropies = torch.ops.pertoken.sample(logits, temperature, uniforms.double())
-        refuse_lost(logprobs.exp())
-        return ids, logprobs, entropies
 
     @property
     def _embedding(self) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pertoken import native
 from pertoken.errors import ModelError
-from pertoken.sampling import NO_TOKEN, Controls, draw, entropy_of, keep_set, processed_logits
+from pertoken.sampling import NO_TOKEN, Controls, draw, entropy_of, keep_set, processed_logits, refuse_lost
 from pertoken.types import Completion, StopReason
 
 OnToken = Callable[[int, int, float, float], None]
@@ -25,6 +26,10 @@ Drawn = tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]
 
 def draw_plain(logits: Float[Tensor, "R V"], temperature: float, uniforms: Float[Tensor, " R"]) -> Drawn:
     """Ids drawn from softmax(logits / temperature), one uniform number each; the most probable one at temperature 0."""
+    if logits.is_contiguous() and native.takes(logits):
+        ids, logprobs, entropies = torch.ops.pertoken.sample(logits, temperature, uniforms.double())
+        refuse_lost(logprobs.exp())
+        return ids, logprobs, entropies
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(1)
     ids = draw(logprobs, uniforms) if temperature else logprobs.argmax(1)
     return ids, logprobs.gather(1, ids[:, None])[:, 0], entropy_of(logprobs)
@@ -61,13 +66,11 @@ class Rows:
         device: torch.device,
         context: int,
         tokenizer: Any,
-        draw_plain: Callable[..., Drawn] = draw_plain,
         on_token: OnToken | None = None,
     ) -> None:
         """context: most tokens that a row may have, prompt included. tokenizer: makes text of ids, for stop strings.
 
-        draw_plain: draws where the temperature is the only control. Raises ModelError for a prompt that is empty or
-        fills the context.
+        Raises ModelError for a prompt that is empty or fills the context.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
@@ -81,7 +84,7 @@ class Rows:
         self.rows = [Row(index) for index in range(len(prompts))]
         self.controls, self.budget = controls, controls.sampling.max_new_tokens
         self._device, self._context, self._tokenizer = device, context, tokenizer
-        self._draw_plain, self._tell = draw_plain, on_token
+        self._tell = on_token
         self._uniforms = torch.stack([_uniforms(seed, self.budget) for seed in seeds])
         self._eos = torch.tensor(controls.eos_ids or (NO_TOKEN,), device=device)
 
@@ -108,7 +111,7 @@ class Rows:
         sampling, device = self.controls.sampling, logits.device
         uniforms = torch.stack([self._uniforms[row.index, len(row.tokens)] for row in rows]).to(device)
         if self.controls.only_temperature:
-            return *self._draw_plain(logits, sampling.temperature, uniforms), None
+            return *draw_plain(logits, sampling.temperature, uniforms), None
         taken = torch.tensor([len(row.tokens) for row in rows], device=device)
         z = processed_logits(logits, self.controls, taken, self._history(rows))
         keep = None if sampling.greedy else keep_set(z, sampling)

@@ -45,6 +45,9 @@ METRICS: dict[str, Term] = {
         "mean over a of |log p_scored − log p_sampled|, nats",
     ),
     "drift/max": Term("The same at the worst token.", "max over a of |log p_scored − log p_sampled|, nats"),
+    "staleness": Term(
+        "Updates that the policy had made since the tokens of this step were sampled (`rollout.ahead`).", "updates"
+    ),
     "importance/clipped_share": Term("Tokens whose importance weight was cut at its limit.", "share of a, 0 to 1"),
     "clip/share": Term("Tokens that the surrogate clipped: they no longer move the policy.", "share of a, 0 to 1"),
     "advantage/mean": Term("Mean advantage; near 0 when it is whitened.", "mean over a"),

@@ -238,7 +238,7 @@ def test_without_a_compiler_all_goes_on(monkeypatch):
     monkeypatch.setattr(native, "available", lambda: False)
     model = family_model("llama")
     assert fuse_layers(model) == 0
-    assert not compiled.takes(torch.ones(1))
+    assert not native.takes(torch.ones(1))
     with fused_rotation(model):
         policy = Policy(model, byte_tokenizer(), precision="float32")
     policy.score(ragged(), grad=True, into_grad=Casts()).logprobs.sum().backward()

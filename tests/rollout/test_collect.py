@@ -1,10 +1,14 @@
 """From items to episodes: ids untouched, groups and seeds where they belong."""
 
+import json
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from pertoken.errors import ModelError
 from pertoken.policy.scoring import head_logits
-from pertoken.rollout.collect import collect, prompt_ids, sample_seed
+from pertoken.rollout.collect import Draws, collect, draw_completions, prompt_ids, sample_seed, stem_from, to_episodes
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
@@ -60,3 +64,23 @@ def test_messages_go_through_the_chat_template():
     assert tokenizer.decode(prompt_ids(Item("x", talk[1:]), tokenizer)) == "Hi"
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}>"
     assert tokenizer.decode(prompt_ids(Item("x", talk), tokenizer)) == "[system] Be brief.\n[user] Hi\n>"
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_draws_survive_a_trip_through_json(top_k):
+    tokenizer, items = byte_tokenizer(), ITEMS
+    controls = Controls(Sampling(max_new_tokens=5, top_k=top_k), (256,))
+    engine = NativeEngine(tiny_model(seed=1), tokenizer, head_logits=head_logits)
+    draws = draw_completions(engine, items, tokenizer, controls, samples_per_prompt=2, run_seed=1, step=3)
+    again = Draws.of_state(json.loads(json.dumps(draws.state())))
+    for one, other in zip(
+        to_episodes(draws, items, tokenizer, step=3), to_episodes(again, items, tokenizer, step=3), strict=True
+    ):
+        supports = one.support, other.support
+        assert (supports[0] is None) == (not top_k)
+        assert (supports[0] is None and supports[1] is None) or np.array_equal(*supports)
+        assert replace(one, support=None) == replace(other, support=None)
+    assert stem_from(again, items, tokenizer, controls, 2)
+    assert not stem_from(again, items, tokenizer, controls, 3)
+    assert not stem_from(again, items[::-1], tokenizer, controls, 2)
+    assert not stem_from(again, items, tokenizer, Controls(Sampling(max_new_tokens=6, top_k=top_k), (256,)), 2)

@@ -5,7 +5,8 @@ import torch
 
 from pertoken.policy.model import Lora, Policy
 from pertoken.policy.scoring import head_logits
-from pertoken.rollout import fused
+from pertoken import native
+from pertoken.rollout import fused, rows
 from pertoken.rollout.decoder import HFDecoder, RecomputingDecoder, agrees
 from pertoken.rollout.engine import NativeEngine
 from pertoken.rollout.fused import FusedDecoder, fused_decoder
@@ -120,14 +121,16 @@ def test_fused_logits_are_the_models_own_up_to_bfloat16(name, together, monkeypa
     assert (torch.stack(found).float() - wanted).abs().mean() < 0.02 * wanted.std()
 
 
-def test_fused_draws_are_those_of_the_plain_sampler():
-    model = fused_model()
-    decoder = needs_compiler(fused_decoder(model))
-    logits = (torch.randn(300, 64, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_draws_are_those_of_plain_torch(dtype, monkeypatch):
+    logits = (torch.randn(300, 64, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     uniforms = torch.rand(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for temperature in (1.0, 0.6, 1.8, 0.0):
-        got = decoder.draw(logits, temperature, uniforms)
-        wanted = HFDecoder(model, head_logits).draw(logits, temperature, uniforms)
+        got = rows.draw_plain(logits, temperature, uniforms)
+        with monkeypatch.context() as without:
+            without.setattr(native, "available", lambda: False)
+            wanted = rows.draw_plain(logits, temperature, uniforms)
         assert torch.equal(got[0], wanted[0])
         for a, b in zip(got[1:], wanted[1:], strict=True):
             torch.testing.assert_close(a.float(), b, atol=2e-5, rtol=1e-5)
