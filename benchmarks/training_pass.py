@@ -4,9 +4,9 @@
     python benchmarks/training_pass.py
     python benchmarks/training_pass.py --model FOLDER --prompts 4 --completions 8 --rounds 7
 
-The ways take turns; medians of several rounds after one to warm up. Before that, in float32, log-probs and gradients are
-compared. TRL goes row by row of a micro-batch, prompts padded; ours is the scoring pass and the loss of the training
-loop. Where the machine multiplies in bfloat16, each is measured in both types.
+The ways take turns; medians of several rounds after one to warm up. Before that, in float32, log-probs and gradients
+are compared. TRL takes a micro-batch of padded rows; ours is the scoring pass and the loss of the training loop. Where
+the machine multiplies in bfloat16, each is measured in both types.
 """
 
 import argparse
@@ -132,8 +132,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of our micro-batch")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores: {args.prompts} prompts of "
-          f"{args.prompt_tokens[0]}-{args.prompt_tokens[1]} tokens x {args.completions} completions of {args.new_tokens}")  # fmt: skip
+    low, high = args.prompt_tokens
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores: {args.prompts} prompts of {low}-{high} "
+          f"tokens x {args.completions} completions of {args.new_tokens}")  # fmt: skip
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(args.model, device="cpu")
@@ -170,7 +171,8 @@ def main() -> None:
     body, head = matrix_parameters(exact)
     packed = sum(batch.prompt_lengths()[:: args.completions]) + batch.num_actions
     flop = 6.0 * (body * packed + head * batch.num_actions)
-    print("| pass | s (spread) | TRL float32 takes times as long (spread) | of the matrix rate |\n| --- | --- | --- | --- |")
+    print("| pass | s (spread) | TRL float32 takes times as long (spread) | of the matrix rate |")
+    print("| --- | --- | --- | --- |")
     for name, taken in seconds.items():
         ratios = [a / b for a, b in zip(seconds["TRL float32"], taken, strict=True)]
         rate = matrix_rate(exact, torch.bfloat16 if "bfloat16" in name else torch.float32)

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class StillRunning(Exception):
+class StillRunningError(Exception):
     """A result was not there in time; the message says at which line the work is."""
 
 
@@ -33,12 +33,14 @@ class Background(Generic[T]):
         self._thread.start()
 
     def result(self, seconds: float | None = None) -> T:
-        """What `work` returned or raised; StillRunning if that takes longer."""
+        """What `work` returned or raised; StillRunningError if that takes longer."""
         self._thread.join(seconds)
         if self._raised:
             raise self._raised[0]
         if not self._returned:
             frame = sys._current_frames().get(self._thread.ident or 0)
             at = traceback.extract_stack(frame)[-1] if frame else None
-            raise StillRunning(f"It is at {at.filename}:{at.lineno}, in {at.name}." if at else "It is about to end.")
+            raise StillRunningError(
+                f"It is at {at.filename}:{at.lineno}, in {at.name}." if at else "It is about to end."
+            )
         return self._returned[0]

@@ -51,7 +51,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         notes.append("this model's attention cannot be packed: rows are scored one by one and padded, which is slower")
     notes += [
         f"torch.compile runs {trial.name}: {trial.own:.2f} -> {trial.compiled:.2f} ms for 1,024 tokens"
-        for trial in policy.pointwise.trials
+        for trial in (policy.pointwise.trials if policy.pointwise else ())
         if trial.pays
     ]
     engine = build_engine(policy, config.rollout)

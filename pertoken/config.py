@@ -414,8 +414,8 @@ class RunConfig(Section):
         needs_evaluation = stop.metric is not None or stop.patience is not None
         yield (
             rollout.ahead and self.objective.importance_cap is None,
-            "rollout.ahead samples with weights of one update before, and objective.importance_cap null does not correct "
-            "for it. Set a cap (2.0), or rollout.ahead=false.",
+            "rollout.ahead samples with the weights of one update before, and objective.importance_cap null does not "
+            "correct for it. Set a cap (2.0), or rollout.ahead=false.",
         )
         yield (
             rollout.sampling.greedy,

@@ -164,7 +164,7 @@ def loop(
 
 
 def generate(run: Run, step: int) -> list[Episode]:
-    """The episodes of `step`, drawn ahead or now; their items and random numbers depend on the seed and `step` alone."""
+    """The episodes of `step`, drawn ahead or now: items and random numbers depend on the seed and `step` alone."""
     draws, run.ahead = run.ahead or draw(run, step), None
     run.staleness = step - 1 - draws.version
     return to_episodes(draws, items_of(run, step), run.policy.tokenizer, step=step)

@@ -40,7 +40,9 @@ def test_with_weights_that_stay_the_same_it_changes_nothing(model_folder, data, 
 def test_the_update_between_is_weighed(model_folder, data, tmp_path):  # noqa: F811
     """The first step is as without; from then on, sampled and scored log-probs are those of two policies."""
     at_once = trained(numbers(model_folder, data, tmp_path, folder=str(tmp_path / "a"), stop__steps=3))
-    ahead = trained(numbers(model_folder, data, tmp_path, folder=str(tmp_path / "b"), stop__steps=3, rollout__ahead=True))
+    ahead = trained(
+        numbers(model_folder, data, tmp_path, folder=str(tmp_path / "b"), stop__steps=3, rollout__ahead=True)
+    )
     assert without_times(at_once[:1]) == without_times(ahead[:1])
     assert all(row["drift/max"] < trainer.RATIO_TOLERANCE for row in at_once)
     assert all(row["drift/max"] > 1e-3 for row in ahead[1:])
@@ -83,7 +85,9 @@ def test_what_fails_beside_the_sampling_is_told_as_ever(model_folder, data, tmp_
         with pytest.raises(RewardError, match=r"judge.*step 2 is saved"):
             run.train(config)
     run.train(config, resume=config.run_folder)
-    whole = trained(numbers(model_folder, data, tmp_path, rollout__ahead=True, stop__steps=5, folder=str(tmp_path / "w")))
+    whole = trained(
+        numbers(model_folder, data, tmp_path, rollout__ahead=True, stop__steps=5, folder=str(tmp_path / "w"))
+    )
     assert without_times(metrics_of(config.run_folder)) == without_times(whole)
 
 

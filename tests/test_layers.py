@@ -39,7 +39,18 @@ MAY: dict[str, set[str]] = {
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
     "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
     "trainer": {
-        *("errors", "memory", "background", "sampling", "types", "config", "tasks", "tracking", "observe", "evaluation"),
+        *(
+            "errors",
+            "memory",
+            "background",
+            "sampling",
+            "types",
+            "config",
+            "tasks",
+            "tracking",
+            "observe",
+            "evaluation",
+        ),
         *(STAGES | MATHS),
     },
 }

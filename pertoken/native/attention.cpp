@@ -5,6 +5,7 @@
 // Tiles have one size whatever the lengths are, so that oneDNN generates the code of each product once. Products are made
 // in the type of the tensors, sums and softmax in float32. Query heads that share a key head are rows of one tile.
 
+#include "attention.h"
 #include "numbers.h"
 
 #include <ATen/Parallel.h>
@@ -346,20 +347,6 @@ void backward(const Tensor& gradient, const Tensor& q, const Tensor& k, const Te
   });
 }
 
-// Of q [N, heads, D], k and v [N, kv_heads, D and Dv]: what each query attends to [N, heads, Dv], and the log of its mass
-// [N, heads]. `sequences` [n, 3] has the first cell, the length and the number of the prompt (-1: none) of each; together
-// they are all N cells, and a prompt comes before those that continue it. window 0: none.
-std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sequences, int64_t window,
-                                  double scale) {
-  const Shape shape(q, k, v);
-  Tensor out = at::empty({q.size(0), shape.heads, shape.v_width}, v.options());
-  Tensor masses = at::empty({q.size(0), shape.heads}, v.options().dtype(at::kFloat));
-  with_type(v, [&](auto kind) {
-    forward<decltype(kind)>(q, k, v, sequences_of(sequences), window, scale, shape, out, masses);
-  });
-  return {out, masses};
-}
-
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& gradient, const Tensor& q, const Tensor& k, const Tensor& v,
                                                    const Tensor& out, const Tensor& masses, const Tensor& sequences,
                                                    int64_t window, double scale) {
@@ -382,7 +369,21 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& gradient, const
 
 }  // namespace
 
+// Of q [N, heads, D], k and v [N, kv_heads, D and Dv]: what each query attends to [N, heads, Dv], and the log of its mass
+// [N, heads]. `sequences` [n, 3] has the first cell, the length and the number of the prompt (-1: none) of each; together
+// they are all N cells, and a prompt comes before those that continue it. window 0: none.
+std::tuple<Tensor, Tensor> pertoken::attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sequences, int64_t window,
+                                  double scale) {
+  const Shape shape(q, k, v);
+  Tensor out = at::empty({q.size(0), shape.heads, shape.v_width}, v.options());
+  Tensor masses = at::empty({q.size(0), shape.heads}, v.options().dtype(at::kFloat));
+  with_type(v, [&](auto kind) {
+    forward<decltype(kind)>(q, k, v, sequences_of(sequences), window, scale, shape, out, masses);
+  });
+  return {out, masses};
+}
+
 TORCH_LIBRARY_FRAGMENT(pertoken, m) {
-  m.def("attend", &attend);
+  m.def("attend", &pertoken::attend);
   m.def("attend_backward", &attend_backward);
 }

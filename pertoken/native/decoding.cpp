@@ -5,6 +5,7 @@
 // packed down, norm before the MLP, query norm (or empty), key norm (or empty): `kPerLayer` tensors.
 // The residual stream stays float32, as it does in training under autocast; products are bfloat16.
 
+#include "attention.h"
 #include "numbers.h"
 
 #include <ATen/ATen.h>
@@ -84,23 +85,22 @@ Tensor silu_product(const Tensor& gate_up) {
   return out;
 }
 
-// Norm (where the family has one) and rotation of one head at one position, from bfloat16 to float32.
-void rotate(const BFloat16* in, const float* norm, const float* cos, const float* sin, int64_t width, double eps,
-            float* out) {
-  std::vector<float> x(width);
-  float factor = 1;
-  for (int64_t i = 0; i < width; ++i) x[i] = in[i];
-  if (norm) {
-    float squares = 0;
-    for (float v : x) squares += v * v;
-    factor = 1.0f / std::sqrt(squares / width + static_cast<float>(eps));
-    for (int64_t i = 0; i < width; ++i) x[i] *= factor * norm[i];
-  }
+// Norm (where the family has one) and rotation of one head at one position.
+template <typename T>
+void rotate(const BFloat16* in, const float* norm, const float* cos, const float* sin, int64_t width, double eps, T* out) {
   const int64_t half = width / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    out[i] = x[i] * cos[i] - x[i + half] * sin[i];
-    out[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
-  }
+  const auto turn = [&](auto number) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = number(i), b = number(i + half);
+      narrow(a * cos[i] - b * sin[i], out + i);
+      narrow(b * cos[i + half] + a * sin[i + half], out + i + half);
+    }
+  };
+  if (!norm) return turn([&](int64_t i) { return widen(in[i]); });
+  float squares = 0;
+  for (int64_t i = 0; i < width; ++i) squares += widen(in[i]) * widen(in[i]);
+  const float factor = 1.0f / std::sqrt(squares / width + static_cast<float>(eps));
+  turn([&](int64_t i) { return widen(in[i]) * factor * norm[i]; });
 }
 
 const float* maybe(const Tensor& t) { return t.numel() ? t.const_data_ptr<float>() : nullptr; }
@@ -278,47 +278,46 @@ Tensor prefill(const Tensor& ids, const Tensor& embedding, const std::vector<Ten
                int64_t heads, double eps) {
   const int64_t total = ids.size(0);
   const Shape s(heads, values[0].size(1), values[0].size(3));
-  std::vector<int64_t> positions, lasts;
+  std::vector<int64_t> positions, lasts, rows;
   for (const Tensor& v : values) {
+    rows.insert(rows.end(), {static_cast<int64_t>(positions.size()), v.size(2), -1});
     for (int64_t t = 0; t < v.size(2); ++t) positions.push_back(t);
     lasts.push_back(static_cast<int64_t>(positions.size()) - 1);
   }
   TORCH_CHECK(static_cast<int64_t>(positions.size()) == total, "prompts of ", positions.size(), " tokens, but ", total);
+  const Tensor sequences = at::tensor(rows, ids.options()).view({-1, 3});
   Tensor hidden = run_layers(
       ids, embedding, weights, last_norm, eps,
       [&](size_t layer, const Tensor& qkv, const float* query_norm, const float* key_norm) {
-        Tensor q = at::empty({heads, total, s.width}, qkv.options().dtype(at::kFloat));
-        Tensor k = at::empty({s.kv_heads, total, s.width}, q.options());
+        Tensor q = at::empty({total, heads, s.width}, qkv.options());
+        Tensor k = at::empty({total, s.kv_heads, s.width}, qkv.options());
         const BFloat16* in = qkv.const_data_ptr<BFloat16>();
-        float *to_q = q.data_ptr<float>(), *to_k = k.data_ptr<float>();
+        BFloat16 *to_q = q.data_ptr<BFloat16>(), *to_k = k.data_ptr<BFloat16>();
         const float *cosines = cos.const_data_ptr<float>(), *sines = sin.const_data_ptr<float>();
         at::parallel_for(0, total, 8, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; ++t)
             for (int64_t h = 0; h < heads + s.kv_heads; ++h) {
               const bool query = h < heads;
-              float* out = query ? to_q + (h * total + t) * s.width : to_k + ((h - heads) * total + t) * s.width;
+              BFloat16* out = query ? to_q + (t * heads + h) * s.width : to_k + (t * s.kv_heads + h - heads) * s.width;
               rotate(in + t * s.columns + h * s.width, query ? query_norm : key_norm, cosines + positions[t] * s.width,
                      sines + positions[t] * s.width, s.width, eps, out);
             }
         });
         Tensor v = qkv.narrow(1, s.queries + s.kv_heads * s.width, s.kv_heads * s.width)
-                       .view({total, s.kv_heads, s.width})
-                       .transpose(0, 1);
-        Tensor out = at::empty({total, s.queries}, qkv.options());
+                       .reshape({total, s.kv_heads, s.width})
+                       .contiguous();
         int64_t start = 0;
         for (size_t p = 0; p < values.size(); ++p) {
           const int64_t length = values[p].size(2), blocks = blocks_of(length);
-          Tensor own_k = k.narrow(1, start, length), own_v = v.narrow(1, start, length);
-          keys[p][layer].copy_(at::constant_pad_nd(own_k, {0, 0, 0, blocks * kLanes - length})
+          const auto by_head = [&](const Tensor& t) { return t.narrow(0, start, length).transpose(0, 1); };
+          keys[p][layer].copy_(at::constant_pad_nd(by_head(k), {0, 0, 0, blocks * kLanes - length})
                                    .view({s.kv_heads, blocks, kLanes, s.width})
                                    .transpose(2, 3));
-          values[p][layer].copy_(own_v);
-          Tensor attended = at::scaled_dot_product_attention(
-              q.narrow(1, start, length).unsqueeze(0), own_k.repeat_interleave(s.shared, 0).unsqueeze(0),
-              own_v.to(at::kFloat).repeat_interleave(s.shared, 0).unsqueeze(0), std::nullopt, 0.0, true);
-          out.narrow(0, start, length).view({length, heads, s.width}).copy_(attended[0].transpose(0, 1));
+          values[p][layer].copy_(by_head(v));
           start += length;
         }
+        const double scale = 1.0 / std::sqrt(static_cast<double>(s.width));
+        Tensor out = std::get<0>(pertoken::attend(q, k, v, sequences, 0, scale)).view({total, s.queries});
         return out;
       });
   return hidden.index_select(0, at::tensor(lasts, ids.options()));
@@ -337,45 +336,45 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperatu
   with_type(logits, [&](auto kind) {
     using T = decltype(kind);
     const T* in = logits.const_data_ptr<T>();
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kBlock = 256;
-    std::vector<float> p(vocabulary);
-    std::vector<double> mass((vocabulary + kBlock - 1) / kBlock);
-    for (int64_t r = begin; r < end; ++r) {
-      const T* z = in + r * vocabulary;
-      const float top = largest(z, vocabulary);
-      double total = 0, moment = 0;
-      for (size_t block = 0; block < mass.size(); ++block) {
-        const int64_t first = block * kBlock, last = std::min(vocabulary, first + kBlock);
-        float weight = 0, weighted = 0;
-        for (int64_t i = first; i < last; ++i) {
-          const float x = (widen(z[i]) - top) * warmth;
-          p[i] = fast_exp(x);
-          weight += p[i];
-          weighted += p[i] * x;
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      constexpr int64_t kBlock = 256;
+      std::vector<float> p(vocabulary);
+      std::vector<double> mass((vocabulary + kBlock - 1) / kBlock);
+      for (int64_t r = begin; r < end; ++r) {
+        const T* z = in + r * vocabulary;
+        const float top = largest(z, vocabulary);
+        double total = 0, moment = 0;
+        for (size_t block = 0; block < mass.size(); ++block) {
+          const int64_t first = block * kBlock, last = std::min(vocabulary, first + kBlock);
+          float weight = 0, weighted = 0;
+          for (int64_t i = first; i < last; ++i) {
+            const float x = (widen(z[i]) - top) * warmth;
+            p[i] = fast_exp(x);
+            weight += p[i];
+            weighted += p[i] * x;
+          }
+          mass[block] = weight;
+          total += weight;
+          moment += weighted;
         }
-        mass[block] = weight;
-        total += weight;
-        moment += weighted;
+        double point = points[r] * total;
+        size_t block = 0;
+        while (block + 1 < mass.size() && point >= mass[block]) point -= mass[block++];
+        const int64_t first = block * kBlock, last = std::min(vocabulary, first + kBlock);
+        int64_t chosen = first;
+        for (int64_t i = first; i < last && !greedy; ++i) {
+          if (p[i] > 0) chosen = i;
+          if (point < p[i]) break;
+          point -= p[i];
+        }
+        if (greedy)
+          for (chosen = 0; chosen + 1 < vocabulary && widen(z[chosen]) != top;) ++chosen;
+        ids.data_ptr<int64_t>()[r] = chosen;
+        const double log_total = std::log(total);
+        logprobs.data_ptr<double>()[r] = (widen(z[chosen]) - top) * warmth - log_total;
+        entropies.data_ptr<double>()[r] = log_total - moment / total;
       }
-      double point = points[r] * total;
-      size_t block = 0;
-      while (block + 1 < mass.size() && point >= mass[block]) point -= mass[block++];
-      const int64_t first = block * kBlock, last = std::min(vocabulary, first + kBlock);
-      int64_t chosen = first;
-      for (int64_t i = first; i < last && !greedy; ++i) {
-        if (p[i] > 0) chosen = i;
-        if (point < p[i]) break;
-        point -= p[i];
-      }
-      if (greedy)
-        for (chosen = 0; chosen + 1 < vocabulary && widen(z[chosen]) != top;) ++chosen;
-      ids.data_ptr<int64_t>()[r] = chosen;
-      const double log_total = std::log(total);
-      logprobs.data_ptr<double>()[r] = (widen(z[chosen]) - top) * warmth - log_total;
-      entropies.data_ptr<double>()[r] = log_total - moment / total;
-    }
-  });
+    });
   });
   return {ids, logprobs, entropies};
 }

@@ -24,7 +24,7 @@ from pertoken.cache import cache_folder
 from pertoken.errors import MissingExtraError, ModelError, closest
 from pertoken.policy.gradients import Casts
 from pertoken.policy.layers import fuse_layers
-from pertoken.policy.pointwise import Pointwise, compile_pointwise
+from pertoken.policy.pointwise import compile_pointwise
 from pertoken.policy.scoring import Against, Layout, Trunk, find_layout, head_logits, recomputable, score_batch
 from pertoken.types import PolicyOutput, TokenBatch
 
@@ -92,7 +92,7 @@ class Policy:
         self.autocast_dtype = resolve_precision(precision, model.device)
         fuse_layers(model)
         self.layout: Layout = layout or find_layout(model)
-        self.pointwise = compile_pointwise(model, self.autocast_dtype) if compile else Pointwise({}, ())
+        self.pointwise = compile_pointwise(model, self.autocast_dtype) if compile else None
         self.model = _with_lora(model, lora) if lora else model
         self.value_head = value_head.to(model.device) if value_head else None
         self.dropout = dropout

@@ -1,8 +1,8 @@
-"""Activations and norms of a model through `torch.compile`, where that pays: tried once on this machine, and remembered.
+"""Activations and norms of a model through `torch.compile`, where that pays: tried once on a machine, and remembered.
 
 Layers that `layers.py` knows by formula have code of their own. What is left, the GELU of GPT-2 in eight operations or
-the norm of Gemma, is tried as it will be used: forward and backward on rows of the width and type that the model hands to
-it, by itself and compiled. Lengths are symbols in what is compiled: no length of text costs another compilation.
+the norm of Gemma, is tried as it will be used: forward and backward on rows of the width and type that the model hands
+to it, by itself and compiled. Lengths are symbols in what is compiled: no length costs another compilation.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class Pointwise:
     def in_use(self) -> Iterator[None]:
         """Within it the modules run their compiled form. They are as they were outside: copies must not share it."""
         for module, forward in self.compiled.items():
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
         try:
             yield
         finally:

@@ -2,8 +2,8 @@
 
 Everyone else sees `[B, T]` tensors. In here the rows of a batch are laid out in one of two ways:
 
-* `packed`: all tokens in one long row, the common prompt of a group once and each of its rows behind it, no
-  padding at all (`attention.py`);
+* `packed`: all tokens in one long row, the common prompt of a group once and each of its rows behind it, without
+  padding but for a few idle tokens at the end (`attention.py`);
 * `padded`: each row for itself, right-padded. The slow, obvious twin: the fallback for models whose attention
   cannot be packed, and the oracle in tests.
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -41,6 +42,9 @@ Layout = Literal["packed", "padded"]
 ACTIONS_PER_CHUNK = 256
 """Head rows at once where sampling controls are rebuilt: 256 x 49k vocabulary x 4 bytes = 50 MB of logits."""
 
+EVEN = 16
+"""Matrix products get a multiple of so many rows: one or two rows left over at the end make them a fifth slower."""
+
 
 @dataclass(frozen=True)
 class Trunk:
@@ -54,7 +58,7 @@ class Trunk:
     """Keep each layer's input alone for the backward pass, and run the layer again there."""
     into_grad: Casts | None = None
     """Let the backward pass add gradients of matrices straight to `.grad` (`gradients.py`)."""
-    pointwise: Pointwise = Pointwise({}, ())
+    pointwise: Pointwise | None = None
     """Modules that run compiled (`pointwise.py`)."""
 
 
@@ -129,7 +133,8 @@ def _hidden_states(trunk: Trunk, rows: _Rows) -> Float[Tensor, "RS H"]:
             if rows.packs:
                 stack.enter_context(packed(model, rows.packs))
                 stack.enter_context(fused_rotation(model))
-            stack.enter_context(trunk.pointwise.in_use())
+            if trunk.pointwise is not None:
+                stack.enter_context(trunk.pointwise.in_use())
             if trunk.into_grad is not None:
                 stack.enter_context(into_grad(model, trunk.autocast_dtype, trunk.into_grad))
             yield
@@ -240,6 +245,10 @@ def _pack(batch: TokenBatch, lengths: Tensor, row: Tensor, column: Tensor) -> _R
             end += sizes[b] - prompt
         packs.append(Pack.of(start, prompt, [sizes[b] - prompt for b in members], device))
         start = end
+    if idle := -start % EVEN:  # a sequence that no action looks at
+        ids.append(torch.zeros(idle, dtype=tokens.dtype))
+        positions.append(torch.arange(idle))
+        packs.append(Pack.of(start, idle, [], device))
     prompt_at, rest_at, prefixes = prompt_at.to(device), rest_at.to(device), torch.tensor(prefix, device=device)
 
     def cell(b: Tensor, t: Tensor) -> Tensor:
@@ -273,10 +282,12 @@ def _head(
     if plain and against is None:
         dtype = trunk.autocast_dtype or layer.weight.dtype
         temperature = controls.sampling.temperature or 1.0
-        return linear_logprobs(
-            hidden.to(dtype), layer.weight, layer.bias, targets,
+        idle = -len(targets) % EVEN
+        logprobs, entropy = linear_logprobs(
+            pad(hidden.to(dtype), (0, 0, 0, idle)), layer.weight, layer.bias, pad(targets, (0, idle)),
             temperature=temperature, entropy_grad=entropy_grad, into_grad=trunk.into_grad,
         )  # fmt: skip
+        return logprobs[: len(targets)], entropy[: len(targets)]
     return _head_in_chunks(model, hidden, targets, batch, entropy_grad, against)
 
 

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pertoken.background import Background, StillRunning
+from pertoken.background import Background, StillRunningError
 from pertoken.errors import ConfigError, RewardError, closest
 from pertoken.rewards.align import AlignedText, align, spread
 from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
@@ -429,7 +429,7 @@ def _in_time(reward: Reward, scene: Scene, seconds: float) -> Any:
     """What `reward` returns; RewardError, with the line that it is at, if that takes longer than `seconds`."""
     try:
         return Background(lambda: reward(scene), "pertoken-reward").result(seconds)
-    except StillRunning as error:
+    except StillRunningError as error:
         waited = f"no answer for {len(scene.episodes)} completions within {seconds:g} s"
         raise RewardError(f"{waited}. {error} Mend it, or raise `time_limit`.") from error
 

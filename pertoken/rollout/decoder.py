@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-
 NAME = "pertoken_slots"
 """Under this name transformers finds `slot_attention`; it has no mask function, so no mask is ever built."""
 

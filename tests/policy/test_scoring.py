@@ -267,3 +267,19 @@ def test_layout_is_measured_and_falls_back():
     assert scoring.find_layout(model) == "packed"
     alibi = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)).eval()
     assert scoring.find_layout(alibi) == "padded"  # distances between tokens are in a mask that it makes by itself
+
+
+def test_an_even_number_of_rows_goes_through_the_products_and_changes_nothing(monkeypatch):
+    """The tokens that fill up are a sequence of their own: nobody sees them, and no gradient comes from them."""
+    found = []
+    for even in (1, 16, 64):
+        monkeypatch.setattr(scoring, "EVEN", even)
+        policy = Policy(tiny_model(seed=2), byte_tokenizer(), precision="float32", layout="packed")
+        batch = scoring.probe(policy.hf_model, [9, 7, 8], prompt=3, groups=[0, 0, 1])
+        assert scoring._lay_out(batch, "packed").input_ids.shape[1] == -(-21 // even) * even
+        logprobs = policy.score(batch, grad=True).logprobs
+        logprobs.sum().backward()
+        found.append([logprobs.detach(), *(p.grad for p in policy.trainable().values())])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from pertoken import native
 from pertoken.policy.model import Lora, Policy
 from pertoken.policy.scoring import head_logits
-from pertoken import native
 from pertoken.rollout import fused, rows
 from pertoken.rollout.decoder import HFDecoder, RecomputingDecoder, agrees
 from pertoken.rollout.engine import NativeEngine
