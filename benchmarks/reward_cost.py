@@ -23,7 +23,7 @@ import torch
 from pertoken.errors import MissingExtraError
 from pertoken.policy.model import load_model
 from pertoken.rewards import Scene, resolve
-from pertoken.rewards.base import BUILT_IN
+from pertoken.rewards.names import BUILT_IN
 from pertoken.types import Episode, Item, PolicyOutput, TokenBatch
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -1,6 +1,7 @@
-"""The command line: train, evaluate, generate, profile, report, show, export, config, runs."""
+"""The command line: train, evaluate, generate, profile, report, show, export, config, runs, reward."""
 
 import io
+import json
 import math
 import os
 import re
@@ -40,6 +41,9 @@ out = Console(highlight=False, soft_wrap=True)
 
 runs_app = typer.Typer(name="runs", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(runs_app, help="List, verify, prune and resume runs.")
+
+reward_app = typer.Typer(name="reward", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(reward_app, help="Look at a reward before training with it.")
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells use it."""
@@ -319,6 +323,49 @@ def resume(
 ) -> None:
     """Go on with a run from its newest sound checkpoint; the same as train --resume."""
     _train(load_config([folder / "config.yaml"], settings or []), folder, _seconds(max_time))
+
+
+@reward_app.command(name="check")
+def check_reward(
+    name: Annotated[str, typer.Argument(help="Name of a reward, or module:function of your own.")],
+    parameters: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Parameters of the reward.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="YAML file whose task and tokenizer are taken; default: made-up texts, bytes."),
+    ] = None,
+) -> None:
+    """Try a reward on texts good and odd: does it keep its contract, what does it cost, whom does it pay?"""
+    from pertoken import build
+    from pertoken.reward_check import ITEMS, check_reward
+    from pertoken.testing import byte_tokenizer
+    from pertoken.tracking.coloured import ColouredText, harmless
+    from pertoken.types import Item
+
+    one = json.dumps([{"fn" if ":" in name else "name": name}])
+    overrides = [f"rewards={one}", *(f"rewards.0.{parameter}" for parameter in parameters or ())]
+    config = load_config([recipe] if recipe else [], overrides)
+    (part,) = build.build_rewards(config.rewards)
+    tokenizer: Any = byte_tokenizer()
+    items: Sequence[Item] = ITEMS
+    if recipe is not None:
+        tokenizer = build.build_policy(config).tokenizer
+        items = build.build_task(config.task).items("train")[:4]
+    found = check_reward(part, tokenizer, items)
+    for verdict in found.verdicts:
+        word, why = ("[green]kept  [/]", "") if not verdict.broken else ("[bold red]broken[/]", f": {verdict.broken}")
+        out.print(f"{word}  {verdict.promise}{escape(why)}")
+    if found.milliseconds is not None:
+        out.print(f"\n{found.milliseconds:.3g} ms per 1,000 tokens")
+    for example in found.examples:
+        text = ColouredText(example.pieces, example.values, "reward")
+        out.print(Text(f"\n{example.kind}: {sum(example.values):+.4g}", "dim"))
+        out.print(text.terminal())
+        for finding in example.findings:
+            out.print(Text(f"  {finding.value:+.4g} {harmless(finding.message)}", "yellow"))
+    if not found.sound:
+        raise typer.Exit(1)
 
 
 def _seconds(text: str | None) -> float:

@@ -18,7 +18,7 @@ from pertoken import cli
 from pertoken.build import build_rewards
 from pertoken.config import RunConfig, explain, load_config
 from pertoken.rewards import resolve
-from pertoken.rewards.base import BUILT_IN
+from pertoken.rewards.names import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -182,8 +182,8 @@ def test_commands_on_pages_exist(page, monkeypatch):
 
 def check_command(words: list[str]) -> None:
     program, *rest = words
-    if program == "pertoken" and rest[0] == "runs":
-        check_pertoken(COMMANDS["runs"].commands[rest[1]], rest[2:])
+    if program == "pertoken" and rest[0] in ("runs", "reward"):
+        check_pertoken(COMMANDS[rest[0]].commands[rest[1]], rest[2:])
     elif program == "pertoken":
         check_pertoken(COMMANDS[rest[0]], rest[1:])
     elif program == "make":

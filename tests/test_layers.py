@@ -57,7 +57,8 @@ MAY: dict[str, set[str]] = {
 MAY["build"] = MAY["trainer"] | {"trainer", "text_metrics"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["run"] = MAY["build"] | {"build"}
-MAY["cli"] = MAY["run"] | {"run", "profiling"}
+MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
+MAY["cli"] = MAY["run"] | {"run", "profiling", "reward_check", "testing"}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
 OPTIONAL = {"accelerate", "peft", "datasets", "plotly", "gguf", "pyarrow", "harper", "matplotlib"}

@@ -13,14 +13,15 @@ from pertoken.rewards.base import (
     episode_reward,
     findings,
     move_to_actions,
-    resolve,
     score,
     span_reward,
     token_reward,
 )
+from pertoken.rewards.functions import CompletionsReward
 from pertoken.rewards.grammar import Harper, LanguageTool, RulePack
 from pertoken.rewards.kl import KLToReference
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
+from pertoken.rewards.names import resolve
 from pertoken.rewards.rules import Length, Repetition
 from pertoken.rewards.shaping import Shaping
 
@@ -28,6 +29,7 @@ __all__ = [
     "AlignedText",
     "Bleu",
     "ChrF",
+    "CompletionsReward",
     "Finding",
     "Harper",
     "KLToReference",

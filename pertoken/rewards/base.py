@@ -12,47 +12,22 @@ that the policy did not choose moves to the last action before it.
 """
 
 import functools
-import importlib
-import inspect
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from numbers import Real
-from typing import Any, Literal, Protocol, cast, overload, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pertoken.background import Background, StillRunningError
-from pertoken.errors import ConfigError, RewardError, closest
+from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards.align import AlignedText, align, spread
 from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
-
-BUILT_IN = {
-    "rouge_1": "pertoken.rewards.metrics:Rouge1",
-    "rouge_2": "pertoken.rewards.metrics:Rouge2",
-    "rouge_l": "pertoken.rewards.metrics:RougeL",
-    "rouge_lsum": "pertoken.rewards.metrics:RougeLsum",
-    "bleu": "pertoken.rewards.metrics:Bleu",
-    "chrf": "pertoken.rewards.metrics:ChrF",
-    "ter": "pertoken.rewards.metrics:Ter",
-    "meteor": "pertoken.rewards.metrics:Meteor",
-    "repetition": "pertoken.rewards.rules:Repetition",
-    "length": "pertoken.rewards.rules:Length",
-    "harper": "pertoken.rewards.grammar:Harper",
-    "language_tool": "pertoken.rewards.grammar:LanguageTool",
-    "rule_pack": "pertoken.rewards.grammar:RulePack",
-    "shaping": "pertoken.rewards.shaping:Shaping",
-    "kl": "pertoken.rewards.kl:KLToReference",
-}
-"""Names that a configuration may use, and where each reward lives."""
-
-ENTRY_POINTS = "pertoken.rewards"
-"""Entry-point group by which installed packages add names."""
 
 Place = Literal["last", "spread"]
 """Where one number per sample goes: on the last action, or evenly on all of them."""
@@ -223,7 +198,7 @@ def episode_reward(fn: Callable[..., float] | None = None, *, place: Place = "la
         raise ConfigError(f"episode_reward: place is 'last' or 'spread', got {place!r}")
 
     def decorate(function: Callable[..., float]) -> DecoratedReward:
-        return DecoratedReward(function, functools.partial(_place_number, place=place))
+        return DecoratedReward(function, functools.partial(place_number, place=place))
 
     return decorate if fn is None else decorate(fn)
 
@@ -241,7 +216,8 @@ def token_reward(fn: Callable[..., Sequence[float]]) -> DecoratedReward:
     return DecoratedReward(fn, _place_list)
 
 
-def _place_number(value: Any, sample: Sample, place: Place) -> list[float]:
+def place_number(value: Any, sample: Sample, place: Place) -> list[float]:
+    """One value per token: a number on the last action, or evenly on all of them."""
     number = _number(value)
     actions = [k for k, acts in enumerate(sample.action_mask) if acts]
     chosen = actions if place == "spread" else actions[-1:]
@@ -436,48 +412,3 @@ def _in_time(reward: Reward, scene: Scene, seconds: float) -> Any:
 
 def _where(episode: Episode) -> str:
     return f"episode {episode.id!r} (item {episode.item.id!r})"
-
-
-def resolve(name: str) -> Callable[..., Reward]:
-    """The factory of a reward by name: `resolve("rouge_l")(granularity="word")` is a reward.
-
-    name: a built-in reward, `module:attribute`, or a name that an installed package offers under the entry-point
-    group `pertoken.rewards`. A class is a factory as it stands; for anything else the factory binds keyword
-    parameters of the function, if it has any.
-    """
-    offered = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)} | BUILT_IN
-    path = name if ":" in name else offered.get(name)
-    if path is None:
-        raise ConfigError(f"unknown reward {name!r}: {closest(name, offered)}; your own is named module:function")
-    found = load_attribute(path, name)
-    if not callable(found):
-        raise ConfigError(f"reward {name!r} is {type(found).__name__}, expected a decorated function or a class")
-    return cast("Callable[..., Reward]", found) if inspect.isclass(found) else functools.partial(_bind, name, found)
-
-
-def load_attribute(path: str, name: str) -> Any:
-    """What `path`, module:attribute, names; `name` is how the configuration calls it."""
-    module_name, _, attribute = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ConfigError(
-            f"reward {name!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); "
-            f"is its folder on PYTHONPATH?"
-        ) from error
-    if not hasattr(module, attribute):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"reward {name!r}: module {module_name!r} has no {attribute!r}; {closest(attribute, known)}")
-    return getattr(module, attribute)
-
-
-def _bind(name: str, reward: Any, /, **parameters: Any) -> Reward:
-    """`reward` with its keyword parameters set; unknown ones are a mistake in the configuration."""
-    try:
-        inspect.signature(reward).bind(None, **parameters)
-    except TypeError as error:
-        raise ConfigError(f"reward {name!r}: {error}; its signature is {inspect.signature(reward)}") from error
-    if isinstance(reward, DecoratedReward):
-        return reward.bind(**parameters)
-    bound: Reward = functools.partial(reward, **parameters) if parameters else reward
-    return bound

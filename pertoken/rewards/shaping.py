@@ -17,9 +17,10 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from pertoken.errors import ConfigError, RewardError
-from pertoken.rewards.base import Sample, SampleReward, load_attribute, resolve
+from pertoken.rewards.base import Sample, SampleReward
 from pertoken.rewards.metrics import MetricDelta
 from pertoken.rewards.metrics.base import check_choice
+from pertoken.rewards.names import load_attribute, resolve
 from pertoken.types import Item
 
 Potential = Callable[[str, Item], float]

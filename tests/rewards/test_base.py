@@ -43,7 +43,7 @@ from pertoken.rewards import (
     token_reward,
 )
 from pertoken.rewards import base as base_module
-from pertoken.rewards.base import BUILT_IN
+from pertoken.rewards.names import BUILT_IN
 from pertoken.types import PolicyOutput
 
 # ---- what an author sees ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pertoken.rewards import resolve
-from pertoken.rewards.base import BUILT_IN
+from pertoken.rewards.names import BUILT_IN
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 

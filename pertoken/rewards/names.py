@@ -1,0 +1,81 @@
+"""Which reward a name stands for: a built-in one, `module:attribute`, or what an installed package offers."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, cast
+
+from pertoken.errors import ConfigError, closest
+from pertoken.rewards.base import DecoratedReward, Reward
+from pertoken.rewards.functions import CompletionsReward, takes_completions
+
+BUILT_IN = {
+    "rouge_1": "pertoken.rewards.metrics:Rouge1",
+    "rouge_2": "pertoken.rewards.metrics:Rouge2",
+    "rouge_l": "pertoken.rewards.metrics:RougeL",
+    "rouge_lsum": "pertoken.rewards.metrics:RougeLsum",
+    "bleu": "pertoken.rewards.metrics:Bleu",
+    "chrf": "pertoken.rewards.metrics:ChrF",
+    "ter": "pertoken.rewards.metrics:Ter",
+    "meteor": "pertoken.rewards.metrics:Meteor",
+    "repetition": "pertoken.rewards.rules:Repetition",
+    "length": "pertoken.rewards.rules:Length",
+    "harper": "pertoken.rewards.grammar:Harper",
+    "language_tool": "pertoken.rewards.grammar:LanguageTool",
+    "rule_pack": "pertoken.rewards.grammar:RulePack",
+    "shaping": "pertoken.rewards.shaping:Shaping",
+    "kl": "pertoken.rewards.kl:KLToReference",
+}
+"""Names that a configuration may use, and where each reward lives."""
+
+ENTRY_POINTS = "pertoken.rewards"
+"""Entry-point group by which installed packages add names."""
+
+
+def resolve(name: str) -> Callable[..., Reward]:
+    """The factory of a reward by name: `resolve("rouge_l")(granularity="word")` is a reward.
+
+    name: a built-in reward, `module:attribute`, or a name that an installed package offers under the entry-point
+    group `pertoken.rewards`. A class is a factory as it stands; for anything else the factory binds keyword
+    parameters of the function, if it has any.
+    """
+    offered = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)} | BUILT_IN
+    path = name if ":" in name else offered.get(name)
+    if path is None:
+        raise ConfigError(f"unknown reward {name!r}: {closest(name, offered)}; your own is named module:function")
+    found = load_attribute(path, name)
+    if not callable(found):
+        raise ConfigError(f"reward {name!r} is {type(found).__name__}, expected a decorated function or a class")
+    return cast("Callable[..., Reward]", found) if inspect.isclass(found) else functools.partial(_bind, name, found)
+
+
+def load_attribute(path: str, name: str) -> Any:
+    """What `path`, module:attribute, names; `name` is how the configuration calls it."""
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"reward {name!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); "
+            f"is its folder on PYTHONPATH?"
+        ) from error
+    if not hasattr(module, attribute):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(f"reward {name!r}: module {module_name!r} has no {attribute!r}; {closest(attribute, known)}")
+    return getattr(module, attribute)
+
+
+def _bind(name: str, reward: Any, /, **parameters: Any) -> Reward:
+    """`reward` with its keyword parameters set; unknown ones are a mistake in the configuration."""
+    if takes_completions(reward):
+        return CompletionsReward(reward, parameters)
+    try:
+        inspect.signature(reward).bind(None, **parameters)
+    except TypeError as error:
+        raise ConfigError(f"reward {name!r}: {error}; its signature is {inspect.signature(reward)}") from error
+    if isinstance(reward, DecoratedReward):
+        return reward.bind(**parameters)
+    bound: Reward = functools.partial(reward, **parameters) if parameters else reward
+    return bound
