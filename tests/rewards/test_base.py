@@ -37,12 +37,12 @@ from pertoken.rewards import (
     episode_reward,
     findings,
     move_to_actions,
+    names,
     resolve,
     score,
     span_reward,
     token_reward,
 )
-from pertoken.rewards import base as base_module
 from pertoken.rewards.names import BUILT_IN
 from pertoken.types import PolicyOutput
 
@@ -421,7 +421,7 @@ def test_a_function_is_named_by_its_path_and_takes_parameters(name, here, make_e
 
 def test_installed_packages_offer_rewards(here, monkeypatch):
     point = EntryPoint("theirs", f"{here}:per_token", "pertoken.rewards")
-    monkeypatch.setattr(base_module, "entry_points", lambda group: [point] if group == "pertoken.rewards" else [])
+    monkeypatch.setattr(names, "entry_points", lambda group: [point] if group == "pertoken.rewards" else [])
     assert resolve("theirs")().fn is per_token.fn
 
 

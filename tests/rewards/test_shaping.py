@@ -6,8 +6,7 @@ import random
 import pytest
 
 from pertoken.errors import ConfigError, RewardError
-from pertoken.rewards import Shaping, Ter
-from pertoken.rewards import base as base_module
+from pertoken.rewards import Shaping, Ter, names
 
 GAMMA = 0.8
 LONGEST = 3
@@ -152,7 +151,7 @@ def test_settings_that_cannot_work_are_refused(make, message, monkeypatch):
 
 
 def test_a_potential_is_named_by_its_path(monkeypatch, make_episode, make_scene, letters):
-    monkeypatch.setattr(base_module.importlib, "import_module", lambda name: type("module", (), {"fn": per_prefix}))
+    monkeypatch.setattr(names.importlib, "import_module", lambda name: type("module", (), {"fn": per_prefix}))
     scene = make_scene(make_episode(letters("ab"), "ab"))
     assert Shaping("mine:fn", {"weight": 2.0})(scene)[0, 2:].tolist() == [2.0, -2.0]
 
