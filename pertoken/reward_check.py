@@ -71,19 +71,17 @@ def check_reward(part: Weighted, tokenizer: Any, items: Sequence[Item] = ITEMS) 
     """Try `part` on completions of `items`; nothing that it does raises."""
     kinds, scenes = _completions(items, tokenizer)
     fresh = _forgetting(part)
-    single: list[torch.Tensor | None] = []
+    rows: list[torch.Tensor] = []
     faults = []
     for (kind, item), scene in zip(kinds, scenes, strict=True):
         try:
             fresh()
-            single.append(score([part], scene).total[0])
+            rows.append(score([part], scene).total[0])
         except RewardError as error:
-            single.append(None)
             faults.append(f"{kind} completion of item {item.id!r}: {error}")
     verdicts = [Verdict("answers every completion", faults[0] if faults else "")]
     if faults:
         return RewardCheck(verdicts, [], None)
-    rows = [row for row in single if row is not None]
     together = _joined(scenes)
     fresh()
     begun = time.perf_counter()

@@ -134,6 +134,8 @@ def _remembered(module: nn.Module, use: _Use) -> Trial:
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Trial(**json.loads(place.read_text()))
     trial = _try(module, use)
+    if trial.compiled is None:  # a compiler may come
+        return trial
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(asdict(trial)))
@@ -141,23 +143,25 @@ def _remembered(module: nn.Module, use: _Use) -> Trial:
 
 
 def _try(module: nn.Module, use: _Use) -> Trial:
-    own = _milliseconds(module.forward, use)
+    own = _milliseconds(module.forward, module, use)
     try:
         compiled = torch.compile(module.forward, dynamic=True)
         with torch.no_grad():
             some = use.rows(PROBED_ROWS, torch.float32)
             wanted, found = module.forward(some).float(), compiled(some).float()
         same = (found - wanted).abs().max() < TOLERANCE * wanted.abs().max().clamp_min(1.0)
-        return Trial(use.name, own, _milliseconds(compiled, use) if same else None)
+        return Trial(use.name, own, _milliseconds(compiled, module, use) if same else None)
     except Exception:  # a compiler that is missing, or code that it cannot take, may fail in any way
         return Trial(use.name, own, None)
 
 
-def _milliseconds(forward: Callable[[Tensor], Tensor], use: _Use) -> float:
+def _milliseconds(forward: Callable[[Tensor], Tensor], module: nn.Module, use: _Use) -> float:
+    """Forward and backward; gradients are thrown away: the module is that of the policy, whose `.grad` must stay."""
     x, taken = use.rows(ROWS).requires_grad_(), []
+    inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
     for _ in range(ROUNDS):
         begun = time.perf_counter()
-        forward(x).sum().backward()
+        torch.autograd.grad(forward(x).sum(), inputs)
         if use.device.type == "cuda":
             torch.cuda.synchronize()
         taken.append(1000 * (time.perf_counter() - begun))

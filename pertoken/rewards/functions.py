@@ -41,10 +41,6 @@ class CompletionsReward:
         self._parameters = dict(parameters)
         functools.update_wrapper(self, fn)
 
-    def bind(self, **parameters: Any) -> "CompletionsReward":
-        """The same reward with keyword parameters of its function set."""
-        return CompletionsReward(self.fn, {**self._parameters, **parameters})
-
     def __call__(self, scene: Scene) -> Float[Tensor, "B T"]:
         numbers = self.fn(**self._arguments(scene))
         if inspect.isawaitable(numbers):

@@ -25,7 +25,7 @@ def own_cache(monkeypatch, tmp_path):
 
 def always(monkeypatch):
     """As if each trial said that it pays."""
-    monkeypatch.setattr(pointwise, "_milliseconds", lambda forward, use: next(times))
+    monkeypatch.setattr(pointwise, "_milliseconds", lambda forward, module, use: next(times))
     times = iter([10.0, 1.0] * 50)
 
 
@@ -102,3 +102,12 @@ def test_a_compiled_form_is_in_use_in_passes_alone_and_copies_do_not_share_it(mo
     assert "forward" not in vars(module)
     twin = copy.deepcopy(model)
     assert not any("forward" in vars(m) for m in twin.modules())
+
+
+@needs_compiler
+def test_a_trial_leaves_no_gradient_behind():
+    """The modules are the policy's own: what a trial leaves in `.grad` would be part of the first update."""
+    model = family_model("gemma")
+    found = compile_pointwise(model, None, least_width=1)
+    assert any("RMSNorm" in trial.name for trial in found.trials)
+    assert all(p.grad is None for p in model.parameters())
