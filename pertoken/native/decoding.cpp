@@ -20,14 +20,18 @@ namespace {
 
 using at::BFloat16;
 using at::Tensor;
+using pertoken::add_products;
 using pertoken::fast_exp;
 using pertoken::kLanes;
+using pertoken::kPair;
 using pertoken::Lanes;
 using pertoken::largest;
-using pertoken::load16;
+using pertoken::load_pairs;
 using pertoken::narrow;
+using pertoken::same_pair;
 using pertoken::widen;
 using pertoken::with_type;
+using pertoken::Words;
 
 constexpr int64_t kPerLayer = 9;
 struct Shape {
@@ -105,80 +109,119 @@ void rotate(const BFloat16* in, const float* norm, const float* cos, const float
 
 const float* maybe(const Tensor& t) { return t.numel() ? t.const_data_ptr<float>() : nullptr; }
 
-// Keys lie in blocks of kLanes positions, [blocks, width, kLanes]: a block's scores are one vector, without sums across it.
+// Keys and values lie so that a dot product of pairs of bfloat16 numbers goes through them from end to end, without sums
+// across a vector: keys in blocks of kLanes positions, [blocks, width / 2, kLanes, 2]; values [pairs of positions, width, 2].
 inline int64_t blocks_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
 
-inline BFloat16* key_at(BFloat16* keys, int64_t position, int64_t width) {
-  return keys + position / kLanes * width * kLanes + position % kLanes;  // the next number is kLanes further
+void put_key(const BFloat16* key, int64_t position, int64_t width, BFloat16* keys) {
+  BFloat16* to = keys + position / kLanes * width * kLanes + position % kLanes * kPair;
+  for (int64_t i = 0; i < width; ++i) to[i / kPair * kLanes * kPair + i % kPair] = key[i];
 }
 
-// Scores of `count` keys for G queries of their head; scores[g * stride + j].
+void put_value(const BFloat16* value, int64_t position, int64_t width, BFloat16* values) {
+  BFloat16* to = values + position / kPair * width * kPair;
+  const bool second = position % kPair;
+  for (int64_t i = 0; i < width; ++i) {
+    to[i * kPair + second] = value[i];
+    if (!second) to[i * kPair + 1] = 0;  // its weight is 0 until there is a value, and 0 times what memory held may be NaN
+  }
+}
+
+// Scores of B blocks of keys for G queries of their head; scores[g * stride + j].
+template <int G, int B>
+void score_blocks(const BFloat16* queries, const BFloat16* keys, const BFloat16* next, int64_t width, float scale,
+                  float* scores, int64_t stride) {
+  Lanes totals[G][B] = {};
+  for (int64_t i = 0; i < width; i += kPair)
+    for (int b = 0; b < B; ++b) {
+      const int64_t at = b * width * kLanes + i * kLanes;
+      const Words key = load_pairs(keys + at);
+      __builtin_prefetch(next + at);
+      for (int g = 0; g < G; ++g) totals[g][b] = add_products(totals[g][b], key, same_pair(queries + g * width + i));
+    }
+  for (int g = 0; g < G; ++g)
+    for (int b = 0; b < B; ++b) *reinterpret_cast<Lanes*>(scores + g * stride + b * kLanes) = totals[g][b] * scale;
+}
+
+// Scores of the first `count` keys, and -inf up to the end of the last block.
 template <int G>
-void add_scores_of(const float* queries, const BFloat16* keys, int64_t count, int64_t width, float scale, float* scores,
-                   int64_t stride) {
-  for (int64_t first = 0; first < count; first += kLanes, keys += width * kLanes) {
-    Lanes totals[G] = {};
-    for (int64_t i = 0; i < width; ++i) {
-      const Lanes key = load16(keys + i * kLanes);
-      for (int g = 0; g < G; ++g) totals[g] += queries[g * width + i] * key;
-    }
-    const int64_t here = std::min<int64_t>(kLanes, count - first);
-    for (int g = 0; g < G; ++g)
-      for (int64_t j = 0; j < here; ++j) scores[g * stride + first + j] = totals[g][j] * scale;
-  }
-}
-
-void add_scores(const float* queries, const BFloat16* keys, int64_t count, int64_t shared, int64_t width, float scale,
-                float* scores, int64_t stride) {
-  for (int64_t g = 0; g < shared; g += 4, queries += 4 * width, scores += 4 * stride) {
-    switch (std::min<int64_t>(4, shared - g)) {
-      case 1: add_scores_of<1>(queries, keys, count, width, scale, scores, stride); break;
-      case 2: add_scores_of<2>(queries, keys, count, width, scale, scores, stride); break;
-      case 3: add_scores_of<3>(queries, keys, count, width, scale, scores, stride); break;
-      default: add_scores_of<4>(queries, keys, count, width, scale, scores, stride);
-    }
-  }
+void score_keys(const BFloat16* queries, const BFloat16* keys, const BFloat16* next, int64_t count, int64_t width,
+                float scale, float* scores, int64_t stride) {
+  constexpr int kAtOnce = 4;  // blocks: with fewer sums side by side each waits for the one before
+  const int64_t blocks = blocks_of(count), size = kLanes * width;
+  int64_t block = 0;
+  for (; block + kAtOnce <= blocks; block += kAtOnce)
+    score_blocks<G, kAtOnce>(queries, keys + block * size, next + block * size, width, scale, scores + block * kLanes, stride);
+  for (; block < blocks; ++block)
+    score_blocks<G, 1>(queries, keys + block * size, next + block * size, width, scale, scores + block * kLanes, stride);
+  for (int g = 0; g < G; ++g)
+    for (int64_t j = count; j < blocks * kLanes; ++j) scores[g * stride + j] = -INFINITY;
 }
 
 // out[g] += sum over j of weights[g * stride + j] * values[j], for G queries of a head and W vectors of their width.
 template <int G, int W>
-void add_values_of(const float* weights, const BFloat16* values, int64_t count, int64_t width, int64_t stride,
-                   float* out) {
+void add_values_of(const BFloat16* weights, const BFloat16* values, const BFloat16* next, int64_t count, int64_t width,
+                   int64_t stride, float* out) {
   Lanes totals[G][W] = {};
-  for (int64_t j = 0; j < count; ++j)
+  for (int64_t j = 0; j < count; j += kPair, values += width * kPair, next += width * kPair)
     for (int w = 0; w < W; ++w) {
-      const Lanes value = load16(values + j * width + w * kLanes);
-      for (int g = 0; g < G; ++g) totals[g][w] += weights[g * stride + j] * value;
+      const Words value = load_pairs(values + w * kLanes * kPair);
+      __builtin_prefetch(next + w * kLanes * kPair);
+      for (int g = 0; g < G; ++g) totals[g][w] = add_products(totals[g][w], value, same_pair(weights + g * stride + j));
     }
   for (int g = 0; g < G; ++g)
     for (int w = 0; w < W; ++w) *reinterpret_cast<Lanes*>(out + g * width + w * kLanes) += totals[g][w];
 }
 
-template <int W>
-void add_values_in(const float* weights, const BFloat16* values, int64_t count, int64_t shared, int64_t width,
-                   int64_t stride, float* out) {
-  for (int64_t g = 0; g < shared; g += 4, weights += 4 * stride, out += 4 * width) {
-    switch (std::min<int64_t>(4, shared - g)) {
-      case 1: add_values_of<1, W>(weights, values, count, width, stride, out); break;
-      case 2: add_values_of<2, W>(weights, values, count, width, stride, out); break;
-      case 3: add_values_of<3, W>(weights, values, count, width, stride, out); break;
-      default: add_values_of<4, W>(weights, values, count, width, stride, out);
-    }
-  }
-}
-
-void add_values(const float* weights, const BFloat16* values, int64_t count, int64_t shared, int64_t width,
+template <int G>
+void add_values(const BFloat16* weights, const BFloat16* values, const BFloat16* next, int64_t count, int64_t width,
                 int64_t stride, float* out) {
   int64_t first = 0;
   for (; first + 4 * kLanes <= width; first += 4 * kLanes)
-    add_values_in<4>(weights, values + first, count, shared, width, stride, out + first);
+    add_values_of<G, 4>(weights, values + first * kPair, next + first * kPair, count, width, stride, out + first);
   for (; first < width; first += kLanes)
-    add_values_in<1>(weights, values + first, count, shared, width, stride, out + first);
+    add_values_of<G, 1>(weights, values + first * kPair, next + first * kPair, count, width, stride, out + first);
+}
+
+// Of a row, in one layer and head. More time goes by waiting for memory than by computing, so that while keys are read
+// their values are called for, and while values are read the keys that come `next`.
+struct Part {
+  const BFloat16 *keys, *values, *next;
+  int64_t count;
+};
+
+// What G queries of a head see of a row: attention over its prompt and its own part. `scores` and `weights` are room.
+template <int G>
+void attend_parts(const BFloat16* queries, const Part (&parts)[2], int64_t width, float scale, std::vector<float>& scores,
+                  std::vector<BFloat16>& weights, float* out) {
+  const int64_t firsts[2] = {0, blocks_of(parts[0].count) * kLanes};
+  const int64_t stride = firsts[1] + blocks_of(parts[1].count) * kLanes;
+  scores.resize(G * stride);
+  weights.resize(G * stride);
+  for (int k = 0; k < 2; ++k)
+    score_keys<G>(queries, parts[k].keys, parts[k].values, parts[k].count, width, scale, scores.data() + firsts[k], stride);
+  float masses[G];
+  for (int g = 0; g < G; ++g) {
+    const float *z = scores.data() + g * stride, top = largest(z, stride);
+    BFloat16* weight = weights.data() + g * stride;
+    float mass = 0;
+    for (int64_t j = 0; j < stride; ++j) {
+      const float p = fast_exp(z[j] - top);
+      mass += p;
+      narrow(p, weight + j);
+    }
+    masses[g] = mass;
+  }
+  std::fill(out, out + G * width, 0.0f);
+  for (int k = 0; k < 2; ++k)
+    add_values<G>(weights.data() + firsts[k], parts[k].values, parts[k].next, parts[k].count, width, stride, out);
+  for (int g = 0; g < G; ++g)
+    for (int64_t i = 0; i < width; ++i) out[g * width + i] /= masses[g];
 }
 
 struct Memory {  // of one layer
-  std::vector<const BFloat16*> prompt_keys, prompt_values;  // by row: [kv_heads, blocks of keys], [kv_heads, length, width]
-  std::vector<int64_t> prompt_lengths;
+  std::vector<const BFloat16*> prompt_keys, prompt_values;  // by row, heads one behind another
+  const int64_t* prompt_lengths;
   BFloat16 *own_keys, *own_values;  // the same by slot, for `capacity` positions, with `slot_stride` between slots
   int64_t slot_stride, capacity;
 };
@@ -194,34 +237,42 @@ Tensor attend_step(const Tensor& qkv, const Memory& memory, const Tensor& positi
   const float *cosines = cos.const_data_ptr<float>(), *sines = sin.const_data_ptr<float>();
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.width));
   at::parallel_for(0, rows * s.kv_heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> queries(s.shared * s.width), rotated(s.width), result(s.shared * s.width), scores;
+    std::vector<BFloat16> queries(s.shared * s.width), key(s.width), weights;
+    std::vector<float> result(s.shared * s.width), scores;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t r = task / s.kv_heads, h = task % s.kv_heads, position = at_position[r];
-      const int64_t prompt = memory.prompt_lengths[r], own = position - prompt, count = position + 1;
+      const int64_t prompt = memory.prompt_lengths[r], own = position - prompt;
       const float *c = cosines + position * s.width, *n = sines + position * s.width;
       const BFloat16* row = in + r * s.columns;
       for (int64_t g = 0; g < s.shared; ++g)
         rotate(row + (h * s.shared + g) * s.width, query_norm, c, n, s.width, eps, queries.data() + g * s.width);
-      BFloat16* keys = memory.own_keys + r * memory.slot_stride + h * memory.capacity * s.width;
-      BFloat16* values = memory.own_values + r * memory.slot_stride + h * memory.capacity * s.width;
-      rotate(row + s.queries + h * s.width, key_norm, c, n, s.width, eps, rotated.data());
-      for (int64_t i = 0; i < s.width; ++i) {
-        narrow(rotated[i], key_at(keys, own, s.width) + i * kLanes);
-        values[own * s.width + i] = row[s.queries + (s.kv_heads + h) * s.width + i];
+      rotate(row + s.queries + h * s.width, key_norm, c, n, s.width, eps, key.data());
+      const auto own_at = [&](BFloat16* memory_of, int64_t row, int64_t head) {
+        return memory_of + row * memory.slot_stride + head * memory.capacity * s.width;
+      };
+      const auto in_prompt = [&](int64_t row, int64_t head) {
+        return head * blocks_of(memory.prompt_lengths[row]) * kLanes * s.width;
+      };
+      BFloat16 *keys = own_at(memory.own_keys, r, h), *values = own_at(memory.own_values, r, h);
+      put_key(key.data(), own, s.width, keys);
+      put_value(row + s.queries + (s.kv_heads + h) * s.width, own, s.width, values);
+      const int64_t then = std::min(task + 1, end - 1), r_then = then / s.kv_heads, h_then = then % s.kv_heads;
+      const Part parts[2] = {
+          {memory.prompt_keys[r] + in_prompt(r, h), memory.prompt_values[r] + in_prompt(r, h),
+           memory.prompt_keys[r_then] + in_prompt(r_then, h_then), prompt},
+          {keys, values, own_at(memory.own_keys, r_then, h_then), own + 1}};
+      for (int64_t g = 0; g < s.shared; g += 4) {
+        const auto some = [&](auto count) {
+          attend_parts<decltype(count)::value>(queries.data() + g * s.width, parts, s.width, scale, scores, weights,
+                                               result.data() + g * s.width);
+        };
+        switch (s.shared - g) {
+          case 1: some(std::integral_constant<int, 1>()); break;
+          case 2: some(std::integral_constant<int, 2>()); break;
+          case 3: some(std::integral_constant<int, 3>()); break;
+          default: some(std::integral_constant<int, 4>());
+        }
       }
-      scores.resize(s.shared * count);
-      const int64_t before = h * prompt * s.width, blocks_before = h * blocks_of(prompt) * kLanes * s.width;
-      add_scores(queries.data(), memory.prompt_keys[r] + blocks_before, prompt, s.shared, s.width, scale, scores.data(), count);
-      add_scores(queries.data(), keys, own + 1, s.shared, s.width, scale, scores.data() + prompt, count);
-      for (int64_t g = 0; g < s.shared; ++g) {
-        float *p = scores.data() + g * count, top = p[0], mass = 0;
-        for (int64_t j = 1; j < count; ++j) top = std::max(top, p[j]);
-        for (int64_t j = 0; j < count; ++j) mass += p[j] = fast_exp(p[j] - top);
-        for (int64_t j = 0; j < count; ++j) p[j] /= mass;
-      }
-      std::fill(result.begin(), result.end(), 0.0f);
-      add_values(scores.data(), memory.prompt_values[r] + before, prompt, s.shared, s.width, count, result.data());
-      add_values(scores.data() + prompt, values, own + 1, s.shared, s.width, count, result.data());
       for (int64_t i = 0; i < s.shared * s.width; ++i)
         narrow(result[i], target + r * s.queries + h * s.shared * s.width + i);
     }
@@ -247,42 +298,46 @@ Tensor run_layers(const Tensor& ids, const Tensor& embedding, const std::vector<
 }
 
 // Last hidden states [R, H] after one more token in each of the first R slots.
-//   prompt_keys: by row [layers, kv_heads, blocks, width, kLanes], prompt_values: [layers, kv_heads, length, width];
-//   own: both the same behind [slots, layers, kv_heads], for C positions, which kLanes divides
-Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& embedding, const std::vector<Tensor>& weights,
-            const Tensor& last_norm, const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& prompt_keys,
-            const std::vector<Tensor>& prompt_values, Tensor own_keys, Tensor own_values, int64_t heads, double eps) {
+//   positions, prompt_lengths: [R]
+//   prompt_keys: by row [layers, kv_heads, blocks, width / 2, kLanes, 2], prompt_values: [layers, kv_heads, pairs, width, 2];
+//   own: both the same behind [slots, layers, kv_heads], for as many positions as kLanes divides
+Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& prompt_lengths, const Tensor& embedding,
+            const std::vector<Tensor>& weights, const Tensor& last_norm, const Tensor& cos, const Tensor& sin,
+            const std::vector<Tensor>& prompt_keys, const std::vector<Tensor>& prompt_values, Tensor own_keys,
+            Tensor own_values, int64_t heads, double eps) {
   const Shape s(heads, own_values.size(2), own_values.size(4));
   const int64_t layer_stride = own_values.stride(1);
   return run_layers(ids, embedding, weights, last_norm, eps,
                     [&](size_t layer, const Tensor& qkv, const float* query_norm, const float* key_norm) {
-                      Memory memory{{}, {}, {}, own_keys.data_ptr<BFloat16>() + layer * layer_stride,
+                      Memory memory{{}, {}, prompt_lengths.const_data_ptr<int64_t>(),
+                                    own_keys.data_ptr<BFloat16>() + layer * layer_stride,
                                     own_values.data_ptr<BFloat16>() + layer * layer_stride, own_values.stride(0),
-                                    own_values.size(3)};
+                                    own_values.size(3) * kPair};
+                      const auto at_layer = [&](const Tensor& t) {
+                        return t.const_data_ptr<BFloat16>() + layer * t.stride(0);
+                      };
                       for (size_t r = 0; r < prompt_keys.size(); ++r) {
-                        const auto at_layer = [&](const Tensor& t) {
-                          return t.const_data_ptr<BFloat16>() + layer * t.stride(0);
-                        };
                         memory.prompt_keys.push_back(at_layer(prompt_keys[r]));
                         memory.prompt_values.push_back(at_layer(prompt_values[r]));
-                        memory.prompt_lengths.push_back(prompt_values[r].size(2));
                       }
                       return attend_step(qkv, memory, positions, cos, sin, query_norm, key_norm, eps, s);
                     });
 }
 
-// Last hidden states [n, H] of n prompts, whose `ids` stand one behind another; the keys and values of each go into its
-// keys [layers, kv_heads, blocks, width, kLanes] and values [layers, kv_heads, length, width].
-Tensor prefill(const Tensor& ids, const Tensor& embedding, const std::vector<Tensor>& weights, const Tensor& last_norm,
-               const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-               int64_t heads, double eps) {
-  const int64_t total = ids.size(0);
+// Last hidden states [n, H] of n prompts of `lengths` tokens, whose `ids` stand one behind another; the keys and values
+// of each go into its keys [layers, kv_heads, blocks, width / 2, kLanes, 2] and values [layers, kv_heads, pairs, width, 2].
+Tensor prefill(const Tensor& ids, const Tensor& lengths, const Tensor& embedding, const std::vector<Tensor>& weights,
+               const Tensor& last_norm, const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& keys,
+               const std::vector<Tensor>& values, int64_t heads, double eps) {
+  const int64_t total = ids.size(0), prompts = lengths.size(0);
   const Shape s(heads, values[0].size(1), values[0].size(3));
-  std::vector<int64_t> positions, lasts, rows;
-  for (const Tensor& v : values) {
-    rows.insert(rows.end(), {static_cast<int64_t>(positions.size()), v.size(2), -1});
-    for (int64_t t = 0; t < v.size(2); ++t) positions.push_back(t);
-    lasts.push_back(static_cast<int64_t>(positions.size()) - 1);
+  const int64_t* length = lengths.const_data_ptr<int64_t>();
+  std::vector<int64_t> positions, firsts, lasts, rows;
+  for (int64_t p = 0; p < prompts; ++p) {
+    firsts.push_back(positions.size());
+    rows.insert(rows.end(), {firsts[p], length[p], -1});
+    for (int64_t t = 0; t < length[p]; ++t) positions.push_back(t);
+    lasts.push_back(firsts[p] + length[p] - 1);
   }
   TORCH_CHECK(static_cast<int64_t>(positions.size()) == total, "prompts of ", positions.size(), " tokens, but ", total);
   const Tensor sequences = at::tensor(rows, ids.options()).view({-1, 3});
@@ -303,22 +358,23 @@ Tensor prefill(const Tensor& ids, const Tensor& embedding, const std::vector<Ten
                      sines + positions[t] * s.width, s.width, eps, out);
             }
         });
+        at::parallel_for(0, prompts * s.kv_heads, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t p = task / s.kv_heads, h = task % s.kv_heads;
+            BFloat16* own_keys = keys[p][layer][h].data_ptr<BFloat16>();
+            BFloat16* own_values = values[p][layer][h].data_ptr<BFloat16>();
+            for (int64_t t = 0; t < length[p]; ++t) {
+              const int64_t cell = firsts[p] + t;
+              put_key(to_k + (cell * s.kv_heads + h) * s.width, t, s.width, own_keys);
+              put_value(in + cell * s.columns + s.queries + (s.kv_heads + h) * s.width, t, s.width, own_values);
+            }
+          }
+        });
         Tensor v = qkv.narrow(1, s.queries + s.kv_heads * s.width, s.kv_heads * s.width)
                        .reshape({total, s.kv_heads, s.width})
                        .contiguous();
-        int64_t start = 0;
-        for (size_t p = 0; p < values.size(); ++p) {
-          const int64_t length = values[p].size(2), blocks = blocks_of(length);
-          const auto by_head = [&](const Tensor& t) { return t.narrow(0, start, length).transpose(0, 1); };
-          keys[p][layer].copy_(at::constant_pad_nd(by_head(k), {0, 0, 0, blocks * kLanes - length})
-                                   .view({s.kv_heads, blocks, kLanes, s.width})
-                                   .transpose(2, 3));
-          values[p][layer].copy_(by_head(v));
-          start += length;
-        }
         const double scale = 1.0 / std::sqrt(static_cast<double>(s.width));
-        Tensor out = std::get<0>(pertoken::attend(q, k, v, sequences, 0, scale)).view({total, s.queries});
-        return out;
+        return std::get<0>(pertoken::attend(q, k, v, sequences, 0, scale)).view({total, s.queries});
       });
   return hidden.index_select(0, at::tensor(lasts, ids.options()));
 }

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include <bit>
 #include <cmath>
@@ -44,6 +47,26 @@ PERTOKEN_INLINE Lanes load16(const float* p) { return *reinterpret_cast<const La
 PERTOKEN_INLINE Lanes load16(const at::BFloat16* p) {
   Words wide = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Words) << 16;
   return reinterpret_cast<Lanes&>(wide);
+}
+
+// Pairs of bfloat16 numbers, the first of each in the lower half: 16 of them are what a dot product takes at once.
+constexpr int kPair = 2;
+typedef Words __attribute__((aligned(2), may_alias)) Pairs;
+typedef uint32_t __attribute__((aligned(2), may_alias)) Pair;
+
+PERTOKEN_INLINE Words load_pairs(const at::BFloat16* p) { return *reinterpret_cast<const Pairs*>(p); }
+PERTOKEN_INLINE Words same_pair(const at::BFloat16* p) { return Words{} + *reinterpret_cast<const Pair*>(p); }
+
+// sum + a0 * b0 + a1 * b1 of each lane's pairs.
+PERTOKEN_INLINE Lanes add_products(Lanes sum, Words a, Words b) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<Lanes>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+#else
+  const Words high = Words{} + 0xffff0000u;
+  sum += reinterpret_cast<Lanes>(a << 16) * reinterpret_cast<Lanes>(b << 16);
+  return sum + reinterpret_cast<Lanes>(a & high) * reinterpret_cast<Lanes>(b & high);
+#endif
 }
 
 // The largest of `count` numbers; NaNs are passed over (whoever sums the exponentials meets them).

@@ -27,10 +27,10 @@ PREFILL_TOKENS = 2048
 """Tokens of prompts that are computed at once."""
 
 LANES = 16
-"""Positions in a block of keys (`kLanes` in the compiled code)."""
+"""Positions in a block of keys (`kLanes` in the compiled code); values lie in pairs of positions."""
 
-_NO_PROMPT = (torch.empty(0), torch.empty(0))
-_NO_ROWS = (torch.empty(0), torch.empty(0, 0, 0, 0, 0))
+_NO_PROMPT = (torch.empty(0), torch.empty(0), 0)
+_NO_ROWS = (torch.empty(0), torch.empty(0, 0, 0, 0, 0, 0))
 
 
 def fused_decoder(model: Any) -> "FusedDecoder | None":
@@ -50,7 +50,7 @@ class FusedDecoder:
         self._weights: list[Tensor] = []
         self._head = torch.empty(0)
         self._own = _NO_ROWS
-        self._prompts: list[tuple[Tensor, Tensor]] = []
+        self._prompts: list[tuple[Tensor, Tensor, int]] = []
         self._lengths: list[int] = []
         self._table = (torch.empty(0, 0), torch.empty(0, 0))
         self.load({})
@@ -86,11 +86,10 @@ class FusedDecoder:
 
     def reserve(self, slots: int, prompt: int, own: int) -> None:
         c = self._config
-        blocks = -(-own // LANES)
-        shape = (slots, c.num_hidden_layers, c.num_key_value_heads, blocks * LANES, self._width)
-        if any(has < wants for has, wants in zip(self._own[1].shape, shape, strict=True)):
-            keys = torch.empty(*shape[:3], blocks, self._width, LANES, dtype=torch.bfloat16)
-            self._own = keys, torch.empty(shape, dtype=torch.bfloat16)
+        outer = (slots, c.num_hidden_layers, c.num_key_value_heads)
+        wanted = (*outer, -(-own // LANES) * LANES // 2, self._width, 2)
+        if any(has < wants for has, wants in zip(self._own[1].shape, wanted, strict=True)):
+            self._own = self._room(outer, own)
         self._prompts, self._lengths = [_NO_PROMPT] * slots, [0] * slots
         if prompt + own > len(self._table[0]):
             positions = torch.arange(prompt + own)[None]
@@ -102,35 +101,41 @@ class FusedDecoder:
         outer = (c.num_hidden_layers, c.num_key_value_heads)
         for part in _in_passes(prompts):
             lengths = [len(prompts[k]) for k in part]
-            keys = [torch.empty(*outer, -(-n // LANES), self._width, LANES, dtype=torch.bfloat16) for n in lengths]
-            values = [torch.empty(*outer, n, self._width, dtype=torch.bfloat16) for n in lengths]
+            rooms = [self._room(outer, length) for length in lengths]
             hidden = torch.ops.pertoken.prefill(
-                torch.tensor([token for k in part for token in prompts[k]]), self._embedding, self._weights,
-                self._last_norm, *self._table, keys, values, c.num_attention_heads, c.rms_norm_eps,
+                torch.tensor([token for k in part for token in prompts[k]]), torch.tensor(lengths), self._embedding,
+                self._weights, self._last_norm, *self._table, [keys for keys, _ in rooms],
+                [values for _, values in rooms], c.num_attention_heads, c.rms_norm_eps,
             )  # fmt: skip
-            for k, memory in zip(part, zip(keys, values, strict=True), strict=True):
+            for k, room, length in zip(part, rooms, lengths, strict=True):
                 for slot in slots[k]:
-                    self._prompts[slot], self._lengths[slot] = memory, len(prompts[k])
+                    self._prompts[slot], self._lengths[slot] = (*room, length), length
             logits.append(self._logits(hidden))
         return torch.cat(logits)
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         rows, c = len(tokens), self._config
+        keys, values, lengths = zip(*self._prompts[:rows], strict=True)
         hidden = torch.ops.pertoken.step(
-            tokens, torch.tensor(self._lengths[:rows]), self._embedding, self._weights, self._last_norm, *self._table,
-            [keys for keys, _ in self._prompts[:rows]], [values for _, values in self._prompts[:rows]], *self._own,
-            c.num_attention_heads, c.rms_norm_eps,
+            tokens, torch.tensor(self._lengths[:rows]), torch.tensor(lengths), self._embedding, self._weights,
+            self._last_norm, *self._table, keys, values, *self._own, c.num_attention_heads, c.rms_norm_eps,
         )  # fmt: skip
         for slot in range(rows):
             self._lengths[slot] += 1
         return self._logits(hidden)
 
     def move(self, source: int, target: int) -> None:
-        own = self._lengths[source] - self._prompts[source][1].shape[2]
-        keys, values = self._own
-        keys[target, :, :, : -(-own // LANES)] = keys[source, :, :, : -(-own // LANES)]
-        values[target, :, :, :own] = values[source, :, :, :own]
+        own = self._lengths[source] - self._prompts[source][2]
+        for memory, positions in zip(self._own, (LANES, 2), strict=True):
+            used = -(-own // positions)
+            memory[target, :, :, :used] = memory[source, :, :, :used]
         self._prompts[target], self._lengths[target] = self._prompts[source], self._lengths[source]
+
+    def _room(self, outer: tuple[int, ...], positions: int) -> tuple[Tensor, Tensor]:
+        """Memory for keys and values of so many positions, as the compiled code wants it, behind `outer`."""
+        blocks = -(-positions // LANES)
+        keys = torch.empty(*outer, blocks, self._width // 2, LANES, 2, dtype=torch.bfloat16)
+        return keys, torch.empty(*outer, blocks * LANES // 2, self._width, 2, dtype=torch.bfloat16)
 
     @property
     def _embedding(self) -> Tensor:
