@@ -44,6 +44,20 @@ def takes(*tensors: torch.Tensor) -> bool:
     return known and available()
 
 
+@cache
+def attends() -> bool:
+    """Whether oneDNN knows the products that attention of packed rows is made of, on this processor."""
+    if not available():
+        return False
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.zeros(2, 1, 8, dtype=dtype)
+            torch.ops.pertoken.attend(x, x, x, torch.tensor([[0, 2, -1]]), 0, 1.0)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _build(compiler: str, target: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 

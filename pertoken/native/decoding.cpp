@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -183,6 +184,20 @@ void add_values(const BFloat16* weights, const BFloat16* values, const BFloat16*
     add_values_of<G, 1>(weights, values + first * kPair, next + first * kPair, count, width, stride, out + first);
 }
 
+// work(first, integral_constant of how many): queries that share a key head, as many at once as registers hold.
+constexpr int64_t kMostQueries = 4;
+template <typename Work>
+void in_portions(int64_t shared, Work work) {
+  for (int64_t g = 0; g < shared; g += kMostQueries) {
+    switch (std::min(kMostQueries, shared - g)) {
+      case 1: work(g, std::integral_constant<int, 1>()); break;
+      case 2: work(g, std::integral_constant<int, 2>()); break;
+      case 3: work(g, std::integral_constant<int, 3>()); break;
+      default: work(g, std::integral_constant<int, kMostQueries>());
+    }
+  }
+}
+
 // Of a row, in one layer and head. More time goes by waiting for memory than by computing, so that while keys are read
 // their values are called for, and while values are read the keys that come `next`.
 struct Part {
@@ -261,21 +276,84 @@ Tensor attend_step(const Tensor& qkv, const Memory& memory, const Tensor& positi
           {memory.prompt_keys[r] + in_prompt(r, h), memory.prompt_values[r] + in_prompt(r, h),
            memory.prompt_keys[r_then] + in_prompt(r_then, h_then), prompt},
           {keys, values, own_at(memory.own_keys, r_then, h_then), own + 1}};
-      for (int64_t g = 0; g < s.shared; g += 4) {
-        const auto some = [&](auto count) {
-          attend_parts<decltype(count)::value>(queries.data() + g * s.width, parts, s.width, scale, scores, weights,
-                                               result.data() + g * s.width);
-        };
-        switch (s.shared - g) {
-          case 1: some(std::integral_constant<int, 1>()); break;
-          case 2: some(std::integral_constant<int, 2>()); break;
-          case 3: some(std::integral_constant<int, 3>()); break;
-          default: some(std::integral_constant<int, 4>());
-        }
-      }
+      in_portions(s.shared, [&](int64_t g, auto here) {
+        attend_parts<decltype(here)::value>(queries.data() + g * s.width, parts, s.width, scale, scores, weights,
+                                            result.data() + g * s.width);
+      });
       for (int64_t i = 0; i < s.shared * s.width; ++i)
         narrow(result[i], target + r * s.queries + h * s.shared * s.width + i);
     }
+  });
+  return out;
+}
+
+// Sums over `width` numbers of T, one for each of G queries.
+template <int G, typename T>
+PERTOKEN_INLINE void dot(const float* queries, const T* key, int64_t width, float* out) {
+  float sums[G] = {};
+  for (int64_t i = 0; i < width; ++i) {
+    const float number = widen(key[i]);
+    for (int g = 0; g < G; ++g) sums[g] += queries[g * width + i] * number;
+  }
+  for (int g = 0; g < G; ++g) out[g] = sums[g];
+}
+
+// What G queries of a head see of keys [low, high) and their values; `scores` is room for G * high numbers.
+template <int G, typename T>
+void attend_plain(const float* queries, const T* keys, const T* values, int64_t low, int64_t high, int64_t width,
+                  int64_t v_width, float scale, float* scores, float* out) {
+  for (int64_t j = low; j < high; ++j) {
+    float here[G];
+    dot<G>(queries, keys + j * width, width, here);
+    for (int g = 0; g < G; ++g) scores[g * high + j] = here[g] * scale;
+  }
+  float factors[G];
+  for (int g = 0; g < G; ++g) {
+    float *z = scores + g * high, top = largest(z + low, high - low), mass = 0;
+    for (int64_t j = low; j < high; ++j) mass += z[j] = fast_exp(z[j] - top);
+    factors[g] = 1.0f / mass;
+  }
+  std::fill(out, out + G * v_width, 0.0f);
+  for (int64_t j = low; j < high; ++j)
+    for (int64_t i = 0; i < v_width; ++i) {
+      const float number = widen(values[j * v_width + i]);
+      for (int g = 0; g < G; ++g) out[g * v_width + i] += scores[g * high + j] * number;
+    }
+  for (int g = 0; g < G; ++g)
+    for (int64_t i = 0; i < v_width; ++i) out[g * v_width + i] *= factors[g];
+}
+
+// Puts the new key and value of each of R rows behind the `before` ones that its slot holds, and attends to them all, or
+// to the last `window` if that is not 0: [R, Hq, Dv]. For any model; `step` has a layout of its own.
+//   q: [R, Hq, D], k: [R, Hk, D], v: [R, Hk, Dv], before: [R], keys: [slots, Hk, L, D], values: [slots, Hk, L, Dv]
+Tensor attend_slots(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& before, Tensor keys, Tensor values,
+                    int64_t window, double scale) {
+  const int64_t rows = q.size(0), kv_heads = keys.size(1), length = keys.size(2), shared = q.size(1) / kv_heads;
+  const int64_t width = q.size(2), v_width = values.size(3);
+  for (const Tensor& x : {q, k, v, Tensor(keys), Tensor(values)})
+    TORCH_CHECK(x.is_contiguous() && x.scalar_type() == keys.scalar_type());
+  Tensor out = at::empty({rows, q.size(1), v_width}, q.options());
+  const int64_t* taken = before.const_data_ptr<int64_t>();
+  with_type(keys, [&](auto kind) {
+    using T = decltype(kind);
+    const T *from_q = q.const_data_ptr<T>(), *from_k = k.const_data_ptr<T>(), *from_v = v.const_data_ptr<T>();
+    T *all_keys = keys.data_ptr<T>(), *all_values = values.data_ptr<T>(), *to = out.data_ptr<T>();
+    at::parallel_for(0, rows * kv_heads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> queries(shared * width), result(shared * v_width), scores;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t count = taken[task / kv_heads] + 1, low = window ? std::max<int64_t>(0, count - window) : 0;
+        T *own_keys = all_keys + task * length * width, *own_values = all_values + task * length * v_width;
+        std::copy_n(from_k + task * width, width, own_keys + (count - 1) * width);
+        std::copy_n(from_v + task * v_width, v_width, own_values + (count - 1) * v_width);
+        for (int64_t i = 0; i < shared * width; ++i) queries[i] = widen(from_q[task * shared * width + i]);
+        scores.resize(kMostQueries * count);
+        in_portions(shared, [&](int64_t g, auto here) {
+          attend_plain<decltype(here)::value>(queries.data() + g * width, own_keys, own_values, low, count, width, v_width,
+                                              scale, scores.data(), result.data() + g * v_width);
+        });
+        for (int64_t i = 0; i < shared * v_width; ++i) narrow(result[i], to + task * shared * v_width + i);
+      }
+    });
   });
   return out;
 }
@@ -440,5 +518,6 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, double temperatu
 TORCH_LIBRARY_FRAGMENT(pertoken, m) {
   m.def("step", &step);
   m.def("prefill", &prefill);
+  m.def("attend_slots", &attend_slots);
   m.def("sample", &sample);
 }

@@ -23,18 +23,6 @@ def wanted(*dtypes: torch.dtype) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes)
 
 
-@functools.cache
-def attends() -> bool:
-    """Whether oneDNN knows the products of `attend` on this processor."""
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.zeros(1, 1, 2, 8, dtype=dtype)
-            attend(x, x, x, [Pack.of(0, 2, [], torch.device("cpu"))], None, None)
-    except RuntimeError:
-        return False
-    return True
-
-
 def rms_norm(
     x: Float[Tensor, "*rows H"], weight: Float[Tensor, " H"], eps: float, dtype: torch.dtype
 ) -> Float[Tensor, "*rows H"]:

@@ -6,6 +6,7 @@ A decoder knows ids, weights and memory; who samples what, and when a row ends, 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,8 +16,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from pertoken import native
+
 NAME = "pertoken_slots"
 """Under this name transformers finds `slot_attention`; it has no mask function, so no mask is ever built."""
+
+PREFILL_TOKENS = 2048
+"""Tokens of prompts that are computed at once."""
 
 
 @runtime_checkable
@@ -52,7 +58,8 @@ class HFDecoder:
     """On any model that attends through the attention interface of transformers, with memory of its own.
 
     Keys and values lie in buffers that are allocated once, `[slots, heads, length, width]` a layer; a row begins at
-    column 0 whatever its neighbours do, so prompts need no padding and a free slot can be given to the next prompt.
+    column 0 whatever its neighbours do, so a free slot can be given to the next prompt. Prompts go through the model
+    side by side in one row, and none sees another.
     """
 
     def __init__(self, model: Any, head_logits: Any) -> None:
@@ -74,20 +81,19 @@ class HFDecoder:
         self._lengths = [0] * self._size[0]
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> Float[Tensor, "n V"]:
-        return torch.stack([self._prefill(*one) for one in zip(prompts, slots, strict=True)])
-
-    def _prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> Float[Tensor, " V"]:
-        ids = torch.tensor([list(prompt)], device=self._model.device)
-        hidden = self._forward(ids, torch.arange(len(prompt), device=ids.device)[None], list(slots), [0])
-        for slot in slots:
-            self._lengths[slot] = len(prompt)
-        logits: Tensor = self._head_logits(self._model, hidden[0, -1:])
-        return logits[0]
+        logits = []
+        for part in in_passes(prompts):
+            now = _Prompts(self, [len(prompts[k]) for k in part], [list(slots[k]) for k in part])
+            ids = [token for k in part for token in prompts[k]]
+            hidden = self._forward(torch.tensor([ids], device=self._model.device), now)
+            logits.append(self._head_logits(self._model, hidden[0, [last - 1 for last in now.ends]]))
+            for k in part:
+                for slot in slots[k]:
+                    self._lengths[slot] = len(prompts[k])
+        return torch.cat(logits)
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
-        before = self._lengths[: len(tokens)]
-        positions = torch.tensor(before, device=tokens.device)[:, None]
-        hidden = self._forward(tokens[:, None], positions, list(range(len(tokens))), before)
+        hidden = self._forward(tokens[:, None], _Step(self, self._lengths[: len(tokens)]))
         for slot in range(len(tokens)):
             self._lengths[slot] += 1
         logits: Tensor = self._head_logits(self._model, hidden[:, -1])
@@ -100,10 +106,10 @@ class HFDecoder:
                 buffer[target, :, :length] = buffer[source, :, :length]
         self._lengths[target] = length
 
-    def _forward(self, ids: Tensor, positions: Tensor, slots: list[int], before: list[int]) -> Float[Tensor, "R S H"]:
-        with _writing(self._model, _Writing(self, slots, before, ids.shape[1])):
+    def _forward(self, ids: Tensor, now: "_Prompts | _Step") -> Float[Tensor, "R S H"]:
+        with _attending(self._model, now):
             states: Tensor = self._model.base_model(
-                input_ids=ids, position_ids=positions, past_key_values=_SlotCache(), use_cache=True,
+                input_ids=ids, position_ids=now.positions, past_key_values=_SlotCache(), use_cache=True,
                 return_dict=True,
             ).last_hidden_state  # fmt: skip
         return states
@@ -164,50 +170,120 @@ class RecomputingDecoder:
         return logits
 
 
+def in_passes(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Numbers of prompts that go through the layers together: `PREFILL_TOKENS` at most, one prompt at least."""
+    part: list[int] = []
+    taken = 0
+    for k, prompt in enumerate(prompts):
+        if part and taken + len(prompt) > PREFILL_TOKENS:
+            yield part
+            part, taken = [], 0
+        part.append(k)
+        taken += len(prompt)
+    if part:
+        yield part
+
+
 @torch.no_grad()
 def agrees(decoder: Decoder, model: Any, *, tolerance: float) -> bool:
-    """Whether a prompt and a few steps behind it give the model's own logits; measured, not assumed.
+    """Whether prompts and a few steps behind one give the model's own logits; measured, not assumed.
 
     tolerance: largest difference in standard deviations of the logits.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(12, device=model.device) * 31 + 7) % vocabulary
     try:
-        decoder.reserve(2, 8, 4)
-        found = [decoder.prefill([ids[:8].tolist()], [[0, 1]])[0]]
-        found += [decoder.step(ids[k : k + 1].expand(2))[1] for k in range(8, 12)]
+        decoder.reserve(3, 8, 4)
+        found = [*decoder.prefill([ids[2:7].tolist(), ids[:8].tolist()], [[1], [0, 2]])]
+        found += [decoder.step(ids[k : k + 1].expand(3))[2] for k in range(8, 12)]
     except Exception:  # attention that cannot be replaced, or an operator that is missing, may fail in any way
         return False
-    wanted = model(input_ids=ids[None], use_cache=False).logits[0, 7:].float()
+    short, full = (model(input_ids=x[None], use_cache=False).logits[0].float() for x in (ids[2:7], ids))
+    wanted = torch.cat([short[-1:], full[7:]])
     return bool((torch.stack(found).float() - wanted).abs().max() < tolerance * wanted.std())
 
 
-class _Writing:
-    """One forward: which slots it extends, and from where on."""
+class _Prompts:
+    """One forward over prompts side by side in one row."""
 
-    def __init__(self, decoder: HFDecoder, slots: list[int], before: list[int], count: int) -> None:
-        self.decoder, self.slots, self.before, self.count = decoder, slots, before, count
-        self.prefill = count > 1 or before == [0]
+    seen = 0
+    """Tokens of the memory that the new ones look back at, for what asks for one number."""
+
+    def __init__(self, decoder: HFDecoder, lengths: Sequence[int], slots: Sequence[list[int]]) -> None:
+        """slots: where each prompt goes."""
         device = decoder._model.device
-        self.rows = torch.tensor(slots, device=device)
-        if not self.prefill:
-            self.at = torch.tensor(before, device=device)
-            self.width = max(before) + 1
-            self.distance = self.at[:, None] - torch.arange(self.width, device=device)
+        self.decoder, self.lengths, self.slots = decoder, lengths, [torch.tensor(s, device=device) for s in slots]
+        self.ends = list(accumulate(lengths))
+        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
 
-    def visible(self, window: int | None) -> Tensor:
-        """`[R, 1, 1, width]`: which columns of its slot each row's new token sees."""
-        seen = self.distance >= 0
-        return (seen & (self.distance < window) if window else seen)[:, None, None]
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, window: int, scale: float
+    ) -> Float[Tensor, "1 N Hq Dv"]:
+        by_prompt = [x.split(list(self.lengths), 2) for x in (query, key, value)]
+        for slots, n, k, v in zip(self.slots, self.lengths, *by_prompt[1:], strict=True):
+            keys[slots, :, :n], values[slots, :, :n] = k, v
+        if native.takes(query, key, value) and native.attends():
+            q, k, v = (x[0].transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
+            rows = [[end - n, n, -1] for end, n in zip(self.ends, self.lengths, strict=True)]
+            out: Tensor = torch.ops.pertoken.attend(q, k, v, torch.tensor(rows), window, scale)[0]
+            return out[None]
+        parts = zip(*by_prompt, strict=True)
+        return torch.cat([_causal(q, k, v, window, scale) for q, k, v in parts], 1)
 
 
-_now: ContextVar[_Writing] = ContextVar("writing")
+class _Step:
+    """One forward that gives each of the first rows a token."""
+
+    def __init__(self, decoder: HFDecoder, before: list[int]) -> None:
+        """before: tokens that each row has."""
+        device = decoder._model.device
+        self.decoder, self.seen = decoder, max(before)
+        self.before = torch.tensor(before, device=device)
+        self.positions = self.before[:, None]
+        self.rows = torch.arange(len(before), device=device)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, window: int, scale: float
+    ) -> Float[Tensor, "R 1 Hq Dv"]:
+        if native.takes(query, key, value):
+            q, k, v = (x[:, :, 0].to(keys.dtype).contiguous() for x in (query, key, value))
+            compiled: Tensor = torch.ops.pertoken.attend_slots(q, k, v, self.before, keys, values, window, scale)
+            return compiled[:, None]
+        keys[self.rows, :, self.before], values[self.rows, :, self.before] = key[:, :, 0], value[:, :, 0]
+        rows, heads, width = len(self.rows), query.shape[1], self.seen + 1
+        shared = heads // key.shape[1]
+        distance = self.positions - torch.arange(width, device=key.device)
+        mask = (distance >= 0) & (distance < (window or width))
+        # Query heads that share a key head become queries of that head: nothing is repeated in memory.
+        folded = query.reshape(rows, heads // shared, shared, query.shape[3])
+        out = scaled_dot_product_attention(
+            folded, keys[:rows, :, :width], values[:rows, :, :width],
+            attn_mask=mask[:, None, None].expand(-1, 1, shared, -1), scale=scale,
+        )  # fmt: skip
+        return out.reshape(rows, 1, heads, out.shape[3])
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float) -> Float[Tensor, "1 S Hq Dv"]:
+    """Attention of one prompt with itself."""
+    shared, count = query.shape[1] // key.shape[1], query.shape[2]
+    mask = None
+    if window and count > window:
+        distance = torch.arange(count, device=key.device)
+        distance = distance[:, None] - distance
+        mask = (distance >= 0) & (distance < window)
+    key, value = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (key, value))
+    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out.transpose(1, 2)
+
+
+_now: ContextVar[_Prompts | _Step] = ContextVar("now")
 
 
 @contextlib.contextmanager
-def _writing(model: Any, what: _Writing) -> Iterator[None]:
+def _attending(model: Any, now: _Prompts | _Step) -> Iterator[None]:
+    """Within it, the layers of `model` attend by `now`."""
     config = model.config.get_text_config()
-    before, token = config._attn_implementation, _now.set(what)
+    before, token = config._attn_implementation, _now.set(now)
     config._attn_implementation = NAME
     try:
         yield
@@ -229,7 +305,7 @@ class _SlotLayer(CacheLayerMixin):
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        return max(_now.get().before)
+        return _now.get().seen
 
     def get_max_length(self) -> int:
         return -1
@@ -240,7 +316,7 @@ class _SlotCache(Cache):
         super().__init__(layer_class_to_replicate=_SlotLayer)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(_now.get().before)
+        return _now.get().seen
 
 
 def slot_attention(
@@ -262,29 +338,10 @@ def slot_attention(
     for name in ("softcap", "s_aux", "position_bias", "cache"):
         if options.get(name) is not None:
             raise NotImplementedError(f"slot attention without {name}")
-    writing = _now.get()
-    keys, values = writing.decoder.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-    shared = query.shape[1] // key.shape[1]
-    if writing.prefill:
-        keys[writing.rows, :, : writing.count] = key
-        values[writing.rows, :, : writing.count] = value
-        mask = None
-        if sliding_window and writing.count > sliding_window:
-            distance = torch.arange(writing.count, device=key.device)
-            distance = distance[:, None] - distance[None]
-            mask = (distance >= 0) & (distance < sliding_window)
-        k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (key, value))
-        out = scaled_dot_product_attention(query, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-        return out.transpose(1, 2), None
-    keys[writing.rows, :, writing.at] = key[:, :, 0]
-    values[writing.rows, :, writing.at] = value[:, :, 0]
-    rows, heads = query.shape[:2]
-    # Query heads that share a key head become queries of that head: nothing is repeated in memory.
-    folded = query.reshape(rows, heads // shared, shared, query.shape[3])
-    k, v = keys[:rows, :, : writing.width], values[:rows, :, : writing.width]
-    mask = writing.visible(sliding_window).expand(-1, 1, shared, -1)
-    out = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scaling)
-    return out.reshape(rows, 1, heads, out.shape[3]), None
+    now = _now.get()
+    keys, values = now.decoder.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return now.attend(query, key, value, keys, values, sliding_window or 0, scale), None
 
 
 AttentionInterface.register(NAME, slot_attention)

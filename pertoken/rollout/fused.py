@@ -5,7 +5,7 @@ bfloat16 weights, and a prompt's keys and values in memory once for all the rows
 model before it is trusted; where that fails, or nothing could be compiled, the engine goes on with `HFDecoder`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pertoken import native
-from pertoken.rollout.decoder import agrees
+from pertoken.rollout.decoder import agrees, in_passes
 from pertoken.rollout.packing import multiply, pack
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -21,10 +21,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 PROBE_TOLERANCE = 0.3
 """Largest difference of a probe's logits from the model's own, in standard deviations of the logits (bfloat16)."""
-
-
-PREFILL_TOKENS = 2048
-"""Tokens of prompts that are computed at once."""
 
 LANES = 16
 """Positions in a block of keys (`kLanes` in the compiled code); values lie in pairs of positions."""
@@ -99,7 +95,7 @@ class FusedDecoder:
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> Float[Tensor, "n V"]:
         c, logits = self._config, []
         outer = (c.num_hidden_layers, c.num_key_value_heads)
-        for part in _in_passes(prompts):
+        for part in in_passes(prompts):
             lengths = [len(prompts[k]) for k in part]
             rooms = [self._room(outer, length) for length in lengths]
             hidden = torch.ops.pertoken.prefill(
@@ -149,20 +145,6 @@ class FusedDecoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return multiply(hidden, self._head)
-
-
-def _in_passes(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Numbers of prompts that go through the layers together: `PREFILL_TOKENS` at most, one prompt at least."""
-    part: list[int] = []
-    taken = 0
-    for k, prompt in enumerate(prompts):
-        if part and taken + len(prompt) > PREFILL_TOKENS:
-            yield part
-            part, taken = [], 0
-        part.append(k)
-        taken += len(prompt)
-    if part:
-        yield part
 
 
 def _weight(layer: Any) -> Tensor:

@@ -122,7 +122,7 @@ def attended(packs, q, k, v, window):
 @pytest.mark.parametrize(("heads", "width"), [((2, 2), 64), ((6, 2), 8), ((4, 1), 7)])
 def test_attention(packs, tokens, heads, width, window, monkeypatch):
     """Groups of unequal size, rows of unequal length, one row, none, rows of one token."""
-    assert compiled.attends()
+    assert native.attends()
     q, k, v = (draw(1, h, tokens, width, seed=s) for s, h in enumerate((heads[0], heads[1], heads[1])))
     got = attended(packs, q, k, v, window)
     monkeypatch.setattr(native, "takes", lambda *tensors: False)

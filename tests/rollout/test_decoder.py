@@ -6,7 +6,8 @@ import torch
 from pertoken import native
 from pertoken.policy.model import Lora, Policy
 from pertoken.policy.scoring import head_logits
-from pertoken.rollout import fused, rows
+from pertoken.rollout import decoder as decoders
+from pertoken.rollout import rows
 from pertoken.rollout.decoder import HFDecoder, RecomputingDecoder, agrees
 from pertoken.rollout.engine import NativeEngine
 from pertoken.rollout.fused import FusedDecoder, fused_decoder
@@ -75,6 +76,59 @@ def test_the_measurement_sees_a_decoder_that_is_wrong():
     assert not agrees(decoder, model, tolerance=1e-3)
 
 
+@torch.no_grad()
+def test_the_measurement_sees_prompts_that_see_each_other(monkeypatch):
+    model = tiny_model()
+    decoder = HFDecoder(model, head_logits)
+    assert agrees(decoder, model, tolerance=1e-3)
+    own = decoders._Prompts.__init__
+
+    def leaky(self, decoder, lengths, slots):
+        own(self, decoder, lengths, slots)
+        self.lengths, self.ends = [sum(lengths)], [sum(lengths)]
+
+    monkeypatch.setattr(decoders._Prompts, "__init__", leaky)
+    assert not agrees(decoder, model, tolerance=1e-3)
+
+
+@pytest.mark.skipif(not native.attends(), reason="no C++ compiler here, or a processor that oneDNN does not know")
+@pytest.mark.parametrize(("heads", "shared", "width", "v_width"), [(2, 3, 64, 64), (1, 7, 24, 8), (3, 1, 80, 80)])
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_attention_of_slots_is_that_of_plain_torch(heads, shared, width, v_width, window, dtype, monkeypatch):
+    """Prompts of several lengths, then two tokens for each row, in memory that held something else before."""
+    draw, lengths = torch.Generator().manual_seed(0), [9, 1, 33]
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=draw).to(dtype)
+
+    def inputs(rows, count):
+        return (
+            numbers(rows, heads * shared, count, width),
+            numbers(rows, heads, count, width),
+            numbers(rows, heads, count, v_width),
+        )
+
+    decoder = HFDecoder(tiny_model(), head_logits)
+    prompts, slots = decoders._Prompts(decoder, lengths, [[0], [2, 3], [1]]), [9, 33, 1, 1]
+    passes = [(prompts, inputs(1, sum(lengths)))]
+    passes += [(decoders._Step(decoder, [n + k for n in slots]), inputs(4, 1)) for k in range(2)]
+    memory = numbers(5, heads, 40, width), numbers(5, heads, 40, v_width)
+
+    def run():
+        keys, values = (x.clone() for x in memory)
+        return [*(now.attend(*x, keys, values, window, 0.2) for now, x in passes), keys, values]
+
+    got = run()
+    with monkeypatch.context() as without:
+        without.setattr(native, "takes", lambda *tensors: False)
+        wanted = run()
+    for a, b in zip(got[:3], wanted[:3], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 if dtype is torch.float32 else 0.03, rtol=0.01)
+    for a, b in zip(got[3:], wanted[3:], strict=True):
+        assert torch.equal(a, b)
+
+
 # --- the fused decoder --------------------------------------------------------------------------------------
 
 
@@ -104,7 +158,7 @@ def needs_compiler(decoder):
 @torch.no_grad()
 def test_fused_logits_are_the_models_own_up_to_bfloat16(name, together, monkeypatch):
     """Two prompts in one pass or in one each, of which one is no multiple of a block of keys."""
-    monkeypatch.setattr(fused, "PREFILL_TOKENS", together)
+    monkeypatch.setattr(decoders, "PREFILL_TOKENS", together)
     model = fused_model(name)
     decoder = needs_compiler(fused_decoder(model))
     ids = torch.arange(30) * 7 % 64
