@@ -96,6 +96,8 @@ def minibatches(
             num_actions = int(batch.action_mask[rows].sum())
             used = rows if left_out is None else rows[~left_out.cpu()[rows]]
             pieces = [used[part] for part in batch.rows(used).parts(tokens_per_micro_batch)] if len(used) else []
+            # Largest first: the memory that its activations leave behind has room for those of the others.
+            pieces.sort(key=lambda piece: -int(batch.attention_mask[piece].sum()))
             for k, piece in enumerate(pieces):
                 yield Part(
                     rows=piece,

@@ -64,6 +64,7 @@ def into_grad(model: nn.Module, dtype: torch.dtype | None, casts: Casts) -> Iter
         if not isinstance(module, nn.Linear | nn.Embedding) or not module.weight.requires_grad:
             continue
         if type(module) is nn.Linear:
+            casts(module.weight, dtype or module.weight.dtype)
             forward = partial(_Linear.apply, module.weight, module.bias, casts, dtype or module.weight.dtype)
         elif type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
             forward = partial(_Embedding.apply, module.weight, module.padding_idx)
