@@ -61,6 +61,15 @@ def test_groups_stay_together():
         assert len(part.batch.group.unique()) == 1
 
 
+def test_the_largest_micro_batch_of_a_step_comes_first():
+    parts = parts_of(to_batch(rows(), Controls()), num_minibatches=2, tokens_per_micro_batch=12)
+    sizes = [int(part.batch.attention_mask.sum()) for part in parts]
+    ends = [k + 1 for k, part in enumerate(parts) if part.last_of_step]
+    for first, end in zip([0, *ends], ends, strict=False):
+        assert end - first > 1
+        assert sizes[first:end] == sorted(sizes[first:end], reverse=True)
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     batch = to_batch(rows(), Controls())
     orders = {

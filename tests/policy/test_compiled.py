@@ -9,7 +9,7 @@ from torch import nn
 
 from pertoken import native
 from pertoken.policy import attention, compiled, layers
-from pertoken.policy.gradients import Casts, add_product
+from pertoken.policy.gradients import Casts, add_product, into_grad
 from pertoken.policy.layers import FusedGatedMLP, FusedNorm, fuse_layers, fused_rotation
 from pertoken.policy.model import Lora, Policy
 from pertoken.policy.packs import Pack
@@ -292,6 +292,16 @@ def test_in_place_they_are_what_autograd_hands_over(name, settings):
         assert got.keys() == wanted.keys()
         for key, gradient in wanted.items():
             torch.testing.assert_close(got[key], gradient, atol=2e-4, rtol=1e-3, msg=key)
+
+
+def test_casts_of_weights_are_made_before_the_first_activation():
+    """Made between activations, each would leave a hole in the heap when they go."""
+    policy, casts, made = Policy(tiny_model(), byte_tokenizer(), precision="bfloat16"), Casts(), []
+    with into_grad(policy.model, torch.bfloat16, casts):
+        made += casts._made
+    before = len(made)
+    policy.score(ragged(), grad=True, into_grad=casts).logprobs.sum().backward()
+    assert before == len(casts._made) > 1
 
 
 def test_in_bfloat16_they_are_added_up_in_float32():
