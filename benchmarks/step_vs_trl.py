@@ -7,7 +7,8 @@
 
 Each arm is a process of its own that makes one step when it is told to, while all others sleep; the arms take turns.
 An arm is `pertoken`, with settings behind slashes: `generic` (without the compiled decoder, norms, activations and
-rotation of the Llama family: what any Hugging Face model gets), `float32`, `lora`, `micro=<tokens per micro-batch>`; or
+rotation of the Llama family: what any Hugging Face model gets), `float32`, `lora`, `micro=<tokens per micro-batch>`,
+`recompute` (activations computed again in the backward pass); or
 `trl/<precision>/<rows per micro-batch>[/lora]`. TRL runs without gradient checkpointing, which makes it faster. Both
 sides log their usual metrics. `--table` runs the scaling table; `--plot FILE` draws the steps (extra `plots`).
 """
@@ -117,7 +118,8 @@ def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
         "rewards": [{"name": "length", "max_words": 20}],
         "kl": {"place": "loss", "coefficient": job["kl"]} if job["kl"] else {"place": "none", "measure": False},
         "credit": {"type": "group_relative"},
-        "update": {"learning_rate": LEARNING_RATE, **({"tokens_per_micro_batch": micro} if micro else {})},
+        "update": {"learning_rate": LEARNING_RATE, "recompute_activations": "recompute" in settings,
+                   **({"tokens_per_micro_batch": micro} if micro else {})},
         "stop": {"steps": job["steps"]},
         "evaluation": {"items": 0},
     })  # fmt: skip
