@@ -58,6 +58,11 @@ def attends() -> bool:
     return True
 
 
+def multiplies() -> bool:
+    """Whether products with packed weights are faster in our code than in oneDNN's, on this processor."""
+    return available() and bool(torch.ops.pertoken.multiplies())
+
+
 def _build(compiler: str, target: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 

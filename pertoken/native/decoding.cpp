@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "numbers.h"
+#include "products.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -42,7 +43,9 @@ struct Shape {
         columns((heads + 2 * kv_heads) * width) {}
 };
 
+// `weight`: in panels (products.cpp), or as oneDNN packs it.
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  if (!weight.is_mkldnn()) return pertoken::multiply(x, weight, bias);
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
                        .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,

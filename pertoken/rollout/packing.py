@@ -1,23 +1,39 @@
-"""Weights in the layout that oneDNN multiplies with: bfloat16 products of few rows are a third faster on CPUs."""
+"""Weights in the layout that products of few rows want on CPUs: bfloat16, in pieces that are read from end to end.
+
+Compiled code of our own multiplies where the processor has dot products of bfloat16 pairs and no matrix unit
+(`native/products.cpp`), oneDNN elsewhere; each has a layout of its own.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pertoken import native
+
 ROWS = 64
-"""The number of rows that the layout is chosen for; products of any number are right."""
+"""The number of rows that oneDNN's layout is chosen for; products of any number are right."""
 
 
 def pack(weight: Tensor) -> Tensor:
     """`weight` in bfloat16, laid out for `multiply`."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), ROWS)
+    weight = weight.detach().bfloat16()
+    rows, columns = weight.shape
+    packed: Tensor
+    if native.multiplies() and rows % 16 == 0 and columns % 2 == 0:
+        packed = torch.ops.pertoken.pack(weight.contiguous())
+    else:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     return packed
 
 
 def multiply(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` of a packed weight."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    product: Tensor
+    if packed.is_mkldnn:
+        product = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    else:
+        product = torch.ops.pertoken.multiply(x, packed, bias)
     return product
 
 
