@@ -20,14 +20,29 @@ from torch.autograd.function import once_differentiable
 from pertoken import native
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`; any of them may be a transposed view.
+
+    In float32 on a CPU oneDNN makes it. torch would take MKL, which uses half the width of an AMD processor's vectors.
+    """
+    if _by_onednn(x):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+    return nn.functional.linear(x, weight, bias)
+
+
+def _by_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype is torch.float32 and torch.backends.mkldnn.is_available()
+
+
 def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
     """parameter.grad += left @ right"""
     if parameter.grad is None:
-        parameter.grad = (left @ right).to(parameter.dtype)
-    elif parameter.grad.dtype == left.dtype:
+        parameter.grad = linear(left, right.T).to(parameter.dtype)
+    elif parameter.grad.dtype is left.dtype and not _by_onednn(left):
         parameter.grad.addmm_(left, right)
     else:
-        share = left @ right
+        share = linear(left, right.T)
         compiled = share.dtype is torch.bfloat16 and parameter.grad.is_contiguous() and native.takes(share)
         add = torch.ops.pertoken.add_ if compiled else Tensor.add_
         add(parameter.grad, share)
@@ -86,7 +101,7 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         x, weight, bias = x.to(dtype), casts(weight, dtype), None if bias is None else bias.to(dtype)
         ctx.save_for_backward(x, weight)
-        return nn.functional.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -96,7 +111,7 @@ class _Linear(torch.autograd.Function):
         by_row = gradient.flatten(0, -2)
         add_product(ctx.parameter, by_row.T, x.flatten(0, -2))
         to_bias = by_row.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.bias_dtype is not None else None
-        to_x = (gradient @ weight).to(ctx.from_dtype) if ctx.needs_input_grad[4] else None
+        to_x = linear(gradient, weight.T).to(ctx.from_dtype) if ctx.needs_input_grad[4] else None
         return None, to_bias, None, None, to_x
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pertoken import native
-from pertoken.policy.gradients import Casts, add_product
+from pertoken.policy.gradients import Casts, add_product, linear
 
 BLOCK_BYTES = 8_000_000
 """Float32 logits at once: what fits into the last-level cache of a small machine."""
@@ -63,7 +63,6 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature: float,
         into_grad: Casts | None,
     ) -> tuple[Tensor, Tensor]:
-        linear = torch.nn.functional.linear
         ctx.parameter = None if into_grad is None else weight
         ctx.types = weight.dtype, None if bias is None else bias.dtype
         weight = (into_grad or Casts())(weight, hidden.dtype)
@@ -89,16 +88,16 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight, grad_bias = None, None
         for piece in _pieces(len(hidden), len(weight) * hidden.element_size(), KEPT_BYTES):
-            logits = kept[0] if kept else torch.nn.functional.linear(hidden[piece], weight, bias)
+            logits = kept[0] if kept else linear(hidden[piece], weight, bias)
             _to_gradient_(
                 logits, targets[piece], total[piece], entropy[piece], grad_logprobs[piece], grad_entropy[piece],
                 ctx.temperature,
             )  # fmt: skip
-            torch.mm(logits, weight, out=grad_hidden[piece])
+            grad_hidden[piece] = linear(logits, weight.T)
             if ctx.needs_input_grad[1] and ctx.parameter is not None:
                 add_product(ctx.parameter, logits.T, hidden[piece])
             elif ctx.needs_input_grad[1]:
-                share = logits.T @ hidden[piece]
+                share = linear(logits.T, hidden[piece].T)
                 grad_weight = share.to(ctx.types[0]) if grad_weight is None else grad_weight.add_(share)
             if bias is not None and ctx.needs_input_grad[2]:
                 share = logits.sum(0, dtype=torch.float32)
