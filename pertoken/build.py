@@ -18,7 +18,7 @@ from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
-from pertoken.rewards import Weighted, resolve
+from pertoken.rewards import Normaliser, Schedule, Weighted, resolve
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.collect import prompt_ids
 from pertoken.rollout.decoder import RecomputingDecoder
@@ -164,7 +164,16 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
             reward = factory(**parameters)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"rewards.{index} ({name}): {error}") from error
-        parts.append(Weighted(reward, config.weight, name, config.time_limit))
+        parts.append(
+            Weighted(
+                reward,
+                config.weight if isinstance(config.weight, float) else Schedule(config.weight),
+                name,
+                config.time_limit,
+                config.clip,
+                None if config.normalise == "none" else Normaliser(config.normalise),
+            )
+        )
     return parts
 
 

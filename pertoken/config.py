@@ -150,8 +150,13 @@ class RewardConfig(BaseModel):
     """Name of a built-in or installed reward; also names the part in logs."""
     fn: str | None = None
     """`module:function` of your own reward."""
-    weight: float = 1.0
-    """Factor of this part in the total."""
+    weight: float | tuple[tuple[int, float], ...] = 1.0
+    """Factor of this part in the total; or points [step, weight], linear between them and constant outside."""
+    clip: tuple[float, float] | None = None
+    """Bounds [low, high] of each token's value (of an episode reward: of its number) before normalising and weight."""
+    normalise: Literal["none", "batch", "group", "running"] = "none"
+    """Sums of the part over an episode become deviations from their mean: in the batch, in the prompt's group, or over
+    all episodes so far (running, saved in checkpoints). Then the weight."""
     time_limit: float | None = Field(default=None, gt=0)
     """Seconds that it may take for the completions of a step; then the run ends, saved. null waits for ever."""
 

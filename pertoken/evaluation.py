@@ -72,7 +72,8 @@ class Evaluator:
         summary["metrics"][PERPLEXITY] = float((nats.sum() / counts.sum()).exp())
         summary["main"] = self.metric
         scene = Scene(batch, episodes, policy.tokenizer, old, ref)
-        parts, found = score(rewards, scene), findings(rewards, scene)
+        fixed = [part.fixed() for part in rewards]
+        parts, found = score(fixed, scene), findings(fixed, scene)
         tokens = token_rows(episodes, token_streams(batch, old, ref, parts), policy.tokenizer)
         rows = [
             {

@@ -76,7 +76,7 @@ def observe(
             "value/error": error.square().mean().sqrt().item() if batch.num_actions else 0.0,
             "value/explained_variance": 1.0 - (error.var() / returns.var()).item() if _varies(returns) else 0.0,
         }
-    return StepReport(step, metrics | updated.metrics | dict(extra), episodes, streams)
+    return StepReport(step, metrics | rewards.figures | updated.metrics | dict(extra), episodes, streams)
 
 
 def token_streams(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from pertoken import build
 from pertoken.batching import to_batch
-from pertoken.config import DocstringsTask, RunConfig
+from pertoken.config import DocstringsTask, RewardConfig, RunConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
@@ -254,7 +254,7 @@ def _policy(config: RunConfig, name: str) -> Policy:
 
 def _about(config: RunConfig) -> dict[str, str | int | float]:
     """The run in a few words, for the head of its report."""
-    rewards = " + ".join(f"{r.weight:g} x {r.name or r.fn}" for r in config.rewards)
+    rewards = " + ".join(f"{_weight(r)} x {r.name or r.fn}" for r in config.rewards)
     trained = f"LoRA rank {config.policy.lora.rank}" if config.policy.lora else "all weights"
     task = config.task.type if isinstance(config.task, DocstringsTask) else str(config.task.path)
     about: dict[str, str | int | float] = {
@@ -264,6 +264,13 @@ def _about(config: RunConfig) -> dict[str, str | int | float]:
         "algorithm": f"{config.credit.type}, {config.objective.surrogate}",
     }
     return about | ({"steps": config.stop.steps} if config.stop.steps is not None else {})
+
+
+def _weight(reward: RewardConfig) -> str:
+    """A number, or the numbers that it goes through."""
+    if isinstance(reward.weight, float):
+        return f"{reward.weight:g}"
+    return f"({' to '.join(f'{weight:g}' for _, weight in reward.weight)})"
 
 
 def _refuse_occupied(folder: Path) -> None:

@@ -100,8 +100,15 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Everything beside weights, optimiser and random states that the next step depends on, as JSON."""
         rewards = {part.name: part.state() for part in self.rewards if isinstance(part.reward, Stateful)}
+        normalisers = {part.name: part.normaliser.get_state() for part in self.rewards if part.normaliser}
         ahead = None if self.ahead is None else self.ahead.state()
-        return {"progress": vars(self.progress).copy(), "kl": self.kl.state_dict(), "rewards": rewards, "ahead": ahead}
+        return {
+            "progress": vars(self.progress).copy(),
+            "kl": self.kl.state_dict(),
+            "rewards": rewards,
+            "normalisers": normalisers,
+            "ahead": ahead,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
@@ -115,6 +122,11 @@ class Run:
                 part.reward.set_state(state["rewards"][part.name])
             elif isinstance(part.reward, Stateful):
                 self.notes.append(f"rewards: the checkpoint has no state of {part.name!r}; it starts anew")
+        for part in self.rewards:
+            if part.normaliser and part.name in state.get("normalisers", {}):
+                part.normaliser.set_state(state["normalisers"][part.name])
+            elif part.normaliser and part.normaliser.over == "running":
+                self.notes.append(f"rewards: the checkpoint has no statistics of {part.name!r}; they start anew")
         if state.get("ahead") is not None:
             ahead, items = Draws.of_state(state["ahead"]), items_of(self, self.progress.step + 1)
             if stem_from(ahead, items, self.policy.tokenizer, self.controls, self.config.rollout.samples_per_prompt):
@@ -260,21 +272,54 @@ def assign(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: 
             raise ValueError("credit.type gae needs values: the policy has no value head")
         after = estimators.bootstrap_values(batch.terminated, old.bootstrap)
         advantages, returns = estimators.gae(total, old.values, mask, after, gamma=config.gamma, lam=config.lam)
-    elif config.type == "reward_to_go":
-        advantages = estimators.reward_to_go(total, mask, gamma=config.gamma)
-    elif config.type == "group_relative":
-        advantages = estimators.group_relative(total, mask, group, scale_by_std=config.scale_by_std)
-    elif config.type == "group_process":
-        advantages = estimators.group_process(total, mask, group, gamma=config.gamma, scale_by_std=config.scale_by_std)
-    elif config.type == "leave_one_out":
-        advantages = estimators.leave_one_out(total, mask, group)
+    elif rewards.abstained and config.type in ("group_relative", "leave_one_out", "leave_one_out_process"):
+        advantages = _among_speakers(config, rewards, mask, group).to(total)
     else:
-        advantages = estimators.leave_one_out_process(total, mask, group, gamma=config.gamma)
+        advantages = _estimate(config, total, mask, group)
     if config.normalize == "whiten":
         advantages = estimators.whiten(advantages, mask, group)
     elif config.normalize == "scale":
         advantages = estimators.scale_only(advantages, mask, group)
     return Credit(advantages, returns)
+
+
+def _estimate(config: CreditConfig, rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
+    """Advantages without a critic, by the estimator that the configuration names."""
+    match config.type:
+        case "reward_to_go":
+            return estimators.reward_to_go(rewards, mask, gamma=config.gamma)
+        case "group_relative":
+            return estimators.group_relative(rewards, mask, group, scale_by_std=config.scale_by_std)
+        case "group_process":
+            return estimators.group_process(rewards, mask, group, gamma=config.gamma, scale_by_std=config.scale_by_std)
+        case "leave_one_out":
+            return estimators.leave_one_out(rewards, mask, group)
+        case "leave_one_out_process":
+            return estimators.leave_one_out_process(rewards, mask, group, gamma=config.gamma)
+    raise ValueError(f"credit.type {config.type} needs a critic")
+
+
+def _among_speakers(config: CreditConfig, rewards: TokenRewards, mask: Tensor, group: Tensor) -> Tensor:
+    """Advantages where a row that a part abstains on is no baseline for that part, and is not compared by it.
+
+    Estimators with a mean as baseline are linear in the reward, so the parts that abstain are credited one by one, each
+    among the rows that it speaks about. The standard deviation of `group_relative` is that of the sum.
+    """
+    scale = config.type == "group_relative" and config.scale_by_std
+    linear = config.model_copy(update={"scale_by_std": False}) if scale else config
+    common = torch.zeros_like(rewards.total)
+    for name, values in rewards.parts.items():
+        if name not in rewards.abstained:
+            common = common + values
+    advantages = _estimate(linear, common, mask, group)
+    for name, abstained in rewards.abstained.items():
+        rows = (~abstained).nonzero()[:, 0]
+        if len(rows):
+            advantages[rows] += _estimate(linear, rewards.parts[name][rows], mask[rows], group[rows])
+    if scale:
+        first = mask & (mask.cumsum(1) == 1)
+        advantages = estimators.group_relative(torch.where(first, advantages, 0.0), mask, group, scale_by_std=True)
+    return advantages
 
 
 def update(

@@ -104,6 +104,25 @@ def test_trap_27_interrupted_after_each_step_it_ends_as_if_it_never_was(place, t
     assert len(set(coefficients)) == len(coefficients), "the adaptive KL is at work"
 
 
+def test_weights_on_their_way_and_running_statistics_go_on(place, tmp_path):
+    """A schedule is a function of the step; what the normaliser remembers is in the checkpoint."""
+    parts = [
+        {"name": "rouge_l", "granularity": "token", "weight": [[1, 0.0], [3, 1.0]], "normalise": "group"},
+        {"fn": "moody:Moody", "name": "moody", "normalise": "running", "clip": [-1, 0.02]},
+    ]
+
+    def config(folder):
+        values = configuration(place, folder, **CREDITS["leave_one_out_process"]).model_dump()
+        return RunConfig.model_validate(values | {"rewards": parts})
+
+    whole = finished(config(tmp_path / "whole"))
+    while interrupted_after(config(tmp_path / "parts"), 1).interrupted:
+        pass
+    assert kills.outcome(tmp_path / "parts") == whole
+    assert whole["metrics"]["weight/rouge_l"] == [0.0, 0.5, 1.0]
+    assert min(whole["metrics"]["clipped/moody"]) > 0
+
+
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_interrupted_once_after_step_k_it_ends_as_if_it_never_was(place, tmp_path, whole_gae, step):
     config = configuration(place, tmp_path / "parts", **CREDITS["gae"])

@@ -2,7 +2,10 @@
 
 from pertoken.rewards.align import AlignedText, tokens_of
 from pertoken.rewards.base import (
+    NO_OPINION,
     Finding,
+    NoOpinion,
+    Opinions,
     Reward,
     Sample,
     SampleReward,
@@ -17,6 +20,7 @@ from pertoken.rewards.base import (
     span_reward,
     token_reward,
 )
+from pertoken.rewards.composition import Normaliser, Schedule
 from pertoken.rewards.functions import CompletionsReward
 from pertoken.rewards.grammar import Harper, LanguageTool, RulePack
 from pertoken.rewards.kl import KLToReference
@@ -26,6 +30,7 @@ from pertoken.rewards.rules import Length, Repetition
 from pertoken.rewards.shaping import Shaping
 
 __all__ = [
+    "NO_OPINION",
     "AlignedText",
     "Bleu",
     "ChrF",
@@ -36,6 +41,9 @@ __all__ = [
     "LanguageTool",
     "Length",
     "Meteor",
+    "NoOpinion",
+    "Normaliser",
+    "Opinions",
     "Repetition",
     "Reward",
     "Rouge1",
@@ -46,6 +54,7 @@ __all__ = [
     "Sample",
     "SampleReward",
     "Scene",
+    "Schedule",
     "ScoredSpan",
     "Shaping",
     "Stateful",

@@ -16,7 +16,8 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from numbers import Real
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from pertoken.background import Background, StillRunningError
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards.align import AlignedText, align, spread
+from pertoken.rewards.composition import Normaliser, Schedule, check_clip, clip_episodes, clip_tokens, speaks
 from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
 
 Place = Literal["last", "spread"]
@@ -95,11 +97,29 @@ class Scene:
         )
 
 
+class NoOpinion(Enum):
+    """The type of `NO_OPINION`."""
+
+    NO_OPINION = "no opinion"
+
+
+NO_OPINION = NoOpinion.NO_OPINION
+"""What a reward of samples returns where it abstains: the sample counts 0, and is compared with no other."""
+
+
+@dataclass(frozen=True)
+class Opinions:
+    """What a reward returns that abstains on some rows: 0 there, and a mark that says so."""
+
+    values: Float[Tensor, "B T"]
+    abstained: Bool[Tensor, " B"]
+
+
 @runtime_checkable
 class Reward(Protocol):
-    """Anything that gives every token of a scene a number; 0.0 means "no opinion"."""
+    """Anything that gives every token of a scene a number; 0.0 pays nothing, `Opinions` marks rows without a say."""
 
-    def __call__(self, scene: Scene) -> Float[Tensor, "B T"]: ...
+    def __call__(self, scene: Scene) -> Float[Tensor, "B T"] | Opinions: ...
 
 
 @runtime_checkable
@@ -124,26 +144,29 @@ class SampleReward(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def token_values(self, sample: Sample) -> list[float]:
-        """One value per token of `sample.tokens`."""
+    def token_values(self, sample: Sample) -> list[float] | NoOpinion:
+        """One value per token of `sample.tokens`, or `NO_OPINION`."""
 
     def findings(self, sample: Sample) -> "Sequence[ScoredSpan]":
         """What the reward found, where, and in words; empty for a reward that does not speak of ranges."""
         return []
 
-    def __call__(self, scene: Scene) -> Float[Tensor, "B T"]:
+    def __call__(self, scene: Scene) -> Float[Tensor, "B T"] | Opinions:
         """The values of all samples in their rows, 0 elsewhere; in float64, so that sums stay exact."""
         values = torch.zeros(scene.batch.tokens.shape, dtype=torch.float64)
+        abstained = torch.zeros(len(values), dtype=torch.bool)
         for row, (episode, sample) in enumerate(zip(scene.episodes, scene.samples, strict=True)):
             try:
-                per_token = _place_list(self.token_values(sample), sample)
+                said = self.token_values(sample)
+                per_token = [] if said is NO_OPINION else _place_list(said, sample)
             except RewardError as error:
                 raise RewardError(f"{self.name}, {_where(episode)}: {error}") from error
             except Exception as error:
                 raise RewardError(f"{self.name}, {_where(episode)}: raised {type(error).__name__}: {error}") from error
             start = episode.prompt_length
             values[row, start : start + len(per_token)] = torch.tensor(per_token, dtype=torch.float64)
-        return values
+            abstained[row] = said is NO_OPINION
+        return Opinions(values, abstained) if bool(abstained.any()) else values
 
 
 @dataclass(frozen=True)
@@ -172,11 +195,18 @@ class DecoratedReward(SampleReward):
     def name(self) -> str:
         return str(getattr(self.fn, "__name__", type(self.fn).__name__))
 
-    def token_values(self, sample: Sample) -> list[float]:
-        return self._place(self.fn(sample, **self._parameters), sample)
+    @property
+    def of_episodes(self) -> bool:
+        """Whether the function gives one number per episode."""
+        return getattr(self._place, "func", None) is place_number
+
+    def token_values(self, sample: Sample) -> list[float] | NoOpinion:
+        said = self.fn(sample, **self._parameters)
+        return NO_OPINION if said is NO_OPINION else self._place(said, sample)
 
     def findings(self, sample: Sample) -> Sequence[ScoredSpan]:
-        return list(self.fn(sample, **self._parameters)) if self._place is place_spans else []
+        said = self.fn(sample, **self._parameters) if self._place is place_spans else NO_OPINION
+        return [] if said is NO_OPINION else list(said)
 
     def bind(self, **parameters: Any) -> "DecoratedReward":
         """The same reward with keyword parameters of its function set."""
@@ -264,8 +294,8 @@ def _place_list(values: Any, sample: Sample) -> list[float]:
 def _number(value: Any) -> float:
     if not isinstance(value, Real):
         raise RewardError(
-            f"returned {value!r} ({type(value).__name__}), expected a number: 0.0 says 'no opinion', "
-            f"a tensor needs .item()"
+            f"returned {value!r} ({type(value).__name__}), expected a number: 0.0 pays nothing, a whole sample without "
+            f"opinion is NO_OPINION, a tensor needs .item()"
         )
     return float(value)
 
@@ -275,14 +305,54 @@ class Weighted:
     """A reward as a task uses it: how much it counts, and the name of its part."""
 
     reward: Reward
-    weight: float
+    weight: float | Schedule
     name: str
     time_limit: float | None = None
     """Seconds that one call may take; None waits for ever."""
+    clip: tuple[float, float] | None = None
+    """Bounds of each token's value, or of the number of an episode reward, before anything else."""
+    normaliser: Normaliser | None = None
+    """What the clipped part is measured by, before the weight."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise ConfigError(f"reward {self.name!r}: weight must be a finite number, got {self.weight}")
+        weights = [weight for _, weight in self.weight.points] if isinstance(self.weight, Schedule) else [self.weight]
+        for weight in weights:
+            if not math.isfinite(weight):
+                raise ConfigError(f"reward {self.name!r}: weight must be a finite number, got {weight}")
+        if self.clip is not None:
+            check_clip(self.name, self.clip, of_episodes=self._of_episodes)
+
+    @property
+    def _of_episodes(self) -> bool:
+        return bool(getattr(self.reward, "of_episodes", False))
+
+    def weight_at(self, step: int) -> float:
+        """How much it counts in a step."""
+        return self.weight(step) if isinstance(self.weight, Schedule) else self.weight
+
+    def fixed(self) -> "Weighted":
+        """The part as a yardstick that does not move: the weight that it ends with, nothing normalised."""
+        weight = self.weight.last if isinstance(self.weight, Schedule) else self.weight
+        return replace(self, weight=weight, normaliser=None)
+
+    def prepare(
+        self, raw: Float[Tensor, "B T"], scene: Scene, abstained: Bool[Tensor, " B"] | None
+    ) -> tuple[Float[Tensor, "B T"], dict[str, float]]:
+        """What the weight is applied to, and figures of it by name."""
+        if not (self.clip or self.normaliser or isinstance(self.weight, Schedule)):
+            return raw, {}
+        action_mask, values = scene.batch.action_mask.cpu(), raw
+        speaking = speaks(abstained, action_mask)
+        figures = {f"weight/{self.name}": self.weight_at(scene.step), f"raw/{self.name}": _per_row(raw, speaking)}
+        if self.clip is not None:
+            if self._of_episodes:
+                values, share = clip_episodes(values, speaking, action_mask, *self.clip)
+            else:
+                values, share = clip_tokens(values, *self.clip)
+            figures[f"clipped/{self.name}"] = share
+        if self.normaliser is not None:
+            values = self.normaliser(values, speaking, scene.batch.group.cpu(), action_mask)
+        return values, figures
 
     def state(self) -> Any:
         """What a stateful reward remembers, if JSON gives the same back; None if it remembers nothing."""
@@ -311,13 +381,21 @@ def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:
         raise ConfigError(f"rewards need different names, and 'env' is taken by the environment: got {names}")
     env = scene.batch.env_rewards
     parts = {"env": _credited("env", env, scene)} if bool(env.any()) else {}
+    silent: dict[str, Tensor] = {}
+    figures: dict[str, float] = {}
     for part in rewards:
-        parts[part.name] = part.weight * _credited(part.name, _evaluate(part, scene), scene)
+        said, abstained = _evaluate(part, scene)
+        values, measured = part.prepare(_credited(part.name, said, scene), scene, abstained)
+        parts[part.name] = part.weight_at(scene.step) * values
+        figures |= measured
+        if abstained is not None:
+            silent[part.name] = abstained.to(env.device)
+            figures[f"abstained/{part.name}"] = abstained.double().mean().item()
     total = torch.zeros_like(scene.batch.sample_logprobs)
     for name, values in parts.items():
         parts[name] = values.to(total)
         total = total + parts[name]
-    return TokenRewards(total, parts)
+    return TokenRewards(total, parts, silent, figures)
 
 
 @dataclass(frozen=True)
@@ -345,7 +423,7 @@ def findings(rewards: Sequence[Weighted], scene: Scene) -> list[list[Finding]]:
             for span in part.reward.findings(sample):
                 tokens = [token for token, _ in spread(sample.aligned, span.start, span.stop, 0.0)]
                 start, stop = episode.prompt_length + min(tokens), episode.prompt_length + max(tokens) + 1
-                row.append(Finding(part.name, start, stop, part.weight * span.value, span.message))
+                row.append(Finding(part.name, start, stop, part.weight_at(scene.step) * span.value, span.message))
         found.append(row)
     return found
 
@@ -385,20 +463,34 @@ def _credited(name: str, values: Float[Tensor, "B T"], scene: Scene) -> Float[Te
     return moved
 
 
-def _evaluate(part: Weighted, scene: Scene) -> Float[Tensor, "B T"]:
-    """What the reward returns, if it is of the right type and shape; every fault names the reward."""
+def _evaluate(part: Weighted, scene: Scene) -> tuple[Float[Tensor, "B T"], Bool[Tensor, " B"] | None]:
+    """What the reward returns, and the rows on which it abstains (None: no row), if both are of the right type and
+    shape; every fault names the reward."""
     try:
         values: Any = part.reward(scene) if part.time_limit is None else _in_time(part.reward, scene, part.time_limit)
     except RewardError as error:
         raise RewardError(f"reward {part.name!r}: {error}") from error
     except Exception as error:
         raise RewardError(f"reward {part.name!r} raised {type(error).__name__}: {error}") from error
+    abstained = None
+    if isinstance(values, Opinions):
+        values, abstained = values.values, values.abstained.cpu()
     expected = f"expected a floating-point tensor of shape {list(scene.batch.tokens.shape)}, one value per token"
     if not isinstance(values, Tensor):
         raise RewardError(f"reward {part.name!r} returned {type(values).__name__}, {expected}; see @episode_reward")
     if values.shape != scene.batch.tokens.shape or not values.is_floating_point():
         raise RewardError(f"reward {part.name!r} returned {values.dtype} of shape {list(values.shape)}, {expected}")
-    return values
+    if abstained is not None:
+        for row in (abstained & (values.detach().cpu() != 0).any(1)).nonzero()[:1, 0].tolist():
+            raise RewardError(
+                f"reward {part.name!r} abstains on {_where(scene.episodes[row])} and pays it too; expected 0 there"
+            )
+    return values, abstained if abstained is not None and bool(abstained.any()) else None
+
+
+def _per_row(values: Float[Tensor, "B T"], speaking: Bool[Tensor, " B"]) -> float:
+    """Mean over the speaking rows of their sums."""
+    return values.sum(1)[speaking].sum().item() / max(int(speaking.sum()), 1)
 
 
 def _in_time(reward: Reward, scene: Scene, seconds: float) -> Any:

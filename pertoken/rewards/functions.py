@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pertoken.errors import RewardError
-from pertoken.rewards.base import Scene, place_number
+from pertoken.rewards.base import Opinions, Scene, place_number
 
 
 def takes_completions(function: Any) -> bool:
@@ -32,16 +32,19 @@ class CompletionsReward:
 
     It is given what it asks for by name, all of it if it takes `**kwargs`: `prompts` and `completions` (texts, or lists
     of messages where the task has messages), `completion_ids`, `answer`, and a list for each further column of the item
-    (`task.info`), None where an item lacks it. None in what it returns says "no opinion" and counts 0. Coroutines are
-    awaited.
+    (`task.info`), None where an item lacks it. None in what it returns says "no opinion": such a completion abstains.
+    Coroutines are awaited.
     """
+
+    of_episodes = True
+    """It gives one number per episode."""
 
     def __init__(self, fn: Callable[..., Any], parameters: Mapping[str, Any] = {}) -> None:
         self.fn = fn
         self._parameters = dict(parameters)
         functools.update_wrapper(self, fn)
 
-    def __call__(self, scene: Scene) -> Float[Tensor, "B T"]:
+    def __call__(self, scene: Scene) -> Float[Tensor, "B T"] | Opinions:
         numbers = self.fn(**self._arguments(scene))
         if inspect.isawaitable(numbers):
             numbers = asyncio.run(_wait(numbers))
@@ -56,7 +59,8 @@ class CompletionsReward:
                 placed = place_number(number, sample, "last")
                 start = episode.prompt_length
                 values[row, start : start + len(placed)] = torch.tensor(placed, dtype=torch.float64)
-        return values
+        abstained = torch.tensor([number is None for number in numbers], dtype=torch.bool)
+        return Opinions(values, abstained) if bool(abstained.any()) else values
 
     def _arguments(self, scene: Scene) -> dict[str, Any]:
         items = [sample.item for sample in scene.samples]

@@ -35,6 +35,14 @@ METRICS: dict[str, Term] = {
     "loss/value": Term("Error of the value head against its targets.", "aggregate over a of ½ (V − return)²"),
     "reward/<part>": Term("One named part of the reward, weighted.", "mean over e of Σ part"),
     "reward/total": Term("The reward: all parts together.", "mean over e of Σ reward", better="higher"),
+    "weight/<part>": Term("Weight of a part in this step, where it is scheduled, clipped or normalised.", "factor"),
+    "raw/<part>": Term(
+        "The same part before it was clipped, normalised and weighed.", "mean over the e with an opinion of Σ part"
+    ),
+    "clipped/<part>": Term(
+        "Values of the part that lay outside of its `clip`.", "share of values other than 0, or of e, 0 to 1"
+    ),
+    "abstained/<part>": Term("Completions that the part has no opinion on; absent if it has one on all.", "share of e"),
     "kl/reference": Term("How far the policy is from the reference model.", "mean over a, nats per token"),
     "kl/sequence": Term("The same distance for whole completions.", "mean over e of Σ KL, nats"),
     "kl/coefficient": Term("Weight of the KL penalty in this step.", "per nat"),

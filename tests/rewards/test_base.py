@@ -281,7 +281,7 @@ FAULTS = {
     "raises": (episode_reward(raises), ["raised KeyError: 'colour'"]),
     "nan": (episode_reward(lambda s: math.nan), ["nan at token 3 of", "return 0.0 where"]),
     "infinite": (token_reward(lambda s: [0.0, -math.inf]), ["-inf at token 3", "expected finite"]),
-    "no number": (episode_reward(lambda s: None), ["returned None (NoneType)", "expected a number", "no opinion"]),
+    "no number": (episode_reward(lambda s: None), ["returned None (NoneType)", "expected a number", "NO_OPINION"]),
     "text": (episode_reward(lambda s: "1.0"), ["'1.0' (str)"]),
     "zero-dimensional tensor": (episode_reward(lambda s: torch.tensor(1.0)), ["a tensor needs .item()"]),
     "too short": (token_reward(lambda s: [1.0]), ["returned 1 values, expected 2", "one per token"]),
@@ -317,7 +317,7 @@ def test_a_reward_class_is_held_to_the_same_contract(make_episode, make_scene):
 
 def test_trap_29_no_opinion_is_said_and_not_guessed(make_episode, make_scene):
     """None is neither 0 nor NaN that a sum swallows: it is refused."""
-    with pytest.raises(RewardError, match=r"0\.0 says 'no opinion'"):
+    with pytest.raises(RewardError, match=r"0\.0 pays nothing.*NO_OPINION"):
         token_reward(lambda sample: [None] * len(sample.tokens))(make_scene(make_episode("a")))
 
 

@@ -38,15 +38,16 @@ def few(completions, factor=1):
 
 
 def test_it_is_given_lists_by_name_and_its_numbers_go_to_the_last_action():
-    values = CompletionsReward(asks)(scene(info=["a", "b", "c"]))
+    opinions = CompletionsReward(asks)(scene(info=["a", "b", "c"]))
     assert asks.given["prompts"] == ["say 0", "say 1", "say 2"]
     assert asks.given["completions"] == ["one", "", "three"]
     assert asks.given["answer"] == ["answer 0", "answer 1", "answer 2"]
     assert asks.given["column"] == ["a", "b", "c"]
     assert asks.given["completion_ids"][1] == [256]
-    assert values.sum(1).tolist() == [1.0, 0.0, 2.5]
-    assert values[0].nonzero().tolist() == [[4]]  # prompt, o, n, e, end
-    assert values[2].nonzero().tolist() == [[6]]
+    assert opinions.values.sum(1).tolist() == [1.0, 0.0, 2.5]
+    assert opinions.abstained.tolist() == [False, True, False]
+    assert opinions.values[0].nonzero().tolist() == [[4]]  # prompt, o, n, e, end
+    assert opinions.values[2].nonzero().tolist() == [[6]]
 
 
 def test_messages_come_as_messages():
