@@ -12,6 +12,7 @@ import torch
 from pertoken.config import DocstringsTask, EvaluationConfig, RewardConfig, RolloutConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, ModelError, TaskError, closest
 from pertoken.evaluation import Evaluator
+from pertoken.guards import Guards
 from pertoken.memory import GIGABYTE, installed_memory, used_memory
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import load_state
@@ -73,6 +74,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         rewards=rewards,
         kl=build_kl(config),
         optimizer=optimizer,
+        guards=Guards(config.guards.window),
         evaluator=build_evaluator(config.evaluation, task, policy),
         memory_estimate=estimate,
         notes=notes,

@@ -369,6 +369,15 @@ class CheckpointConfig(Section):
     """Also keep the one with the best held-out evaluation.metric, among those that were evaluated when saved."""
 
 
+class GuardConfig(Section):
+    """Alarms for a reward that is gamed; told and logged (`alarm/<name>`), they change nothing by themselves."""
+
+    window: int = Field(default=10, ge=5)
+    """Steps over which a part of the reward that rises is compared with one that falls."""
+    stop: bool = False
+    """End the run at the first alarm, saved."""
+
+
 class LogConfig(Section):
     """What is written down besides the figures of every step."""
 
@@ -399,6 +408,7 @@ class RunConfig(Section):
     stop: StopConfig = StopConfig(steps=100)
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
     @property

@@ -20,6 +20,7 @@ from pertoken.batching import Part, minibatches, to_batch
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation, Evaluator
+from pertoken.guards import Guards, writing_figures
 from pertoken.memory import Heap, peak_memory
 from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
@@ -55,6 +56,8 @@ class Progress:
     evaluated: int | None = None
     """Step of the last evaluation, and what its main metric was."""
     metric: float | None = None
+    alarm: str | None = None
+    """The first alarm that sounded, and in which step."""
 
 
 @dataclass
@@ -73,6 +76,8 @@ class Run:
     evaluator: Evaluator | None
     memory_estimate: float
     """What the run was expected to take at its height, before it began (GB)."""
+    guards: Guards
+    """What looks for signs that the reward is gamed."""
     task_name: str = ""
     notes: list[str] = field(default_factory=list)
     """What was decided or left out while setting up, in sentences for a person."""
@@ -95,7 +100,9 @@ class Run:
             (stop.patience, now.evaluations_since_best, f"no better {metric} in {stop.patience} evaluations"),
             (stop.kl, now.last_kl, f"KL per sequence {now.last_kl:.2f} nats is over the budget (stop.kl {stop.kl})"),
         ]
-        return next((words for limit, reached, words in conditions if limit is not None and reached >= limit), None)
+        alarm = f"alarm {now.alarm} (guards.stop)" if self.config.guards.stop and now.alarm else None
+        reached_first = (words for limit, reached, words in conditions if limit is not None and reached >= limit)
+        return next(reached_first, alarm)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything beside weights, optimiser and random states that the next step depends on, as JSON."""
@@ -107,6 +114,7 @@ class Run:
             "kl": self.kl.state_dict(),
             "rewards": rewards,
             "normalisers": normalisers,
+            "guards": self.guards.state_dict(),
             "ahead": ahead,
         }
 
@@ -127,6 +135,8 @@ class Run:
                 part.normaliser.set_state(state["normalisers"][part.name])
             elif part.normaliser and part.normaliser.over == "running":
                 self.notes.append(f"rewards: the checkpoint has no statistics of {part.name!r}; they start anew")
+        if "guards" in state:
+            self.guards.load_state_dict(state["guards"])
         if state.get("ahead") is not None:
             ahead, items = Draws.of_state(state["ahead"]), items_of(self, self.progress.step + 1)
             if stem_from(ahead, items, self.policy.tokenizer, self.controls, self.config.rollout.samples_per_prompt):
@@ -161,8 +171,8 @@ def loop(
         heap.after_update()
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
-        measured = clock.seconds | memory(run)
-        report = observe(step, episodes, batch, old, ref, rewards, credit, updated, measured)
+        measured = clock.seconds | memory(run) | writing_figures(scene)
+        report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured))
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)
         evaluate(run, log)
@@ -460,6 +470,14 @@ def memory(run: Run) -> dict[str, float]:
     """The memory that the run has taken at its height, beside what was expected (GB)."""
     peak = peak_memory(run.policy.device)
     return {"memory/estimate": run.memory_estimate} | ({} if peak is None else {"memory/peak": peak})
+
+
+def guard(run: Run, report: StepReport) -> StepReport:
+    """`report` with the alarms of the step; a new one is told in a sentence."""
+    for alarm in run.guards.look(report.metrics):
+        run.notes.append(f"step {report.step}: alarm {alarm.name}: {alarm.sentence}")
+        run.progress.alarm = run.progress.alarm or f"{alarm.name} in step {report.step}"
+    return replace(report, metrics=report.metrics | run.guards.figures())
 
 
 def advance(run: Run, report: StepReport, *, seconds: float) -> None:

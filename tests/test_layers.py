@@ -37,6 +37,7 @@ MAY: dict[str, set[str]] = {
     "testing": {"errors", "types"},
     # what joins them
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
+    "guards": {"rewards"},
     "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
     "trainer": {
         *(
@@ -49,6 +50,7 @@ MAY: dict[str, set[str]] = {
             "tasks",
             "tracking",
             "observe",
+            "guards",
             "evaluation",
         ),
         *(STAGES | MATHS),

@@ -70,6 +70,14 @@ METRICS: dict[str, Term] = {
     "completion/terminated_share": Term(
         "Completions that ended by themselves; the others were cut off.", "share of e, 0 to 1"
     ),
+    "completion/repetition": Term(
+        "Runs of three tokens that came before in the same completion.", "mean over e of the share, 0 to 1"
+    ),
+    "completion/empty_share": Term("Completions without text.", "share of e, 0 to 1"),
+    "alarm/<name>": Term(
+        "A sign that the reward is gamed: length_drift, empty, endless, repetition, entropy_collapse or part_trade.",
+        "1 while it lasts, else 0",
+    ),
     "grad/norm": Term("Length of the gradient before it is clipped.", "√ Σ g²"),
     "grad/clipped_share": Term("Optimiser steps whose gradient was clipped.", "share of the step's updates, 0 to 1"),
     "learning_rate": Term("The optimiser's step size, after warm-up and schedule.", "per optimiser step"),

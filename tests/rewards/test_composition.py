@@ -142,8 +142,8 @@ def test_a_part_without_spread_is_0_and_does_not_blow_up(make_episode, make_scen
     scene = make_scene(make_episode([8, 1]), make_episode([1, 8]), make_episode([3, 3, 3]))
     part = Weighted(ids, 1.0, "ids", normaliser=Normaliser(over))
     assert not score([part], scene).total.any()
-    tenths = token_reward(lambda sample: [0.1 * token for token in sample.tokens])
-    scene = make_scene(make_episode([1] * 10), make_episode([3, 7]), make_episode([10]))  # 1, but for rounding
+    tenths = token_reward(lambda sample: [token / 10 for token in sample.tokens])
+    scene = make_scene(make_episode([1, 2]), make_episode([3]), make_episode([2, 1]))  # 0.3, but for rounding
     assert not score([Weighted(tenths, 1.0, "tenths", normaliser=Normaliser(over))], scene).total.any()
 
 
