@@ -255,8 +255,34 @@ class LeaveOneOutProcess(Section):
     """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
 
 
+class PartCredit(Section):
+    """How one part of the reward becomes advantages."""
+
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per action token, with by: token."""
+    by: Literal["token", "episode"] = "token"
+    """token: as leave_one_out_process; episode: as group_relative."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """Divide by the standard deviation of the part's totals over the group or the batch, or not."""
+
+
+class PerPart(PartCredit):
+    """Each part of the reward in its own scale, then added up by weight (GDPO, by tokens)."""
+
+    type: Literal["per_part"] = "per_part"
+    parts: dict[str, PartCredit] = Field(default_factory=dict)
+    """Other settings for single parts, by name."""
+    normalize: Normalize = "whiten"
+    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+
+    def of(self, part: str) -> PartCredit:
+        """The settings of a part."""
+        return self.parts.get(part, self)
+
+
 CreditConfig = Annotated[
-    RewardToGo | Gae | GroupRelative | GroupProcess | LeaveOneOut | LeaveOneOutProcess, Field(discriminator="type")
+    RewardToGo | Gae | GroupRelative | GroupProcess | LeaveOneOut | LeaveOneOutProcess | PerPart,
+    Field(discriminator="type"),
 ]
 
 
@@ -424,7 +450,9 @@ class RunConfig(Section):
 
     def _impossible(self) -> Iterable[tuple[bool, str]]:
         rollout, credit, stop = self.rollout, self.credit, self.stop
-        group_credit = credit.type in ("group_relative", "group_process", "leave_one_out", "leave_one_out_process")
+        group_credit = credit.type not in ("reward_to_go", "gae")
+        named = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.rewards]
+        strangers = [part for part in getattr(credit, "parts", {}) if part not in (*named, "kl", "env")]
         rows = rollout.prompts_per_step * rollout.samples_per_prompt
         needs_evaluation = stop.metric is not None or stop.patience is not None
         yield (
@@ -449,6 +477,10 @@ class RunConfig(Section):
             group_credit and rollout.samples_per_prompt < 2,
             f"credit.type {credit.type} compares the samples of a prompt: rollout.samples_per_prompt must be at least "
             "2 (or use credit.type reward_to_go).",
+        )
+        yield (
+            bool(strangers),
+            f"credit.parts.{''.join(strangers[:1])}: no reward has that name; there are {', '.join(named)}.",
         )
         yield (
             self.update.minibatches > rows,

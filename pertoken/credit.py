@@ -21,11 +21,14 @@ Estimators map rewards to advantages:
 | `leave_one_out_process` | return-to-go of the other rows at the same action | yes |
 | `group_relative` | mean of the group, the row included | times (G-1)/G; no with `scale_by_std` |
 | `group_process` | mean over the group's scored tokens | no |
+| `per_part` | of each part its own | with `scale="none"` and `by="token"` |
 
 Transforms `(advantages, action_mask, group) -> advantages` can be chained: `whiten`, `scale_only`,
 `center_by_group`, `clip`.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -216,6 +219,71 @@ def leave_one_out_process(
     # scatter_add: masked cells share an index with an action, and add their 0 to it
     by_action = torch.zeros_like(returns).scatter_add(1, index, returns)
     return torch.where(action_mask, _minus_mean_of_others(by_action, group).gather(1, index), 0.0)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One part of the reward, and how it becomes advantages of its own before the parts are added."""
+
+    rewards: Float[Tensor, "B T"]
+    """Without its weight: dividing by the spread would cancel it."""
+    weight: float = 1.0
+    gamma: float = 1.0
+    """Discount per action, with `by="token"`."""
+    by: Literal["token", "episode"] = "token"
+    """Reward-to-go against the other rows at the same action (`leave_one_out_process`), or the total of the row against
+    the mean of its group, at every action (`group_relative`)."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """Whose totals the advantages are divided by the standard deviation of."""
+    abstained: Bool[Tensor, " B"] | None = None
+    """Rows that the part has no opinion on: advantage 0, and no baseline for others."""
+
+
+def per_part(
+    streams: Sequence[Stream], action_mask: Bool[Tensor, "B T"], group: Int[Tensor, " B"], *, eps: float = 1e-4
+) -> Float[Tensor, "B T"]:
+    """Advantages of each part of the reward in its own scale, added up by weight.
+
+        A = sum_p w_p * A_p / (std R_p + eps)          R_p: totals of the rows, std with n - 1
+
+    A part whose totals lie close together counts as much as one that varies widely, and rows that earn the same
+    total by different parts stay distinct. The spread is one of rows and not of tokens, so long rows do not
+    weigh more in it; a part without spread gives exactly 0. With `by="episode"` this is GDPO (Liu et al. 2026,
+    https://arxiv.org/abs/2601.05242) before its last step, which `whiten` makes; `by="token"` keeps
+    which token earned what. With one gamma and `scale="none"` it is `leave_one_out_process` of the weighted sum.
+
+    >>> streams = [Stream(torch.tensor([[0.0, 3.0], [1.0, 0.0]]), weight=2.0, by="episode", scale="none")]
+    >>> per_part(streams, torch.ones(2, 2).bool(), torch.tensor([7, 7]))
+    tensor([[ 2.,  2.],
+            [-2., -2.]])
+    """
+    advantages = torch.zeros_like(streams[0].rewards)
+    for stream in streams:
+        speaking = torch.ones_like(group, dtype=torch.bool) if stream.abstained is None else ~stream.abstained
+        rows = speaking.nonzero()[:, 0]
+        if len(rows):
+            own = _in_own_scale(stream, stream.rewards[rows], action_mask[rows], group[rows], eps)
+            advantages[rows] += stream.weight * own
+    return advantages
+
+
+def _in_own_scale(
+    stream: Stream,
+    rewards: Float[Tensor, "R T"],
+    action_mask: Bool[Tensor, "R T"],
+    group: Int[Tensor, " R"],
+    eps: float,
+) -> Float[Tensor, "R T"]:
+    if stream.by == "token":
+        advantages = leave_one_out_process(rewards, action_mask, group, gamma=stream.gamma)
+    else:
+        advantages = group_relative(rewards, action_mask, group, scale_by_std=False)
+    if stream.scale == "none":
+        return advantages
+    totals = _earned(rewards, action_mask).sum(1, keepdim=True)
+    among = group if stream.scale == "group" else torch.zeros_like(group)
+    _, variance = _moments(totals, torch.ones_like(totals, dtype=torch.bool), among, unbiased=True)
+    return _divide(advantages, variance.sqrt() + eps, variance)
 
 
 def has_token_level_rewards(rewards: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pertoken import credit as estimators
 from pertoken.background import Background
 from pertoken.batching import Part, minibatches, to_batch
-from pertoken.config import CreditConfig, RunConfig
+from pertoken.config import CreditConfig, PerPart, RunConfig
 from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation, Evaluator
 from pertoken.guards import Guards, writing_figures
@@ -282,6 +282,8 @@ def assign(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: 
             raise ValueError("credit.type gae needs values: the policy has no value head")
         after = estimators.bootstrap_values(batch.terminated, old.bootstrap)
         advantages, returns = estimators.gae(total, old.values, mask, after, gamma=config.gamma, lam=config.lam)
+    elif config.type == "per_part":
+        advantages = estimators.per_part(_streams(config, rewards), mask, group).to(total)
     elif rewards.abstained and config.type in ("group_relative", "leave_one_out", "leave_one_out_process"):
         advantages = _among_speakers(config, rewards, mask, group).to(total)
     else:
@@ -291,6 +293,17 @@ def assign(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: 
     elif config.normalize == "scale":
         advantages = estimators.scale_only(advantages, mask, group)
     return Credit(advantages, returns)
+
+
+def _streams(config: PerPart, rewards: TokenRewards) -> list[estimators.Stream]:
+    """The parts of the reward, each freed of its weight; one that does not count in this step has no stream."""
+    streams = [estimators.Stream(torch.zeros_like(rewards.total))]
+    for name, values in rewards.parts.items():
+        size, own = abs(rewards.weights.get(name, 1.0)), config.of(name)
+        if size:
+            abstained = rewards.abstained.get(name)
+            streams.append(estimators.Stream(values / size, size, own.gamma, own.by, own.scale, abstained))
+    return streams
 
 
 def _estimate(config: CreditConfig, rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "group_process": lambda r, v, m, g: credit.group_process(r, m, g, gamma=0.9, scale_by_std=True),
     "leave_one_out": lambda r, v, m, g: credit.leave_one_out(r, m, g),
     "leave_one_out_process": lambda r, v, m, g: credit.leave_one_out_process(r, m, g, gamma=0.9),
+    "per_part": lambda r, v, m, g: credit.per_part([credit.Stream(r, 2.0, 0.9), credit.Stream(r, by="episode")], m, g),
     "whiten": lambda r, v, m, g: credit.whiten(v, m, g),
     "scale_only": lambda r, v, m, g: credit.scale_only(v, m, g),
     "center_by_group": lambda r, v, m, g: credit.center_by_group(v, m, g),
@@ -430,3 +431,71 @@ def test_trap_35_unscored_tokens_do_not_enter_group_statistics() -> None:
         rewards, torch.ones(2, 50, dtype=torch.bool), torch.tensor([0, 0]), gamma=1.0, scale_by_std=True
     )
     equal(long, short.expand(2, 50))
+
+
+# ---- parts of the reward, each in its own scale ----------------------------------------------------------------
+
+TWO = torch.tensor([3, 3])
+ALL = torch.ones(2, 2).bool()
+
+
+def test_per_part_by_hand():
+    """Part one by tokens: A [[3, 3], [-3, -3]] at gamma 1, totals 4 and 1; part two by episode: totals 1 and 0."""
+    one = credit.Stream(torch.tensor([[1.0, 3.0], [1.0, 0.0]]), weight=2.0)
+    two = credit.Stream(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), weight=3.0, by="episode")
+    first, second = 2 * 3 / (4.5**0.5 + 1e-4), 3 * 0.5 / (0.5**0.5 + 1e-4)
+    expected = torch.tensor([[1.0, 1.0], [-1.0, -1.0]]) * (first + second)
+    assert torch.allclose(credit.per_part([one, two], ALL, TWO), expected)
+
+
+def test_each_part_has_its_own_gamma():
+    rewards = torch.tensor([[1.0, 3.0], [1.0, 0.0]])
+    half = credit.Stream(rewards, gamma=0.5, scale="none")  # returns 2.5, 3 and 1, 0
+    assert credit.per_part([half], ALL, TWO).tolist() == [[1.5, 3.0], [-1.5, -3.0]]
+    both = credit.per_part([half, credit.Stream(rewards, scale="none")], ALL, TWO)
+    assert both.tolist() == [[4.5, 6.0], [-4.5, -6.0]]
+
+
+def test_a_part_counts_by_its_weight_and_not_by_its_size():
+    rewards = torch.tensor([[1.0, 3.0], [1.0, 0.0]])
+    for scale in ("group", "batch"):
+        small = credit.per_part([credit.Stream(rewards, scale=scale)], ALL, TWO, eps=0.0)
+        assert torch.allclose(credit.per_part([credit.Stream(1000 * rewards, scale=scale)], ALL, TWO, eps=0.0), small)
+
+
+def test_rows_of_the_same_total_stay_distinct():
+    """Half a point for either part: a sum could not tell these rows; nor would it move anything."""
+    one = credit.Stream(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), by="episode")
+    two = credit.Stream(torch.tensor([[0.0, 0.0], [0.0, 1.0]]), weight=0.5, by="episode")
+    assert not credit.leave_one_out(one.rewards + two.rewards, ALL, TWO).any()
+    assert credit.per_part([one, two], ALL, TWO)[0, 0] > 0.3
+
+
+def test_gdpo_over_sequences():
+    """Two prompts of four samples; after whitening 2 / sqrt(8 / 7) for one sample of the second, less for eps."""
+    totals = [[1.0, 0, 1, 0, 1, 1, 0, 0], [0.0, 1, 0, 1, 0, 1, 1, 0]]
+    mask, group = torch.ones(8, 1).bool(), torch.tensor([0] * 4 + [1] * 4)
+    summed = credit.per_part([credit.Stream(torch.tensor(part)[:, None], by="episode") for part in totals], mask, group)
+    expected = torch.tensor([0, 0, 0, 0, 0, 2, 0, -2]) / (8 / 7) ** 0.5
+    assert torch.allclose(credit.whiten(summed, mask, group)[:, 0], expected, atol=1e-4)
+
+
+def test_per_part_without_scale_is_leave_one_out_of_the_sum():
+    torch.manual_seed(0)
+    mask = torch.tensor([[0, 1, 1, 0, 1], [0, 1, 0, 0, 0], [0, 1, 1, 1, 1], [0, 0, 1, 1, 0]]).bool()
+    one, two = torch.randn(2, 4, 5) * mask
+    group = torch.tensor([1, 2, 1, 2])
+    parts = credit.per_part(
+        [credit.Stream(one, 2.0, 0.9, scale="none"), credit.Stream(two, -1.0, 0.9, scale="none")], mask, group
+    )
+    assert torch.allclose(parts, credit.leave_one_out_process(2 * one - two, mask, group, gamma=0.9), atol=1e-6)
+
+
+def test_a_part_without_spread_gives_0_and_a_row_that_abstains_is_no_baseline():
+    equal = credit.Stream(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert not credit.per_part([equal], ALL, TWO).any()
+    three, mask = torch.tensor([3, 3, 3]), torch.ones(3, 1).bool()
+    part = credit.Stream(
+        torch.tensor([[1.0], [0.0], [5.0]]), by="episode", scale="none", abstained=torch.tensor([False, True, False])
+    )
+    assert credit.per_part([part], mask, three).tolist() == [[-2.0], [0.0], [2.0]]

@@ -18,7 +18,7 @@ from pertoken.rollout.collect import prompt_ids
 from pertoken.testing import byte_tokenizer, episode, tiny_model
 from pertoken.types import Item
 
-GROUP_CREDITS = ("group_relative", "group_process", "leave_one_out", "leave_one_out_process")
+GROUP_CREDITS = ("group_relative", "group_process", "leave_one_out", "leave_one_out_process", "per_part")
 VARIED = """
 from pertoken.rewards import token_reward
 

@@ -81,6 +81,7 @@ def finished(config):
 
 CREDITS = {
     "leave_one_out_process": {"credit": {"type": "leave_one_out_process"}},
+    "per_part": {"credit": {"type": "per_part", "parts": {"moody": {"gamma": 0.9, "by": "episode"}}}},
     "leave_one_out": {"credit": {"type": "leave_one_out"}, "objective": {"entropy_coefficient": 0.01}},
     "group_relative": {"credit": {"type": "group_relative"}, "update": {"epochs": 1, "minibatches": 1}},
     "group_process": {"credit": {"type": "group_process"}, "kl": {"place": "loss"}},

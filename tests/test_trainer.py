@@ -90,6 +90,7 @@ def metrics_of(folder):
     "credit",
     [
         {"type": "leave_one_out_process"},
+        {"type": "per_part"},
         {"type": "leave_one_out"},
         {"type": "group_relative"},
         {"type": "group_process"},

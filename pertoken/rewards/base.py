@@ -395,7 +395,8 @@ def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:
     for name, values in parts.items():
         parts[name] = values.to(total)
         total = total + parts[name]
-    return TokenRewards(total, parts, silent, figures)
+    weights = {part.name: part.weight_at(scene.step) for part in rewards}
+    return TokenRewards(total, parts, silent, weights, figures)
 
 
 @dataclass(frozen=True)

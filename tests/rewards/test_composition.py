@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pertoken.config import GroupRelative, LeaveOneOut, LeaveOneOutProcess, RunConfig
+from pertoken.config import GroupRelative, LeaveOneOut, LeaveOneOutProcess, PerPart, RunConfig
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import (
     NO_OPINION,
@@ -281,3 +281,16 @@ def test_the_configuration_names_all_of_it():
     (part,) = build_rewards(config.rewards)
     assert (part.weight_at(5), part.clip, part.normaliser.over) == (0.75, (-1.0, 1.0), "running")
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_parts_are_credited_by_themselves_and_added_by_weight(scene_of):
+    """Totals 1 and 5: mean 3, deviation sqrt(8); ids 0 and 1: deviation sqrt(1 / 2)."""
+    parts = [Weighted(given, -3.0, "given"), Weighted(NUMBER.reward, 0.5, "number"), Weighted(ids, 0.0, "off")]
+    credit = PerPart(by="episode", normalize="none", parts={"number": {"by": "token", "scale": "none"}})
+    expected = -3 * 2 / (math.sqrt(8) + EPS) + 0.5 * 1
+    assert advantages(credit, scene_of(1, 5), *parts) == pytest.approx([-expected, expected])
+
+
+def test_credit_of_a_part_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"credit\.parts\.rouge: no reward has that name; there are rouge_l"):
+        RunConfig.model_validate({"credit": {"type": "per_part", "parts": {"rouge": {}}}})
