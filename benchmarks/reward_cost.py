@@ -2,7 +2,7 @@
 
     python benchmarks/reward_cost.py
     python benchmarks/reward_cost.py --write
-    python benchmarks/reward_cost.py --only rouge_l bleu
+    python benchmarks/reward_cost.py --only rouge_l bleu --write    # the other rows of the table stay
 
 The completions are 64 texts of 128 tokens with references of 20 words, and 16 of 1,024 tokens with references of 100
 words, in groups of 8, out of the pages of docs/, which have code and tables in them. Alignment is a row of its own: it
@@ -30,11 +30,16 @@ DOCS = Path(__file__).parents[1] / "docs"
 PART = re.compile(r"(<!-- cost -->\n).*?(<!-- end -->)", re.DOTALL)
 SIZES = {128: (64, 20), 1024: (16, 100)}
 """Tokens per completion: number of completions, words per reference."""
-PARAMETERS: dict[str, dict[str, Any]] = {"length": {"max_words": 50}}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "length": {"max_words": 50},
+    "format": {"parts": ["[0-9]+"], "json": True},
+    "banned": {"words": ["delve", "as an AI model"]},
+    "readability": {"most": 8.0},
+}
 """Settings without which a reward has nothing to do."""
-ELSEWHERE = {"language_tool"}
-"""Rewards whose work is done by a server."""
-SLOW = {("ter", "shifts", "every")}
+ELSEWHERE = {"language_tool": "the work is done by a server", "evaluate": "as its metric"}
+"""Rewards that are not measured here, and why."""
+SLOW = [("ter", "shifts", "every")]
 """Settings that are measured at the smaller size only."""
 
 
@@ -94,12 +99,16 @@ def measure(only: list[str]) -> list[str]:
     thousands = {size: each.batch.num_actions / 1000 for size, each in scenes.items()}
     align = [1000 * seconds(lambda each=each: each.samples) / thousands[size] for size, each in scenes.items()]
     rows = [_row("alignment", "", align)]
-    for name in only or [name for name in BUILT_IN if name not in ELSEWHERE]:
+    for name in only or BUILT_IN:
+        if name in ELSEWHERE:
+            rows.append(_row(f"`{name}`", ELSEWHERE[name], []))
+            continue
         for parameters in settings(name):
             try:
                 reward = resolve(name)(**parameters)
             except MissingExtraError as error:
-                print(f"left out: {error}")
+                rows.append(_row(f"`{name}`", str(error), []))
+                print(rows[-1], flush=True)
                 continue
             slow = any((name, key, value) in SLOW for key, value in parameters.items())
             warm = seconds(lambda reward=reward: reward(scenes[128]))
@@ -112,10 +121,24 @@ def measure(only: list[str]) -> list[str]:
 
 
 def _row(name: str, parameters: str, costs: list[float]) -> str:
-    cells = [f"{cost:.3g}" if cost < 1000 else f"{cost:.0f}" for cost in costs] + ["not run"] * (
+    cells = [f"{cost:.3g}" if cost < 1000 else f"{cost:.0f}" for cost in costs] + ["not measured"] * (
         len(SIZES) - len(costs)
     )
     return f"| {name} | {parameters} | {' | '.join(cells)} |"
+
+
+def _kept(rows: list[str], page: str) -> list[str]:
+    """`rows`, and those of the page for the rewards that were not measured now, in the order of the built-in names."""
+    found = PART.search(page)
+    old = [line for line in found[0].splitlines() if line.startswith(("| `", "| alignment"))] if found else []
+    measured = {_name(row) for row in rows}
+    rows = rows + [row for row in old if _name(row) not in measured]
+    order = {name: k for k, name in enumerate(["alignment", *(f"`{name}`" for name in BUILT_IN)])}
+    return sorted((row for row in rows if _name(row) in order), key=lambda row: order[_name(row)])
+
+
+def _name(row: str) -> str:
+    return row.split("|")[1].strip()
 
 
 def main() -> None:
@@ -123,16 +146,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="names of rewards")
     parser.add_argument("--write", action="store_true", help="put the table into docs/rewards.md")
     arguments = parser.parse_args()
+    page = DOCS / "rewards.md"
+    old = page.read_text(encoding="utf-8")
+    rows = measure(arguments.only)
+    if arguments.only and arguments.write:
+        rows = _kept(rows, old)
     head = "| reward | settings | 128 tokens each | 1,024 tokens each |\n|---|---|---|---|\n"
-    table = head + "\n".join(measure(arguments.only)) + "\n"
+    table = head + "\n".join(rows) + "\n"
     table = (
         f"Milliseconds per 1,000 tokens, one core of {platform.machine()}, Python {platform.python_version()}:\n\n"
         + table
     )
     print("\n" + table)
     if arguments.write:
-        page = DOCS / "rewards.md"
-        page.write_text(PART.sub(rf"\g<1>\n{table}\n\g<2>", page.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(PART.sub(lambda part: f"{part[1]}\n{table}\n{part[2]}", old), encoding="utf-8")
 
 
 if __name__ == "__main__":

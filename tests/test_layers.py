@@ -63,7 +63,19 @@ MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "ro
 MAY["cli"] = MAY["run"] | {"run", "profiling", "reward_check", "testing"}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
-OPTIONAL = {"accelerate", "peft", "datasets", "plotly", "gguf", "pyarrow", "harper", "matplotlib"}
+OPTIONAL = {
+    "accelerate",
+    "peft",
+    "datasets",
+    "plotly",
+    "gguf",
+    "pyarrow",
+    "harper",
+    "evaluate",
+    "jsonschema",
+    "referencing",
+    "matplotlib",
+}
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -21,21 +21,29 @@ from pertoken.rewards.base import (
     token_reward,
 )
 from pertoken.rewards.composition import Normaliser, Schedule
+from pertoken.rewards.diversity import Distinct, SelfBleu
+from pertoken.rewards.evaluate_metric import EvaluateMetric
+from pertoken.rewards.form import Banned, Format
 from pertoken.rewards.functions import CompletionsReward
 from pertoken.rewards.grammar import Harper, LanguageTool, RulePack
 from pertoken.rewards.kl import KLToReference
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.names import resolve
+from pertoken.rewards.readability import Readability
 from pertoken.rewards.rules import Length, Repetition
 from pertoken.rewards.shaping import Shaping
 
 __all__ = [
     "NO_OPINION",
     "AlignedText",
+    "Banned",
     "Bleu",
     "ChrF",
     "CompletionsReward",
+    "Distinct",
+    "EvaluateMetric",
     "Finding",
+    "Format",
     "Harper",
     "KLToReference",
     "LanguageTool",
@@ -44,6 +52,7 @@ __all__ = [
     "NoOpinion",
     "Normaliser",
     "Opinions",
+    "Readability",
     "Repetition",
     "Reward",
     "Rouge1",
@@ -56,6 +65,7 @@ __all__ = [
     "Scene",
     "Schedule",
     "ScoredSpan",
+    "SelfBleu",
     "Shaping",
     "Stateful",
     "Ter",

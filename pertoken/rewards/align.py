@@ -80,8 +80,8 @@ def spread(aligned: AlignedText, start: int, stop: int, value: float) -> list[tu
 
 # Scripts written without spaces: a word is one character there, which is what `zh` tokenisers do as well.
 _UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_LETTER = f"(?:(?![{_UNSPACED}])\\w)"
-_WORD = re.compile(f"[{_UNSPACED}]|{_LETTER}+(?:[.,'’-]{_LETTER}+)*")
+LETTER = f"(?:(?![{_UNSPACED}])\\w)"
+_WORD = re.compile(f"[{_UNSPACED}]|{LETTER}+(?:[.,'’-]{LETTER}+)*")
 _WORD_OR_MARK = re.compile(f"{_WORD.pattern}|[^\\w\\s]")
 
 

@@ -14,13 +14,17 @@ from hypothesis import strategies as st
 import pertoken.rewards as public
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import (
+    Banned,
     Bleu,
     ChrF,
+    Distinct,
+    Format,
     Harper,
     KLToReference,
     LanguageTool,
     Length,
     Meteor,
+    Readability,
     Repetition,
     Rouge1,
     Rouge2,
@@ -31,6 +35,7 @@ from pertoken.rewards import (
     SampleReward,
     Scene,
     ScoredSpan,
+    SelfBleu,
     Shaping,
     Ter,
     Weighted,
@@ -231,17 +236,25 @@ BUILT_INS = {
     "meteor": Meteor(),
     "repetition": Repetition(n=2),
     "length": Length(min_words=4, max_words=5, unfinished_cost=1.0),
+    "format": Format(pattern="the [a-z ]+", parts=["cat"], json=True),
+    "banned": Banned(words=["mat", "猫"]),
+    "distinct": Distinct(),
+    "self_bleu": SelfBleu(),
+    "readability": Readability(most=-3.0),
     "language_tool": Canned(),
     "rule_pack": RulePack(normalised=True),
     "shaping": Shaping("bleu", gamma=0.9),
     "kl": KLToReference(),
 }
+OF_GROUPS = {"self_bleu"}
+"""Rewards that compare the samples of a prompt: a batch may be cut between groups only."""
 if find_spec("harper"):
     BUILT_INS["harper"] = Harper()
 
 
 def test_every_built_in_reward_is_among_them():
-    for name in BUILT_IN.keys() - ({"harper"} if not find_spec("harper") else set()):
+    elsewhere = {"evaluate"}  # test_evaluate_metric.py: it needs a metric in a folder
+    for name in BUILT_IN.keys() - elsewhere - ({"harper"} if not find_spec("harper") else set()):
         assert any(isinstance(reward, resolve(name)) for reward in BUILT_INS.values()), name
 
 
@@ -250,7 +263,7 @@ def test_trap_r6_order_and_size_of_the_batch_do_not_matter(name, make_episode, m
     completions = ["the cat sat on the the cat on the cat , teh", "a cat", "猫坐在 the mat. 猫坐在", "", "the cat sat"]
     stops = ["eos", "length", "eos", "eos", "context"]
     episodes = [
-        make_episode(text, "the cat sat on the mat", id=str(k), stop=stop)
+        make_episode(text, "the cat sat on the mat", id=str(k), stop=stop, group=k // 3)
         for k, (text, stop) in enumerate(zip(completions, stops, strict=True))
     ]
     logprobs = {e.id: torch.randn(len(e.tokens), generator=torch.Generator().manual_seed(int(e.id))) for e in episodes}
@@ -267,7 +280,8 @@ def test_trap_r6_order_and_size_of_the_batch_do_not_matter(name, make_episode, m
     together = values(*episodes)
     assert any(any(row) for row in together.values())
     assert values(*episodes[::-1]) == together
-    assert {k: row for episode in episodes for k, row in values(episode).items()} == together
+    alone = [episodes[:3], episodes[3:]] if name in OF_GROUPS else [[episode] for episode in episodes]
+    assert {k: row for chosen in alone for k, row in values(*chosen).items()} == together
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class Bleu(MetricDelta):
         return str(self._metric.tokenizer(chunk)).split()
 
     def prefix_score(self, references: Sequence[str]) -> PrefixScore:
-        return _BleuScore([self.text_pieces(text) for text in references], self.smooth_method, self.smooth_value)
+        return BleuScore([self.text_pieces(text) for text in references], self.smooth_method, self.smooth_value)
 
 
 _CHARACTER = re.compile(r"\S")
@@ -116,7 +116,7 @@ def _chinese_chunks(text: str) -> list[CharSpan]:
     return found
 
 
-class _BleuScore:
+class BleuScore:
     """Sentence BLEU of a list of words from running counts of matched n-grams, as a fraction of 1."""
 
     def __init__(self, references: Sequence[Sequence[str]], smooth_method: str, smooth_value: float | None) -> None:
