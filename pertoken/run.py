@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pertoken import build
+from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, RewardConfig, RunConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
@@ -28,7 +29,7 @@ from pertoken.tracking.lock import RunLock
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import write_report
 from pertoken.tracking.runlog import RunLog, Status, read_run
-from pertoken.trainer import Run, assign, checkpoint, loop
+from pertoken.trainer import Run, checkpoint, loop
 from pertoken.types import Item
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pertoken import build, run, trainer
+from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import ModelError, NumericsError, TaskError
@@ -79,7 +80,7 @@ def a_step(built, episodes):
     batch = replace(batch, sample_logprobs=old.logprobs)  # as a sampler of these weights reports it
     ref = built.reference.score(batch)
     rewards = trainer.reward(built, Scene(batch, episodes, built.policy.tokenizer, old, ref, 1))
-    credit = trainer.assign(built.config.credit, rewards, batch, old)
+    credit = assign(built.config.credit, rewards, batch, old)
     updated = trainer.update(built, batch, old, ref, credit, 1)
     return observe(1, episodes, batch, old, ref, rewards, credit, updated, {})
 

@@ -56,6 +56,8 @@ MAY: dict[str, set[str]] = {
         *(STAGES | MATHS),
     },
 }
+MAY["assignment"] = {"types", "config", "credit"}
+MAY["trainer"] |= {"assignment"}
 MAY["build"] = MAY["trainer"] | {"trainer", "text_metrics"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["run"] = MAY["build"] | {"build"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pertoken import build, run, trainer
+from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import NumericsError, RewardError, RunFolderError, TaskError
@@ -183,7 +184,7 @@ def test_trap_19_micro_batches_give_the_same_update(model_folder, data, tmp_path
         batch = to_batch(episodes, built.controls)
         old = built.policy.score(batch)
         scored = trainer.reward(built, trainer.Scene(batch, episodes, built.policy.tokenizer, old, None, 1))
-        credit = trainer.assign(config.credit, scored, batch, old)
+        credit = assign(config.credit, scored, batch, old)
         updated = trainer.update(built, batch, old, None, credit, 1)
         norms.append(updated.metrics["grad/norm"])
         assert updated.metrics["drift/max"] < 1e-4

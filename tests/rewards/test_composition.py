@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pertoken.assignment import assign
 from pertoken.config import GroupRelative, LeaveOneOut, LeaveOneOutProcess, PerPart, RunConfig
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import (
@@ -20,7 +21,6 @@ from pertoken.rewards import (
     span_reward,
     token_reward,
 )
-from pertoken.trainer import assign
 from pertoken.types import PolicyOutput
 
 EPS = 1e-4

@@ -1,0 +1,80 @@
+"""From rewards to advantages, as the configuration asks: which estimator of `credit.py`, for which parts of the reward."""
+
+import torch
+from torch import Tensor
+
+from pertoken import credit as estimators
+from pertoken.config import CreditConfig, PerPart
+from pertoken.types import Credit, PolicyOutput, TokenBatch, TokenRewards
+
+
+def assign(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: PolicyOutput) -> Credit:
+    """Advantages (and critic targets) of every action, by the estimator that the configuration names."""
+    total, mask, group = rewards.total.to(old.logprobs.dtype), batch.action_mask, batch.group
+    returns = None
+    if config.type == "gae":
+        if old.values is None or old.bootstrap is None:
+            raise ValueError("credit.type gae needs values: the policy has no value head")
+        after = estimators.bootstrap_values(batch.terminated, old.bootstrap)
+        advantages, returns = estimators.gae(total, old.values, mask, after, gamma=config.gamma, lam=config.lam)
+    elif config.type == "per_part":
+        advantages = estimators.per_part(_streams(config, rewards), mask, group).to(total)
+    elif rewards.abstained and config.type in ("group_relative", "leave_one_out", "leave_one_out_process"):
+        advantages = _among_speakers(config, rewards, mask, group).to(total)
+    else:
+        advantages = _estimate(config, total, mask, group)
+    if config.normalize == "whiten":
+        advantages = estimators.whiten(advantages, mask, group)
+    elif config.normalize == "scale":
+        advantages = estimators.scale_only(advantages, mask, group)
+    return Credit(advantages, returns)
+
+
+def _streams(config: PerPart, rewards: TokenRewards) -> list[estimators.Stream]:
+    """The parts of the reward, each freed of its weight; one that does not count in this step has no stream."""
+    streams = [estimators.Stream(torch.zeros_like(rewards.total))]
+    for name, values in rewards.parts.items():
+        size, own = abs(rewards.weights.get(name, 1.0)), config.of(name)
+        if size:
+            abstained = rewards.abstained.get(name)
+            streams.append(estimators.Stream(values / size, size, own.gamma, own.by, own.scale, abstained))
+    return streams
+
+
+def _estimate(config: CreditConfig, rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
+    """Advantages without a critic, by the estimator that the configuration names."""
+    match config.type:
+        case "reward_to_go":
+            return estimators.reward_to_go(rewards, mask, gamma=config.gamma)
+        case "group_relative":
+            return estimators.group_relative(rewards, mask, group, scale_by_std=config.scale_by_std)
+        case "group_process":
+            return estimators.group_process(rewards, mask, group, gamma=config.gamma, scale_by_std=config.scale_by_std)
+        case "leave_one_out":
+            return estimators.leave_one_out(rewards, mask, group)
+        case "leave_one_out_process":
+            return estimators.leave_one_out_process(rewards, mask, group, gamma=config.gamma)
+    raise ValueError(f"credit.type {config.type} needs a critic")
+
+
+def _among_speakers(config: CreditConfig, rewards: TokenRewards, mask: Tensor, group: Tensor) -> Tensor:
+    """Advantages where a row that a part abstains on is no baseline for that part, and is not compared by it.
+
+    Estimators with a mean as baseline are linear in the reward, so the parts that abstain are credited one by one, each
+    among the rows that it speaks about. The standard deviation of `group_relative` is that of the sum.
+    """
+    scale = config.type == "group_relative" and config.scale_by_std
+    linear = config.model_copy(update={"scale_by_std": False}) if scale else config
+    common = torch.zeros_like(rewards.total)
+    for name, values in rewards.parts.items():
+        if name not in rewards.abstained:
+            common = common + values
+    advantages = _estimate(linear, common, mask, group)
+    for name, abstained in rewards.abstained.items():
+        rows = (~abstained).nonzero()[:, 0]
+        if len(rows):
+            advantages[rows] += _estimate(linear, rewards.parts[name][rows], mask[rows], group[rows])
+    if scale:
+        first = mask & (mask.cumsum(1) == 1)
+        advantages = estimators.group_relative(torch.where(first, advantages, 0.0), mask, group, scale_by_std=True)
+    return advantages
