@@ -1,4 +1,4 @@
-"""From rewards to advantages, as the configuration asks: which estimator of `credit.py`, for which parts of the reward."""
+"""From rewards to advantages, as the configuration asks: which estimator of `credit.py`, for which parts."""
 
 import torch
 from torch import Tensor
