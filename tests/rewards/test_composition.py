@@ -173,6 +173,18 @@ def test_order_of_rows_does_not_matter(scene_of, over):
     assert straight == pytest.approx(turned[::-1], abs=1e-6)
 
 
+def test_trap_22_a_part_is_normalised_before_the_others_are_added(scene_of):
+    """A penalty beside it, of whatever size, is not in its mean and deviation."""
+    scene = scene_of(1, 3, 8)
+    penalty = Weighted(lambda scene: -100.0 * scene.batch.action_mask.double().cumsum(1), 1.0, "penalty")
+    alone, beside = (
+        score([Weighted(given, 1.0, "given", normaliser=Normaliser("batch")), *others], scene)
+        for others in ([], [penalty])
+    )
+    assert torch.equal(alone.parts["given"], beside.parts["given"])
+    assert torch.equal(beside.total, alone.total + beside.parts["penalty"])
+
+
 def test_clipped_first_then_normalised_then_weighed(scene_of):
     part = Weighted(given, 2.0, "given", clip=(-5.0, 5.0), normaliser=Normaliser("batch"))
     found = sums(part, scene_of(1, 3, 500))
@@ -189,7 +201,7 @@ def test_held_out_texts_are_measured_by_a_yardstick_that_does_not_move(scene_of)
 
 
 @pytest.mark.parametrize("over", ["batch", "group", "running"])
-def test_who_abstains_takes_no_part_in_the_statistics(scene_of, over):
+def test_trap_29_who_abstains_takes_no_part_in_the_statistics(scene_of, over):
     part = Weighted(given, 1.0, "given", normaliser=Normaliser(over))
     rewards = score([part], scene_of(1, "?", 3, "?", 5))
     expected = torch.tensor([-1.0, 0, 0, 0, 1]).double() * 2 / (2 + EPS)
@@ -254,7 +266,7 @@ NUMBER = Weighted(episode_reward(lambda sample: float(sample.item.id.removeprefi
 
 
 @pytest.mark.parametrize("credit", [LeaveOneOut(), LeaveOneOutProcess()], ids=lambda credit: credit.type)
-def test_who_abstains_is_no_baseline_of_the_part(scene_of, credit):
+def test_trap_29_who_abstains_is_no_baseline_of_the_part(scene_of, credit):
     found = advantages(credit, scene_of(1, "?", 5), GIVEN)
     assert found == [1 - 5, 0, 5 - 1]
     # beside a part on all rows (0, 1, 2: advantages -1.5, 0, 1.5)
