@@ -21,28 +21,25 @@ from pertoken import native
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`; any of them may be a transposed view.
+    """`x @ weight.T + bias`; `weight` may be a transposed view.
 
-    In float32 on a CPU oneDNN makes it. torch would take MKL, which uses half the width of an AMD processor's vectors.
+    In float32 on a CPU oneDNN makes it: torch would take MKL, which makes less of AMD's processors. Not so if `x` is
+    transposed: oneDNN copies it first.
     """
-    if _by_onednn(x):
+    if x.device.type == "cpu" and x.dtype is torch.float32 and torch.backends.mkldnn.is_available():
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
     return nn.functional.linear(x, weight, bias)
 
 
-def _by_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype is torch.float32 and torch.backends.mkldnn.is_available()
-
-
 def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
     """parameter.grad += left @ right"""
     if parameter.grad is None:
-        parameter.grad = linear(left, right.T).to(parameter.dtype)
-    elif parameter.grad.dtype is left.dtype and not _by_onednn(left):
+        parameter.grad = (left @ right).to(parameter.dtype)
+    elif parameter.grad.dtype == left.dtype:
         parameter.grad.addmm_(left, right)
     else:
-        share = linear(left, right.T)
+        share = left @ right
         compiled = share.dtype is torch.bfloat16 and parameter.grad.is_contiguous() and native.takes(share)
         add = torch.ops.pertoken.add_ if compiled else Tensor.add_
         add(parameter.grad, share)

@@ -97,7 +97,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if ctx.needs_input_grad[1] and ctx.parameter is not None:
                 add_product(ctx.parameter, logits.T, hidden[piece])
             elif ctx.needs_input_grad[1]:
-                share = linear(logits.T, hidden[piece].T)
+                share = logits.T @ hidden[piece]
                 grad_weight = share.to(ctx.types[0]) if grad_weight is None else grad_weight.add_(share)
             if bias is not None and ctx.needs_input_grad[2]:
                 share = logits.sum(0, dtype=torch.float32)
