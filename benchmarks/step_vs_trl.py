@@ -335,11 +335,11 @@ def plot(arms: dict[str, Arm], file: Path) -> None:
         if any(widths):
             axes.barh(list(arms), widths, left=left, color=colour, label=name)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.barh(
-        list(arms), [t - a for t, a in zip(totals, left, strict=True)], left=left, color="#9c9c9c", label="all else"
-    )
-    for k, total in enumerate(totals):
-        axes.text(total, k, f" {total:.1f} s", va="center")
+    # Medians of parts may add up to more than the median of steps.
+    rest = [max(total - parts, 0.0) for total, parts in zip(totals, left, strict=True)]
+    axes.barh(list(arms), rest, left=left, color="#9c9c9c", label="all else")
+    for k, (total, parts) in enumerate(zip(totals, left, strict=True)):
+        axes.text(max(total, parts), k, f" {total:.1f} s", va="center")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(totals))
     axes.set_xlabel("seconds of a training step (median)")

@@ -4,10 +4,10 @@
     python benchmarks/training_pass.py
     python benchmarks/training_pass.py --model FOLDER --prompts 4 --completions 8 --rounds 7
 
-The ways take turns; medians of several rounds after one to warm up. Freed memory stays with the process, as in our
-training loop, for both. Before that, in float32, log-probs and gradients
+The ways take turns; medians of several rounds after one to warm up. Before that, in float32, log-probs and gradients
 are compared. TRL takes a micro-batch of padded rows; ours is the scoring pass and the loss of the training loop. Where
-the machine multiplies in bfloat16, each is measured in both types.
+the machine multiplies in bfloat16, each is measured in both types. Freed memory stays with the process, as it does in
+our training loop; so both have it.
 """
 
 import argparse
