@@ -6,8 +6,7 @@
 
 The ways take turns; medians of several rounds after one to warm up. Before that, in float32, log-probs and gradients
 are compared. TRL takes a micro-batch of padded rows; ours is the scoring pass and the loss of the training loop. Where
-the machine multiplies in bfloat16, each is measured in both types. Freed memory stays with the process, as it does in
-our training loop; so both have it.
+the machine multiplies in bfloat16, each is measured in both types.
 """
 
 import argparse
@@ -25,7 +24,6 @@ from typing import Any
 import torch
 
 from pertoken.batching import minibatches, to_batch
-from pertoken.memory import keep_freed_memory
 from pertoken.objectives import aggregate, policy_loss
 from pertoken.policy.gradients import Casts
 from pertoken.policy.model import EMBEDDED, Policy, fast_in_bfloat16, load_model
@@ -138,7 +136,6 @@ def main() -> None:
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores: {args.prompts} prompts of {low}-{high} "
           f"tokens x {args.completions} completions of {args.new_tokens}")  # fmt: skip
 
-    keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(args.model, device="cpu")
     types = [None, torch.bfloat16] if fast_in_bfloat16(device) else [None]
