@@ -1,5 +1,5 @@
 // x @ weight.T + bias in bfloat16 with float32 sums, for processors that have dot products of bfloat16 pairs and no
-// matrix unit: oneDNN reaches three fifths of what their vector units can do, this nine tenths of it.
+// matrix unit: oneDNN reaches three fifths of what their vector units can do, this four fifths.
 //
 // A weight [N, K] lies in panels of 48 of its rows, each [K / 2, rows, 2]: three vectors are what a pair of columns brings for
 // as many outputs. Eight rows of x times three vectors are 24 sums that stay in registers from the first pair to the
@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <vector>
 
 namespace {
 
