@@ -25,7 +25,6 @@ import torch
 
 from pertoken.batching import minibatches, to_batch
 from pertoken.objectives import aggregate, policy_loss
-from pertoken.policy.gradients import Casts
 from pertoken.policy.model import EMBEDDED, Policy, fast_in_bfloat16, load_model
 from pertoken.profiling import matrix_parameters, matrix_rate
 from pertoken.rollout.collect import to_episode
@@ -59,12 +58,12 @@ def own_pass(
     policy: Policy, batch: TokenBatch, credit: Credit, tokens: int
 ) -> tuple[PolicyOutput, dict[str, torch.Tensor]]:
     """As `trainer.update` makes it, without the optimiser; log-probs of all rows, and where gradients are."""
-    casts, logprobs = Casts(), torch.zeros_like(batch.sample_logprobs)
+    logprobs = torch.zeros_like(batch.sample_logprobs)
     nothing = PolicyOutput(batch.sample_logprobs, batch.sample_logprobs)
     for part in minibatches(
         batch, nothing, None, credit, epochs=1, num_minibatches=1, tokens_per_micro_batch=tokens, seed=0
     ):
-        new = policy.score(part.batch, grad=True, into_grad=casts)
+        new = policy.score(part.batch, grad=True, into_grad=True)
         old = PolicyOutput(new.logprobs.detach(), new.entropy)
         loss = policy_loss(new, old, None, part.credit, part.batch).per_token
         aggregate(loss, part.batch.action_mask, over="token", denominator=part.num_actions).backward()

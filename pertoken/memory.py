@@ -22,19 +22,31 @@ def keep_freed_memory() -> None:
     tensor it makes fast chunks, which do not grow together with what is freed beside them: the room of a tensor does
     not fit the next one of its size, and the heap creeps.
     """
+    _set_heap(fast_chunks=0, own_pages=0, own_pages_from=2**25, kept_at_end=2**31 - 1)
+
+
+def return_freed_memory(size: int) -> None:
+    """From now on a tensor of `size` bytes or more has pages of its own, which go back as soon as it is freed.
+
+    32 MB is where glibc's own threshold, which moves, comes to rest if such tensors are freed again and again.
+    """
+    _set_heap(fast_chunks=128, own_pages=2**16, own_pages_from=size, kept_at_end=2 * size)
+
+
+def _set_heap(*, fast_chunks: int, own_pages: int, own_pages_from: int, kept_at_end: int) -> None:
+    """Of glibc: largest size (bytes) of chunks that do not grow together, how many tensors may have pages of their own
+    and from which size on (bytes), and how much freed memory stays at the end of the heap (bytes)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_MXFAST, 0)
-        mallopt(_MMAP_MAX, 0)  # nothing outside of the heap,
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)  # whose end stays where it is
-
-
-_MXFAST, _TRIM_THRESHOLD, _MMAP_MAX = 1, -1, -4
-"""Names of glibc's <malloc.h>."""
+    if mallopt is not None:  # numbers of the parameters: <malloc.h>
+        for parameter, value in ((1, fast_chunks), (-4, own_pages), (-3, own_pages_from), (-1, kept_at_end)):
+            mallopt(parameter, value)
 
 
 class Heap:
     """Keeps freed memory in use, and from growing.
+
+    What the first update makes and leaves, gradients and the optimiser's averages, gets pages of its own: in the heap,
+    among activations, each would part the room that they leave. From then on freed memory is kept.
 
     Activations have another length in each pass, and leave the heap in pieces that the next ones do not fit into: a
     training process grew from 4.4 GB in its first step to 7.7 GB. To give everything back before each update costs
@@ -43,12 +55,14 @@ class Heap:
     """
 
     GROWTH = 0.1
+    LASTING = 2**18
+    """Bytes of a tensor from which on it gets pages of its own in the first update."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._usual: float | None = None
         self._updates = 0
-        keep_freed_memory()
+        return_freed_memory(self.LASTING)
 
     def before_update(self) -> bool:
         """Give freed memory back if the process has grown; whether it had."""
@@ -59,6 +73,8 @@ class Heap:
 
     def after_update(self) -> None:
         self._updates += 1
+        if self._updates == 1:
+            keep_freed_memory()
         if self._updates == 2:
             self._usual = used_memory(self._device)
 

@@ -25,7 +25,6 @@ from pertoken.memory import Heap, peak_memory
 from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
-from pertoken.policy.gradients import Casts
 from pertoken.policy.model import Policy, Reference
 from pertoken.rewards import Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
@@ -291,12 +290,12 @@ def update(
         tokens_per_micro_batch=config.tokens_per_micro_batch, seed=run.config.seed * 1_000_003 + step,
         left_out=_without_effect(run, credit),
     )  # fmt: skip
-    entropy_grad, casts = run.config.objective.entropy_coefficient != 0, Casts()
+    entropy_grad = run.config.objective.entropy_coefficient != 0
     for part in parts:
         against = (
             run.reference.against(part.ref) if run.reference and part.ref and part.ref.hidden is not None else None
         )
-        new = run.policy.score(part.batch, grad=True, entropy_grad=entropy_grad, into_grad=casts, against=against)
+        new = run.policy.score(part.batch, grad=True, entropy_grad=entropy_grad, into_grad=True, against=against)
         if not moved and not run.policy.dropout:
             # Until the weights move, old and new are the same policy; taking the same pass for both removes the
             # rounding noise between passes of different shapes (and the drift of the sampler).
@@ -313,7 +312,7 @@ def update(
             norm = _step_optimizer(run, bad, step)
             moved = moved or norm is not None
             norms += [] if norm is None else [norm]
-            bad, casts = "", Casts()
+            bad = ""
     limit = config.max_grad_norm
     metrics = check_ratio(batch, replace(old, logprobs=first), exact=exact) | {
         "loss/policy": sums["loss/policy"] / max(steps, 1),

@@ -74,3 +74,25 @@ def test_freed_memory_is_used_again_without_new_pages():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 5 * (1 << 26) // 4096 // 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_what_the_first_update_leaves_is_not_among_activations():
+    """0.2 GB of activations, between tensors that stay, and as much in one piece once they are gone."""
+    code = (
+        "import torch\n"
+        "from pertoken.memory import *\n"
+        "cpu = torch.device('cpu')\n"
+        "heap = Heap(cpu)\n"
+        "heap.before_update()\n"
+        "first, activations, gradients = used_memory(cpu), [], []\n"
+        "for _ in range(200):\n"
+        "    activations.append(torch.ones(250_000))\n"
+        "    gradients.append(torch.ones(250_000))\n"
+        "del activations\n"
+        "heap.after_update()\n"
+        "again = torch.ones(50_000_000)\n"  # as much in one piece
+        "print(used_memory(cpu) - first)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(0.4, abs=0.05)  # 0.6 if their pages were still there, among others

@@ -5,7 +5,8 @@ and a number or two for each row. Tests hold each against autograd through that 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pertoken.policy.packs import Pack
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a tensor was made, in one cheap sweep: what a backward pass may keep in place of it.
+
+    `function(*tensors)` is the tensor again, bit by bit. The tensors are kept for the sweep's own backward pass anyway.
+    """
+
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(x: Tensor) -> "Origin | None":
+        """That of `x`, if it has one."""
+        return getattr(x, "_pertoken_origin", None)
+
+    def put_on(self, x: Tensor) -> Tensor:
+        x._pertoken_origin = self  # type: ignore[attr-defined]
+        return x
 
 
 def wanted(*dtypes: torch.dtype) -> torch.dtype:
@@ -27,14 +48,16 @@ def rms_norm(
     x: Float[Tensor, "*rows H"], weight: Float[Tensor, " H"], eps: float, dtype: torch.dtype
 ) -> Float[Tensor, "*rows H"]:
     """weight * x / sqrt(mean(x^2) + eps) in `dtype` (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
-    out: Tensor = _Norm.apply(x.contiguous(), weight, eps, dtype)  # type: ignore[no-untyped-call]
-    return out
+    x = x.contiguous()
+    out: Tensor = _Norm.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
+    return Origin(functools.partial(_normed, eps=eps, dtype=dtype), (x, weight)).put_on(out)
 
 
 def gated_silu(gate: Float[Tensor, "*n"], up: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """silu(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
-    out: Tensor = _GatedSilu.apply(gate.contiguous(), up.contiguous())  # type: ignore[no-untyped-call]
-    return out
+    gate, up = gate.contiguous(), up.contiguous()
+    out: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
+    return Origin(torch.ops.pertoken.gated_silu, (gate, up)).put_on(out)
 
 
 def rotate(
@@ -77,6 +100,11 @@ class _Norm(torch.autograd.Function):
         x, weight, factors = ctx.saved_tensors
         to_x, to_weight = torch.ops.pertoken.rms_norm_backward(gradient.contiguous(), x, weight.float(), factors)
         return to_x, to_weight.to(weight.dtype), None, None
+
+
+def _normed(x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
+    out: Tensor = torch.ops.pertoken.rms_norm(x, weight.float(), eps, dtype)[0]
+    return out
 
 
 class _GatedSilu(torch.autograd.Function):

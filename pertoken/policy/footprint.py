@@ -21,7 +21,7 @@ class Footprint:
     per_token: float
     """Kept by a pass with gradient, for each token of a micro-batch."""
     per_pass: float
-    """Kept by each pass whatever its length: weights in the type of the matrix products."""
+    """Kept by each pass whatever its length: frozen weights in the type of the matrix products."""
     trained: float
     """Gradients and averages of the trained weights."""
     largest: float
@@ -65,5 +65,5 @@ def _kept(policy: Policy, tokens: int) -> int:
     prompt, sample = tokens // 2, tokens // 8
     rows = probe(policy.hf_model, [prompt + sample] * 4, prompt=prompt, groups=[0] * 4)
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.score(rows, grad=True)
+        policy.score(rows, grad=True, into_grad=True)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -4,8 +4,12 @@ Under autocast autograd makes of every weight in every micro-batch: its gradient
 matrix that embedding and head share, dense sums of both, before it adds the result to `.grad`. For a small model this
 moves more memory than the products do. Here the product is added to `.grad` at once.
 
+Nor is anything kept for the backward pass that a sweep makes again: weights in the type of the products, and inputs that
+have an `Origin` (`compiled.py`). A sweep over a layer's weights costs a hundredth of its products; kept, they would be a
+tenth of all memory.
+
 It holds for `backward()` only: `torch.autograd.grad` and hooks on parameters see nothing. So a pass does it where it is
-asked to (`Policy.score(..., into_grad=Casts())`), as the training loop does.
+asked to (`Policy.score(..., into_grad=True)`), as the training loop does.
 """
 
 import contextlib
@@ -18,6 +22,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pertoken import native
+from pertoken.policy.compiled import Origin
+
+
+ROWS_AT_ONCE = 8192
+"""Of a product that is made before it is added: one of a head's size, 50,000 rows, would make the peak of memory."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,38 +44,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
     """parameter.grad += left @ right"""
     if parameter.grad is None:
-        parameter.grad = (left @ right).to(parameter.dtype)
-    elif parameter.grad.dtype == left.dtype:
+        parameter.grad = torch.zeros_like(parameter)
+    if parameter.grad.dtype == left.dtype:
         parameter.grad.addmm_(left, right)
-    else:
-        share = left @ right
-        compiled = share.dtype is torch.bfloat16 and parameter.grad.is_contiguous() and native.takes(share)
-        add = torch.ops.pertoken.add_ if compiled else Tensor.add_
-        add(parameter.grad, share)
-
-
-class Casts:
-    """Trained weights in the type of the matrix products, made once for several passes.
-
-    It is for as long as the weights stay as they are: after a step of the optimiser a new one is due. (Nothing in
-    torch tells: fused optimisers change weights without counting it as a new version of the tensor.)
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """`weight` in `dtype`, without gradient."""
-        if weight.dtype is dtype:
-            return weight.detach()
-        key = (id(weight), dtype)
-        if key not in self._made:
-            self._made[key] = weight.detach().to(dtype)
-        return self._made[key]
+        return
+    compiled = left.dtype is torch.bfloat16 and parameter.grad.is_contiguous() and native.takes(left)
+    add = torch.ops.pertoken.add_ if compiled else Tensor.add_
+    for part, rows in zip(parameter.grad.split(ROWS_AT_ONCE), left.split(ROWS_AT_ONCE), strict=True):
+        add(part, rows @ right)
 
 
 @contextlib.contextmanager
-def into_grad(model: nn.Module, dtype: torch.dtype | None, casts: Casts) -> Iterator[None]:
+def into_grad(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Within it, trained linear layers and embeddings of `model` add their gradients up by themselves.
 
     Products are made in `dtype` (None: the weight's own). It need not last until the backward pass.
@@ -76,8 +65,7 @@ def into_grad(model: nn.Module, dtype: torch.dtype | None, casts: Casts) -> Iter
         if not isinstance(module, nn.Linear | nn.Embedding) or not module.weight.requires_grad:
             continue
         if type(module) is nn.Linear:
-            casts(module.weight, dtype or module.weight.dtype)
-            forward = partial(_Linear.apply, module.weight, module.bias, casts, dtype or module.weight.dtype)
+            forward = partial(_Linear.apply, module.weight, module.bias, dtype or module.weight.dtype)
         elif type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
             forward = partial(_Embedding.apply, module.weight, module.padding_idx)
         else:
@@ -93,23 +81,26 @@ def into_grad(model: nn.Module, dtype: torch.dtype | None, casts: Casts) -> Iter
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, casts: Casts, dtype: torch.dtype, x: Tensor) -> Tensor:
-        ctx.parameter, ctx.from_dtype = weight, x.dtype
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> Tensor:
+        ctx.parameter, ctx.from_dtype, ctx.dtype = weight, x.dtype, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        x, weight, bias = x.to(dtype), casts(weight, dtype), None if bias is None else bias.to(dtype)
-        ctx.save_for_backward(x, weight)
-        return linear(x, weight, bias)
+        origin = Origin.of(x) if x.dtype is dtype else None
+        x = x.to(dtype)
+        ctx.function = origin and origin.function
+        ctx.save_for_backward(*(origin.tensors if origin else [x]))
+        return linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        gradient = gradient.to(weight.dtype)
+        weight, kept = ctx.parameter, ctx.saved_tensors
+        x = ctx.function(*kept) if ctx.function else kept[0]
+        gradient = gradient.to(ctx.dtype)
         by_row = gradient.flatten(0, -2)
-        add_product(ctx.parameter, by_row.T, x.flatten(0, -2))
+        add_product(weight, by_row.T, x.flatten(0, -2))
         to_bias = by_row.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.bias_dtype is not None else None
-        to_x = linear(gradient, weight.T).to(ctx.from_dtype) if ctx.needs_input_grad[4] else None
-        return None, to_bias, None, None, to_x
+        to_x = linear(gradient, weight.to(ctx.dtype).T).to(ctx.from_dtype) if ctx.needs_input_grad[3] else None
+        return None, to_bias, None, to_x
 
 
 class _Embedding(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pertoken import native
-from pertoken.policy.gradients import Casts, add_product, linear
+from pertoken.policy.gradients import add_product, linear
 
 BLOCK_BYTES = 8_000_000
 """Float32 logits at once: what fits into the last-level cache of a small machine."""
@@ -34,7 +34,7 @@ def linear_logprobs(
     *,
     temperature: float,
     entropy_grad: bool,
-    into_grad: Casts | None = None,
+    into_grad: bool = False,
 ) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
     """log softmax((hidden @ weight.T + bias) / temperature) at `targets`, and that distribution's entropy (nats).
 
@@ -61,11 +61,11 @@ class _LinearLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
-        into_grad: Casts | None,
+        into_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.parameter = None if into_grad is None else weight
-        ctx.types = weight.dtype, None if bias is None else bias.dtype
-        weight = (into_grad or Casts())(weight, hidden.dtype)
+        ctx.parameter, ctx.into_grad, ctx.temperature = weight, into_grad, temperature
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)
         if ctx.needs_input_grad[0] and len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES:
             kept = [linear(hidden, weight, bias)]
@@ -77,14 +77,14 @@ class _LinearLogprobs(torch.autograd.Function):
                 for piece in _pieces(len(hidden), len(weight) * hidden.element_size(), PASSING_BYTES)
             ]
             logprobs, total, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, bias, targets, total, entropy, *kept)
-        ctx.temperature = temperature
+        ctx.save_for_backward(hidden, bias, targets, total, entropy, *kept)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, total, entropy, *kept = ctx.saved_tensors
+        hidden, bias, targets, total, entropy, *kept = ctx.saved_tensors
+        parameter, weight = ctx.parameter, ctx.parameter.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight, grad_bias = None, None
         for piece in _pieces(len(hidden), len(weight) * hidden.element_size(), KEPT_BYTES):
@@ -94,14 +94,14 @@ class _LinearLogprobs(torch.autograd.Function):
                 ctx.temperature,
             )  # fmt: skip
             grad_hidden[piece] = linear(logits, weight.T)
-            if ctx.needs_input_grad[1] and ctx.parameter is not None:
-                add_product(ctx.parameter, logits.T, hidden[piece])
+            if ctx.needs_input_grad[1] and ctx.into_grad:
+                add_product(parameter, logits.T, hidden[piece])
             elif ctx.needs_input_grad[1]:
                 share = logits.T @ hidden[piece]
-                grad_weight = share.to(ctx.types[0]) if grad_weight is None else grad_weight.add_(share)
+                grad_weight = share.to(parameter.dtype) if grad_weight is None else grad_weight.add_(share)
             if bias is not None and ctx.needs_input_grad[2]:
                 share = logits.sum(0, dtype=torch.float32)
-                grad_bias = share.to(ctx.types[1]) if grad_bias is None else grad_bias.add_(share)
+                grad_bias = share.to(ctx.bias_dtype) if grad_bias is None else grad_bias.add_(share)
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 

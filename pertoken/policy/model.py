@@ -22,7 +22,6 @@ from transformers.utils import logging as transformers_logging
 
 from pertoken.cache import cache_folder
 from pertoken.errors import MissingExtraError, ModelError, closest
-from pertoken.policy.gradients import Casts
 from pertoken.policy.layers import fuse_layers
 from pertoken.policy.pointwise import compile_pointwise
 from pertoken.policy.scoring import Against, Layout, Trunk, find_layout, head_logits, recomputable, score_batch
@@ -126,16 +125,15 @@ class Policy:
         return end_ids(self.hf_model, self.tokenizer)
 
     def score(
-        self, batch: TokenBatch, *, grad: bool = False, entropy_grad: bool = False, into_grad: Casts | None = None,
+        self, batch: TokenBatch, *, grad: bool = False, entropy_grad: bool = False, into_grad: bool = False,
         against: Against | None = None,
     ) -> PolicyOutput:  # fmt: skip
         """Log-probs, entropies and values at the actions of `batch`, under the weights of now.
 
         Without `grad` the rows go through in parts of at most `tokens_per_pass` cells. Dropout is off unless the
         policy was made with `dropout=True`, and then on only in passes with gradient. With `into_grad` the backward
-        pass adds gradients of matrices straight to `.grad` (faster, and seen by `backward()` alone); several passes
-        between two steps of the optimiser share the `Casts` that they give. `against` adds the KL to another policy,
-        over the whole vocabulary (`Reference.against`).
+        pass adds gradients of matrices straight to `.grad` (faster, less memory, and seen by `backward()` alone).
+        `against` adds the KL to another policy, over the whole vocabulary (`Reference.against`).
         """
         trunk = Trunk(
             self.hf_model, self.value_head, self.autocast_dtype, self.layout, self.recompute_activations, into_grad,

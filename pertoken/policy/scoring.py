@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pertoken.errors import NumericsError
 from pertoken.policy.attention import packed
-from pertoken.policy.gradients import Casts, into_grad
+from pertoken.policy.gradients import into_grad
 from pertoken.policy.head import linear_logprobs
 from pertoken.policy.layers import fused_rotation
 from pertoken.policy.packs import Pack
@@ -56,7 +56,7 @@ class Trunk:
     layout: Layout
     recompute: bool = False
     """Keep each layer's input alone for the backward pass, and run the layer again there."""
-    into_grad: Casts | None = None
+    into_grad: bool = False
     """Let the backward pass add gradients of matrices straight to `.grad` (`gradients.py`)."""
     pointwise: Pointwise | None = None
     """Modules that run compiled (`pointwise.py`)."""
@@ -135,8 +135,8 @@ def _hidden_states(trunk: Trunk, rows: _Rows) -> Float[Tensor, "RS H"]:
                 stack.enter_context(fused_rotation(model))
             if trunk.pointwise is not None:
                 stack.enter_context(trunk.pointwise.in_use())
-            if trunk.into_grad is not None:
-                stack.enter_context(into_grad(model, trunk.autocast_dtype, trunk.into_grad))
+            if trunk.into_grad:
+                stack.enter_context(into_grad(model, trunk.autocast_dtype))
             yield
 
     again = trunk.recompute and torch.is_grad_enabled()

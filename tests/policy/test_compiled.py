@@ -9,7 +9,7 @@ from torch import nn
 
 from pertoken import native
 from pertoken.policy import attention, compiled, layers
-from pertoken.policy.gradients import Casts, add_product, into_grad
+from pertoken.policy.gradients import ROWS_AT_ONCE, add_product, into_grad
 from pertoken.policy.layers import FusedGatedMLP, FusedNorm, fuse_layers, fused_rotation
 from pertoken.policy.model import Lora, Policy
 from pertoken.policy.packs import Pack
@@ -241,7 +241,7 @@ def test_without_a_compiler_all_goes_on(monkeypatch):
     assert not native.takes(torch.ones(1))
     with fused_rotation(model):
         policy = Policy(model, byte_tokenizer(), precision="float32")
-    policy.score(ragged(), grad=True, into_grad=Casts()).logprobs.sum().backward()
+    policy.score(ragged(), grad=True, into_grad=True).logprobs.sum().backward()
     assert policy.layout == "packed"
     assert layers.fuse_layers(model) == 0
 
@@ -264,9 +264,8 @@ def test_code_that_cannot_be_built_is_done_without(missing, monkeypatch, tmp_pat
 def gradients(policy, batch, by, *, into_grad, halves=False):
     policy.model.zero_grad()
     parts = [torch.arange(0, 3), torch.arange(3, 6)] if halves else [torch.arange(6)]
-    casts = Casts() if into_grad else None
     for rows in parts:
-        out = policy.score(batch.rows(rows), grad=True, into_grad=casts)
+        out = policy.score(batch.rows(rows), grad=True, into_grad=into_grad)
         (out.logprobs * by[rows]).sum().backward()
     return {name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None}
 
@@ -294,14 +293,39 @@ def test_in_place_they_are_what_autograd_hands_over(name, settings):
             torch.testing.assert_close(got[key], gradient, atol=2e-4, rtol=1e-3, msg=key)
 
 
-def test_casts_of_weights_are_made_before_the_first_activation():
-    """Made between activations, each would leave a hole in the heap when they go."""
-    policy, casts, made = Policy(tiny_model(), byte_tokenizer(), precision="bfloat16"), Casts(), []
-    with into_grad(policy.model, torch.bfloat16, casts):
-        made += casts._made
-    before = len(made)
-    policy.score(ragged(), grad=True, into_grad=casts).logprobs.sum().backward()
-    assert before == len(casts._made) > 1
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_each_pass_has_the_weights_of_now(precision):
+    """Whatever a pass might keep of the weights may not outlive a step; fused optimisers tell torch of none."""
+    policy = Policy(tiny_model(), byte_tokenizer(), precision=precision)
+    for _ in range(2):
+        got = policy.score(ragged(), grad=True, into_grad=True).logprobs
+        assert torch.equal(got, policy.score(ragged(), grad=True).logprobs)
+        for parameter in policy.trainable().values():
+            parameter.data.mul_(1.5)  # as a fused optimiser: the tensor's version stays
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_sweep_makes_again_is_not_kept(dtype):
+    """Neither normed nor gated inputs, nor weights in the type of the products; and gradients are as if they were."""
+    x, weight = draw(1, 6, 32), draw(32, seed=1)
+    matrices = nn.ModuleList([nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False), nn.Linear(48, 8)])
+    kept = []
+
+    def out():
+        normed = compiled.rms_norm(x, weight, 1e-5, dtype)
+        return matrices[2](compiled.gated_silu(matrices[0](normed), matrices[1](normed)))
+
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is torch.bfloat16):
+        wanted = torch.autograd.grad(out().float().sum(), [x, weight, *matrices.parameters()])
+        with into_grad(matrices, dtype), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            got = out()
+    got.float().sum().backward()
+    expected = (6 * 32, 32, 6, 6 * 48)  # the norm's input, weight and factors; gate and up
+    assert {t.numel() for t in kept} == set(expected)
+    assert not any(t.dtype is torch.bfloat16 and t.numel() == 6 * 32 for t in kept)
+    for parameter, gradient in zip([x, weight, *matrices.parameters()], wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=2e-2 if dtype is torch.bfloat16 else 1e-4)
 
 
 def test_in_bfloat16_they_are_added_up_in_float32():
@@ -323,12 +347,3 @@ def test_a_product_is_added_to_what_is_there(dtype):
         add_product(parameter, left, right)
         assert torch.equal(parameter.grad, times * right.float())
         assert parameter.grad.dtype is torch.float32
-
-
-def test_casts_are_made_once():
-    weight, casts = nn.Parameter(torch.ones(4)), Casts()
-    first = casts(weight, torch.bfloat16)
-    assert casts(weight, torch.bfloat16) is first
-    assert first.dtype is torch.bfloat16
-    assert not first.requires_grad
-    assert not casts(weight, torch.float32).requires_grad
