@@ -7,6 +7,9 @@
 The ways take turns; medians of several rounds after one to warm up. Before that, in float32, log-probs and gradients
 are compared. TRL takes a micro-batch of padded rows; ours is the scoring pass and the loss of the training loop. Where
 the machine multiplies in bfloat16, each is measured in both types.
+
+Our training loop keeps freed memory, TRL's leaves glibc as it is. So it is here, where both are one process: before
+each turn the heap is set to what the side whose turn it is runs with. `--kept` keeps it for both.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from typing import Any
 
 import torch
 
+from pertoken import memory
 from pertoken.batching import minibatches, to_batch
 from pertoken.objectives import aggregate, policy_loss
 from pertoken.policy.model import EMBEDDED, Policy, fast_in_bfloat16, load_model
@@ -120,6 +124,29 @@ def cosine(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> fl
     return dot / (own * other) ** 0.5
 
 
+Way = tuple[Callable[[], None], Callable[[], Any]]
+"""What sets the heap for a turn, and the turn."""
+
+
+def in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way in each round, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, (prepare, work) in ways.items():
+            prepare()
+            begun = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def leave_heap_alone() -> None:
+    """As glibc comes: to the process of TRL."""
+    memory.return_freed_memory(2**25)
+    memory.give_back_freed_memory()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="folder, or the embedded model")
@@ -130,6 +157,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="rows of TRL's micro-batch")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of our micro-batch")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kept", action="store_true", help="keep freed memory in TRL's turns too")
     args = parser.parse_args()
     low, high = args.prompt_tokens
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores: {args.prompts} prompts of {low}-{high} "
@@ -154,19 +182,18 @@ def main() -> None:
         print(f"float32: log-probs within {gap:.1e} nats of the model's own padded forward, gradient cosine to TRL's "
               f"{cosine(gradients, dict(theirs.named_parameters())):.8f}")  # fmt: skip
 
-        ways: dict[str, Callable[[], Any]] = {}
+        ways: dict[str, Way] = {}
+        theirs_before = memory.keep_freed_memory if args.kept else leave_heap_alone
         for dtype in types:
             kind = "float32" if dtype is None else "bfloat16"
             policy = exact if dtype is None else Policy(model, tokenizer, precision="bfloat16")
-            ways[f"TRL {kind}"] = lambda dtype=dtype: trl_pass(trainer, batch, credit, args.rows, dtype)
-            ways[f"pertoken {kind}"] = lambda policy=policy: own_pass(policy, batch, credit, args.tokens)
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(args.rounds + 1):
-            for name, work in ways.items():
-                begun = time.perf_counter()
-                work()
-                if turn:
-                    seconds[name].append(time.perf_counter() - begun)
+            ways[f"TRL {kind}"] = (
+                theirs_before, lambda dtype=dtype: trl_pass(trainer, batch, credit, args.rows, dtype)
+            )  # fmt: skip
+            ways[f"pertoken {kind}"] = (
+                memory.keep_freed_memory, lambda policy=policy: own_pass(policy, batch, credit, args.tokens)
+            )  # fmt: skip
+        seconds = in_turns(ways, args.rounds)
     body, head = matrix_parameters(exact)
     packed = sum(batch.prompt_lengths()[:: args.completions]) + batch.num_actions
     flop = 6.0 * (body * packed + head * batch.num_actions)

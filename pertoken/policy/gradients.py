@@ -4,9 +4,9 @@ Under autocast autograd makes of every weight in every micro-batch: its gradient
 matrix that embedding and head share, dense sums of both, before it adds the result to `.grad`. For a small model this
 moves more memory than the products do. Here the product is added to `.grad` at once.
 
-Nor is anything kept for the backward pass that a sweep makes again: weights in the type of the products, and inputs that
-have an `Origin` (`compiled.py`). A sweep over a layer's weights costs a hundredth of its products; kept, they would be a
-tenth of all memory.
+Nor is anything kept for the backward pass that a sweep makes again: weights in the type of the products, and inputs
+with an `Origin` (`compiled.py`). A sweep over a layer's weights costs a hundredth of its products; kept, they would be
+a tenth of all memory.
 
 It holds for `backward()` only: `torch.autograd.grad` and hooks on parameters see nothing. So a pass does it where it is
 asked to (`Policy.score(..., into_grad=True)`), as the training loop does.
@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 
 from pertoken import native
 from pertoken.policy.compiled import Origin
-
 
 ROWS_AT_ONCE = 8192
 """Of a product that is made before it is added: one of a head's size, 50,000 rows, would make the peak of memory."""

@@ -318,7 +318,8 @@ def test_what_a_sweep_makes_again_is_not_kept(dtype):
 
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is torch.bfloat16):
         wanted = torch.autograd.grad(out().float().sum(), [x, weight, *matrices.parameters()])
-        with into_grad(matrices, dtype), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        watch = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+        with into_grad(matrices, dtype), watch:
             got = out()
     got.float().sum().backward()
     expected = (6 * 32, 32, 6, 6 * 48)  # the norm's input, weight and factors; gate and up
@@ -347,3 +348,11 @@ def test_a_product_is_added_to_what_is_there(dtype):
         add_product(parameter, left, right)
         assert torch.equal(parameter.grad, times * right.float())
         assert parameter.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_many_rows_is_added_whole(dtype):
+    parameter = nn.Parameter(torch.zeros(2 * ROWS_AT_ONCE + 5, 3))
+    left, right = draw(len(parameter), 4, dtype=dtype).detach(), draw(4, 3, dtype=dtype).detach()
+    add_product(parameter, left, right)
+    assert torch.equal(parameter.grad, (left @ right).float())
