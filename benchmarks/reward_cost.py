@@ -37,7 +37,16 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "readability": {"most": 8.0},
 }
 """Settings without which a reward has nothing to do."""
-ELSEWHERE = {"language_tool": "the work is done by a server", "evaluate": "as its metric"}
+ELSEWHERE = {
+    "language_tool": "the work is done by a server",
+    "evaluate": "as its metric",
+    "similarity": "an embedding for each sentence",
+    "entailment": "as its model",
+    "facts": "as its graph",
+    "ensemble": "as its members",
+    "judge": "as its model",
+    "documents": "as its collection and model",
+}
 """Rewards that are not measured here, and why."""
 SLOW = [("ter", "shifts", "every")]
 """Settings that are measured at the smaller size only."""

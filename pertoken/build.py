@@ -19,7 +19,7 @@ from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
-from pertoken.rewards import Normaliser, Schedule, Weighted, resolve
+from pertoken.rewards import Multiplier, Normaliser, Schedule, Weighted, resolve
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.collect import prompt_ids
 from pertoken.rollout.decoder import RecomputingDecoder
@@ -169,7 +169,7 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
         parts.append(
             Weighted(
                 reward,
-                config.weight if isinstance(config.weight, float) else Schedule(config.weight),
+                _weight(config),
                 name,
                 config.time_limit,
                 config.clip,
@@ -177,6 +177,12 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
             )
         )
     return parts
+
+
+def _weight(config: RewardConfig) -> float | Schedule | Multiplier:
+    if config.constraint is not None:
+        return Multiplier(**config.constraint.model_dump())
+    return config.weight if isinstance(config.weight, float) else Schedule(config.weight)
 
 
 def build_kl(config: RunConfig) -> FixedKL | AdaptiveKL:

@@ -141,6 +141,19 @@ class RolloutConfig(Section):
     """Leave out training items with longer prompts (counted and told); null keeps all."""
 
 
+class ConstraintConfig(Section):
+    """A bound that a part of the reward keeps on average; its weight is found while training."""
+
+    least: float
+    """What the part's sum over an episode is at least, on average: of a cost of 1 a mistake, -2 means two."""
+    rate: float = Field(default=0.05, gt=0)
+    """How much the weight moves in a step, per unit that the mean is off the bound."""
+    start: float = Field(default=0.0, ge=0)
+    """The weight of the first step."""
+    largest: float = Field(default=10.0, gt=0)
+    """What the weight never exceeds."""
+
+
 class RewardConfig(BaseModel):
     """One part of the reward. Keys beyond these are parameters of the reward itself."""
 
@@ -157,6 +170,8 @@ class RewardConfig(BaseModel):
     normalise: Literal["none", "batch", "group", "running"] = "none"
     """Sums of the part over an episode become deviations from their mean: in the batch, in the prompt's group, or over
     all episodes so far (running, saved in checkpoints). Then the weight."""
+    constraint: ConstraintConfig | None = None
+    """Find the weight that keeps a bound, in place of `weight`."""
     time_limit: float | None = Field(default=None, gt=0)
     """Seconds that it may take for the completions of a step; then the run ends, saved. null waits for ever."""
 
@@ -164,6 +179,8 @@ class RewardConfig(BaseModel):
     def _named(self) -> "RewardConfig":
         if not (self.name or self.fn):
             raise ValueError("a reward needs `name` (built-in) or `fn` (module:function)")
+        if self.constraint and (self.weight != 1.0 or self.normalise != "none"):
+            raise ValueError("a constraint finds the weight, in units of the part: leave out `weight` and `normalise`")
         return self
 
     @property

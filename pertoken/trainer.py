@@ -26,7 +26,7 @@ from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, pol
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
 from pertoken.policy.model import Policy, Reference
-from pertoken.rewards import Scene, Stateful, Weighted, findings, score
+from pertoken.rewards import Multiplier, Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
 from pertoken.rollout.collect import Draws, draw_completions, stem_from, to_episodes
 from pertoken.rollout.engine import RolloutEngine
@@ -107,12 +107,14 @@ class Run:
         """Everything beside weights, optimiser and random states that the next step depends on, as JSON."""
         rewards = {part.name: part.state() for part in self.rewards if isinstance(part.reward, Stateful)}
         normalisers = {part.name: part.normaliser.get_state() for part in self.rewards if part.normaliser}
+        found = {part.name: part.weight.get_state() for part in self.rewards if isinstance(part.weight, Multiplier)}
         ahead = None if self.ahead is None else self.ahead.state()
         return {
             "progress": vars(self.progress).copy(),
             "kl": self.kl.state_dict(),
             "rewards": rewards,
             "normalisers": normalisers,
+            "multipliers": found,
             "guards": self.guards.state_dict(),
             "ahead": ahead,
         }
@@ -125,15 +127,7 @@ class Run:
         else:
             self.notes.append("kl: the checkpoint is from a run with another controller; its coefficient starts anew")
         for part in self.rewards:
-            if isinstance(part.reward, Stateful) and part.name in state["rewards"]:
-                part.reward.set_state(state["rewards"][part.name])
-            elif isinstance(part.reward, Stateful):
-                self.notes.append(f"rewards: the checkpoint has no state of {part.name!r}; it starts anew")
-        for part in self.rewards:
-            if part.normaliser and part.name in state.get("normalisers", {}):
-                part.normaliser.set_state(state["normalisers"][part.name])
-            elif part.normaliser and part.normaliser.over == "running":
-                self.notes.append(f"rewards: the checkpoint has no statistics of {part.name!r}; they start anew")
+            self.notes += _go_on(part, state)
         if "guards" in state:
             self.guards.load_state_dict(state["guards"])
         if state.get("ahead") is not None:
@@ -142,6 +136,24 @@ class Run:
                 self.ahead = ahead
             else:
                 self.notes.append("rollout: prompts or sampling are others now; what was drawn ahead is drawn anew")
+
+
+def _go_on(part: Weighted, state: Mapping[str, Any]) -> list[str]:
+    """Let a part of the reward remember what the checkpoint says of it; a note for what it does not say."""
+    notes = []
+    if isinstance(part.reward, Stateful) and part.name in state["rewards"]:
+        part.reward.set_state(state["rewards"][part.name])
+    elif isinstance(part.reward, Stateful):
+        notes.append(f"rewards: the checkpoint has no state of {part.name!r}; it starts anew")
+    if part.normaliser and part.name in state.get("normalisers", {}):
+        part.normaliser.set_state(state["normalisers"][part.name])
+    elif part.normaliser and part.normaliser.over == "running":
+        notes.append(f"rewards: the checkpoint has no statistics of {part.name!r}; they start anew")
+    if isinstance(part.weight, Multiplier) and part.name in state.get("multipliers", {}):
+        part.weight.set_state(state["multipliers"][part.name])
+    elif isinstance(part.weight, Multiplier):
+        notes.append(f"rewards: the checkpoint has no weight of {part.name!r}; its search starts anew")
+    return notes
 
 
 def loop(

@@ -110,6 +110,7 @@ def test_weights_on_their_way_and_running_statistics_go_on(place, tmp_path):
     parts = [
         {"name": "rouge_l", "granularity": "token", "weight": [[1, 0.0], [3, 1.0]], "normalise": "group"},
         {"fn": "moody:Moody", "name": "moody", "normalise": "running", "clip": [-1, 0.02]},
+        {"name": "length", "min_words": 30, "constraint": {"least": -0.1, "rate": 0.5}},
     ]
 
     def config(folder):
@@ -121,6 +122,7 @@ def test_weights_on_their_way_and_running_statistics_go_on(place, tmp_path):
         pass
     assert kills.outcome(tmp_path / "parts") == whole
     assert whole["metrics"]["weight/rouge_l"] == [0.0, 0.5, 1.0]
+    assert 0.0 == whole["metrics"]["weight/length"][0] < whole["metrics"]["weight/length"][1]
     assert min(whole["metrics"]["clipped/moody"]) > 0
 
 

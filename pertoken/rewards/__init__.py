@@ -4,6 +4,7 @@ from pertoken.rewards.align import AlignedText, tokens_of
 from pertoken.rewards.base import (
     NO_OPINION,
     Finding,
+    Measured,
     NoOpinion,
     Opinions,
     Reward,
@@ -20,17 +21,21 @@ from pertoken.rewards.base import (
     span_reward,
     token_reward,
 )
-from pertoken.rewards.composition import Normaliser, Schedule
+from pertoken.rewards.composition import Multiplier, Normaliser, Schedule
 from pertoken.rewards.diversity import Distinct, SelfBleu
+from pertoken.rewards.ensemble import Ensemble
 from pertoken.rewards.evaluate_metric import EvaluateMetric
 from pertoken.rewards.form import Banned, Format
 from pertoken.rewards.functions import CompletionsReward
 from pertoken.rewards.grammar import Harper, LanguageTool, RulePack
+from pertoken.rewards.judge import Judge
 from pertoken.rewards.kl import KLToReference
+from pertoken.rewards.knowledge import Documents, Facts
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.names import resolve
 from pertoken.rewards.readability import Readability
 from pertoken.rewards.rules import Length, Repetition
+from pertoken.rewards.semantics import Entailment, Similarity
 from pertoken.rewards.shaping import Shaping
 
 __all__ = [
@@ -41,14 +46,21 @@ __all__ = [
     "ChrF",
     "CompletionsReward",
     "Distinct",
+    "Documents",
+    "Ensemble",
+    "Entailment",
     "EvaluateMetric",
+    "Facts",
     "Finding",
     "Format",
     "Harper",
+    "Judge",
     "KLToReference",
     "LanguageTool",
     "Length",
+    "Measured",
     "Meteor",
+    "Multiplier",
     "NoOpinion",
     "Normaliser",
     "Opinions",
@@ -67,6 +79,7 @@ __all__ = [
     "ScoredSpan",
     "SelfBleu",
     "Shaping",
+    "Similarity",
     "Stateful",
     "Ter",
     "Weighted",

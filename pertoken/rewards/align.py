@@ -95,6 +95,27 @@ def word_spans(text: str, *, marks: bool = False) -> list[CharSpan]:
     return [match.span() for match in (_WORD_OR_MARK if marks else _WORD).finditer(text)]
 
 
+# A mark that ends a sentence, what closes it, and space that no small letter follows ("e.g. this" goes on); or a line.
+_END = re.compile(r"""[.!?…]+["'”’)\]]*\s+(?![a-z])|[。！？]["'”’」』）]*|\n+""")
+
+
+def sentence_spans(text: str) -> list[CharSpan]:
+    """Character ranges of the sentences of a text, without the white space between them.
+
+    >>> text = 'A dog, e.g. this one. "Why?" 它跑了。'
+    >>> [text[start:stop] for start, stop in sentence_spans(text)]
+    ['A dog, e.g. this one.', '"Why?"', '它跑了。']
+    """
+    spans, start = [], 0
+    for stop in [*(match.end() for match in _END.finditer(text)), len(text)]:
+        sentence = text[start:stop].strip()
+        if sentence:
+            first = text.index(sentence, start)
+            spans.append((first, first + len(sentence)))
+        start = stop
+    return spans
+
+
 def align(ids: Sequence[int], tokenizer: Any) -> AlignedText:
     """The text of `ids` without special tokens, and the characters of each token."""
     try:

@@ -28,7 +28,15 @@ from torch import Tensor
 from pertoken.background import Background, StillRunningError
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards.align import AlignedText, align, spread
-from pertoken.rewards.composition import Normaliser, Schedule, check_clip, clip_episodes, clip_tokens, speaks
+from pertoken.rewards.composition import (
+    Multiplier,
+    Normaliser,
+    Schedule,
+    check_clip,
+    clip_episodes,
+    clip_tokens,
+    speaks,
+)
 from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
 
 Place = Literal["last", "spread"]
@@ -132,6 +140,15 @@ class Stateful(Protocol):
 
     def set_state(self, state: Any) -> None:
         """Remember this instead."""
+        ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A reward that has figures of its own to log: money spent, answers known already."""
+
+    def figures(self) -> Mapping[str, float]:
+        """By name, after it has looked at a scene; each is logged as `<name>/<part>`."""
         ...
 
 
@@ -305,7 +322,7 @@ class Weighted:
     """A reward as a task uses it: how much it counts, and the name of its part."""
 
     reward: Reward
-    weight: float | Schedule
+    weight: float | Schedule | Multiplier
     name: str
     time_limit: float | None = None
     """Seconds that one call may take; None waits for ever."""
@@ -315,8 +332,8 @@ class Weighted:
     """What the clipped part is measured by, before the weight."""
 
     def __post_init__(self) -> None:
-        weights = [weight for _, weight in self.weight.points] if isinstance(self.weight, Schedule) else [self.weight]
-        for weight in weights:
+        points = self.weight.points if isinstance(self.weight, Schedule) else ((0, self.weight_at(0)),)
+        for _, weight in points:
             if not math.isfinite(weight):
                 raise ConfigError(f"reward {self.name!r}: weight must be a finite number, got {weight}")
         if self.clip is not None:
@@ -328,18 +345,19 @@ class Weighted:
 
     def weight_at(self, step: int) -> float:
         """How much it counts in a step."""
-        return self.weight(step) if isinstance(self.weight, Schedule) else self.weight
+        return self.weight if isinstance(self.weight, int | float) else self.weight(step)
 
     def fixed(self) -> "Weighted":
-        """The part as a yardstick that does not move: the weight that it ends with, nothing normalised."""
+        """The part as a yardstick that does not move: the weight that it ends with (1 for one that is found), nothing
+        normalised."""
         weight = self.weight.last if isinstance(self.weight, Schedule) else self.weight
-        return replace(self, weight=weight, normaliser=None)
+        return replace(self, weight=1.0 if isinstance(weight, Multiplier) else weight, normaliser=None)
 
     def prepare(
         self, raw: Float[Tensor, "B T"], scene: Scene, abstained: Bool[Tensor, " B"] | None
     ) -> tuple[Float[Tensor, "B T"], dict[str, float]]:
         """What the weight is applied to, and figures of it by name."""
-        if not (self.clip or self.normaliser or isinstance(self.weight, Schedule)):
+        if not (self.clip or self.normaliser or isinstance(self.weight, Schedule | Multiplier)):
             return raw, {}
         action_mask, values = scene.batch.action_mask.cpu(), raw
         speaking = speaks(abstained, action_mask)
@@ -350,6 +368,8 @@ class Weighted:
             else:
                 values, share = clip_tokens(values, *self.clip)
             figures[f"clipped/{self.name}"] = share
+        if isinstance(self.weight, Multiplier) and bool(speaking.any()):
+            self.weight.observe(_per_row(values, speaking))
         if self.normaliser is not None:
             values = self.normaliser(values, speaking, scene.batch.group.cpu(), action_mask)
         return values, figures
@@ -388,6 +408,8 @@ def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:
         values, measured = part.prepare(_credited(part.name, said, scene), scene, abstained)
         parts[part.name] = part.weight_at(scene.step) * values
         figures |= measured
+        if isinstance(part.reward, Measured):
+            figures |= {f"{name}/{part.name}": value for name, value in part.reward.figures().items()}
         if abstained is not None:
             silent[part.name] = abstained.to(env.device)
             figures[f"abstained/{part.name}"] = abstained.double().mean().item()

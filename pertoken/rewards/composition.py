@@ -54,6 +54,43 @@ class Schedule:
         return self.points[-1][1]
 
 
+class Multiplier:
+    """A weight that is found while training: the price at which the part keeps a bound on average.
+
+        weight <- min(max(weight + rate * (least - mean), 0), largest)
+
+    mean: over the episodes of a step, of their sums of the part, clipped if that is asked for. Below the bound the
+    price rises, above it falls, down to 0: gradient ascent on the Lagrange multiplier of "as much of the other parts as
+    can be had while the mean of this one is at least `least`" (Altman 1999; for language models, Dai et al. 2023,
+    https://arxiv.org/abs/2310.12773). What a step has seen is in the weight from the next step on.
+    """
+
+    def __init__(self, least: float, *, rate: float, start: float = 0.0, largest: float = 10.0) -> None:
+        if not (rate > 0 and 0 <= start <= largest):
+            raise ConfigError(
+                f"a constraint needs rate > 0 and 0 <= start <= largest, got {rate}, {start} and {largest}"
+            )
+        self.least, self.rate, self.largest = least, rate, largest
+        self._step, self._weight, self._next = 0, start, start
+
+    def __call__(self, step: int) -> float:
+        if step > self._step:
+            self._step, self._weight = step, self._next
+        return self._weight
+
+    def observe(self, mean: float) -> None:
+        """The mean of the step that the weight was last asked for."""
+        self._next = min(max(self._weight + self.rate * (self.least - mean), 0.0), self.largest)
+
+    def get_state(self) -> dict[str, int | float]:
+        """What it has found so far."""
+        return {"step": self._step, "weight": self._weight, "next": self._next}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self._step, self._weight, self._next = int(state["step"]), float(state["weight"]), float(state["next"])
+
+
 def clip_tokens(values: Float[Tensor, "B T"], low: float, high: float) -> tuple[Float[Tensor, "B T"], float]:
     """Each token's value confined to [low, high], and the share of values other than 0 that this changed.
 

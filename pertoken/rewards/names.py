@@ -30,7 +30,13 @@ BUILT_IN = {
     "harper": "pertoken.rewards.grammar:Harper",
     "language_tool": "pertoken.rewards.grammar:LanguageTool",
     "rule_pack": "pertoken.rewards.grammar:RulePack",
+    "similarity": "pertoken.rewards.semantics:Similarity",
+    "entailment": "pertoken.rewards.semantics:Entailment",
+    "facts": "pertoken.rewards.knowledge:Facts",
     "evaluate": "pertoken.rewards.evaluate_metric:EvaluateMetric",
+    "documents": "pertoken.rewards.knowledge:Documents",
+    "judge": "pertoken.rewards.judge:Judge",
+    "ensemble": "pertoken.rewards.ensemble:Ensemble",
     "shaping": "pertoken.rewards.shaping:Shaping",
     "kl": "pertoken.rewards.kl:KLToReference",
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pertoken.errors import ConfigError
-from pertoken.rewards.align import CharSpan, word_spans
+from pertoken.rewards.align import CharSpan, sentence_spans, word_spans
 from pertoken.rewards.base import Sample, SampleReward, ScoredSpan, place_spans
 from pertoken.rewards.metrics.base import check_choice
 
@@ -78,24 +78,20 @@ def flesch(measure: Measure, num_words: int, num_syllables: int) -> float:
     return 0.39 * num_words + 11.8 * per_word - 15.59
 
 
-# A mark that ends a sentence, what closes it, and space that no small letter follows ("e.g. this" goes on); or a line.
-_END = re.compile(r"""[.!?…]+["'”’)\]]*\s+(?![a-z])|[。！？]|\n+""")
 _LATIN = re.compile(r"[^\W\d_]")
 
 
 def _sentences(text: str) -> Iterator[tuple[CharSpan, list[str]]]:
     """The sentences that have words, from their first word to their end, and those words."""
     words = [span for span in word_spans(text) if _is_latin(text[span[0] : span[1]])]
-    start = next_word = 0
-    for stop in [*(match.end() for match in _END.finditer(text)), len(text)]:
+    next_word = 0
+    for _, stop in sentence_spans(text):
         inside = []
         while next_word < len(words) and words[next_word][0] < stop:
             inside.append(words[next_word])
             next_word += 1
         if inside:
-            end = start + len(text[start:stop].rstrip())
-            yield (inside[0][0], end), [text[first:last] for first, last in inside]
-        start = stop
+            yield (inside[0][0], stop), [text[first:last] for first, last in inside]
 
 
 def _is_latin(word: str) -> bool:

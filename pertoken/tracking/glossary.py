@@ -35,7 +35,10 @@ METRICS: dict[str, Term] = {
     "loss/value": Term("Error of the value head against its targets.", "aggregate over a of ½ (V − return)²"),
     "reward/<part>": Term("One named part of the reward, weighted.", "mean over e of Σ part"),
     "reward/total": Term("The reward: all parts together.", "mean over e of Σ reward", better="higher"),
-    "weight/<part>": Term("Weight of a part in this step, where it is scheduled, clipped or normalised.", "factor"),
+    "weight/<part>": Term("Weight of a part in this step, where it moves, is clipped or normalised.", "factor"),
+    "judge_spent/<part>": Term("What a judge has cost in this run, by its prices.", "money"),
+    "judge_requests/<part>": Term("Requests that a judge has answered in this run.", "requests"),
+    "judge_known_share/<part>": Term("Samples of the step whose verdict was known already.", "share of texts, 0 to 1"),
     "raw/<part>": Term(
         "The same part before it was clipped, normalised and weighed.", "mean over the e with an opinion of Σ part"
     ),

