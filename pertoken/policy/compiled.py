@@ -29,11 +29,14 @@ class Origin:
 
     @staticmethod
     def of(x: Tensor) -> "Origin | None":
-        """That of `x`, if it has one."""
-        return getattr(x, "_pertoken_origin", None)
+        """That of `x`, if it has one and was not changed in place since."""
+        origin, version = getattr(x, "_pertoken_origin", (None, None))
+        return origin if origin is not None and version == x._version else None
 
     def put_on(self, x: Tensor) -> Tensor:
-        x._pertoken_origin = self  # type: ignore[attr-defined]
+        """`x`, which has this origin from now on; not without a backward pass, which alone asks for it."""
+        if x.requires_grad:
+            x._pertoken_origin = self, x._version  # type: ignore[attr-defined]
         return x
 
 

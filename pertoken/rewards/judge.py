@@ -78,7 +78,7 @@ class Judge(SampleReward):
     prices: Sequence[float] = (0.0, 0.0)
     """Money per million tokens read and written, for the figure `judge_spent`."""
     budget: float | None = None
-    """Money after which the run ends, saved."""
+    """Money after which no request is begun and the run ends, saved."""
     remember: bool = True
     """Keep answers in a file of the cache folder, and never ask the same twice."""
 
@@ -97,10 +97,8 @@ class Judge(SampleReward):
         _ = self._client
 
     def __call__(self, scene: Scene) -> Float[Tensor, "B T"] | Opinions:
-        """All samples are sent at once, `parallel` at a time."""
-        self._desk.begin()
-        with ThreadPoolExecutor(self.parallel, "pertoken-judge") as pool:
-            list(pool.map(self._verdict, scene.samples))
+        """All that is not known is asked for first, `parallel` at a time."""
+        self._desk.ask_all([self._messages(sample) for sample in scene.samples])
         return super().__call__(scene)
 
     def token_values(self, sample: Sample) -> list[float] | NoOpinion:
@@ -170,9 +168,18 @@ class _Desk:
             with self._file:
                 self._file.execute("CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, answer TEXT)")
 
-    def begin(self) -> None:
-        """A batch: what comes is counted for the share of known answers."""
-        self._seen = self._recalled = 0
+    def ask_all(self, questions: list[list[dict[str, str]]]) -> None:
+        """Ask for what is not known, the same question once; after a failure no further request is begun."""
+        unknown = {_key(self._judge, messages): messages for messages in questions}
+        unknown = {key: messages for key, messages in unknown.items() if not self._recall(key)}
+        self._seen = len(questions)
+        self._recalled = sum(_key(self._judge, messages) not in unknown for messages in questions)
+        with ThreadPoolExecutor(self._judge.parallel, "pertoken-judge") as pool:
+            try:
+                list(pool.map(self.ask, unknown.values()))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def figures(self) -> dict[str, float]:
         return {
@@ -183,19 +190,9 @@ class _Desk:
 
     def ask(self, messages: list[dict[str, str]]) -> dict[str, Any] | None:
         """The verdict on `messages`, from memory if it was asked before."""
-        question = hashlib.sha256(json.dumps([self._judge.url, self._judge.model, messages]).encode()).hexdigest()
-        with self._lock:
-            if question in self._known:
-                return self._known[question]
-            row = (
-                self._file
-                and self._file.execute("SELECT answer FROM answers WHERE question = ?", [question]).fetchone()
-            )
-            self._seen += 1
-            if row:
-                self._recalled += 1
-                self._known[question] = json.loads(row[0])
-                return self._known[question]
+        question = _key(self._judge, messages)
+        if self._recall(question):
+            return self._known[question]
         verdict = self._checked(self._request(messages)) or self._checked(self._request(messages))
         with self._lock:
             self._known[question] = verdict
@@ -203,6 +200,15 @@ class _Desk:
                 with self._file:
                     self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", [question, json.dumps(verdict)])
         return verdict
+
+    def _recall(self, question: str) -> bool:
+        """Whether the verdict is known, in memory or from the file, from where it is then remembered."""
+        with self._lock:
+            if question not in self._known and self._file is not None:
+                query = "SELECT answer FROM answers WHERE question = ?"
+                for row in self._file.execute(query, [question]).fetchall():
+                    self._known[question] = json.loads(row[0])
+            return question in self._known
 
     def _request(self, messages: list[dict[str, str]]) -> str:
         judge = self._judge
@@ -241,6 +247,10 @@ class _Desk:
             return {"score": _within(score), "findings": findings}
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def _key(judge: Judge, messages: list[dict[str, str]]) -> str:
+    return hashlib.sha256(json.dumps([judge.url, judge.model, messages]).encode()).hexdigest()
 
 
 def _within(number: float) -> float:

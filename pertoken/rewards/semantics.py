@@ -159,7 +159,7 @@ def encoder(name: str) -> Callable[[str], Vector]:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"similarity.model: {name!r} is no sentence-transformers folder and no hub model that can be reached from "
-            f"here ({str(error).splitlines()[0][:200]}); embedded: {EMBEDDED}"
+            f"here ({str(error)[:200]}); embedded: {EMBEDDED}"
         ) from error
 
     @functools.lru_cache(maxsize=REMEMBERED)
@@ -191,7 +191,7 @@ class _Judge:
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"entailment.model: {name!r} is no folder of a classifier and no hub model that can be reached from "
-                f"here ({str(error).splitlines()[0][:200]})"
+                f"here ({str(error)[:200]})"
             ) from error
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device)

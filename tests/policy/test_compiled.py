@@ -329,6 +329,17 @@ def test_what_a_sweep_makes_again_is_not_kept(dtype):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=2e-2 if dtype is torch.bfloat16 else 1e-4)
 
 
+@needs_compiler
+def test_what_was_changed_in_place_has_no_origin_any_more():
+    out = compiled.gated_silu(draw(2, 8), draw(2, 8, seed=1))
+    assert torch.equal(compiled.Origin.of(out).function(*compiled.Origin.of(out).tensors), out)
+    out.mul_(2)
+    assert compiled.Origin.of(out) is None
+    with torch.inference_mode():  # where no version is counted
+        bare = compiled.gated_silu(draw(2, 8), draw(2, 8, seed=1))
+        assert compiled.Origin.of(bare) is None
+
+
 def test_in_bfloat16_they_are_added_up_in_float32():
     model, batch = tiny_model(), ragged()
     by = torch.randn(batch.tokens.shape, generator=torch.Generator().manual_seed(0))

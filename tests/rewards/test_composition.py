@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pertoken.assignment import assign
-from pertoken.config import GroupRelative, LeaveOneOut, LeaveOneOutProcess, PerPart, RunConfig
+from pertoken.build import build_rewards
+from pertoken.config import GroupRelative, LeaveOneOut, LeaveOneOutProcess, PerPart, RewardConfig, RunConfig
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import (
     NO_OPINION,
@@ -323,9 +324,17 @@ def test_group_relative_without_those_who_abstain(scene_of):
     assert scaled == pytest.approx([-2 / (2 + EPS), 0, 2 / (2 + EPS)])
 
 
-def test_the_configuration_names_all_of_it():
-    from pertoken.build import build_rewards
+@pytest.mark.parametrize("more", [{"weight": 2.0}, {"weight": [[0, 1.0]]}, {"normalise": "batch"}])
+def test_a_constraint_leaves_no_room_for_a_weight(more):
+    entry = {"name": "rouge_l", "constraint": {"least": 0.2, "rate": 0.5, "start": 1.5}}
+    assert RewardConfig.model_validate(entry).constraint.least == 0.2
+    (part,) = build_rewards([RewardConfig.model_validate(entry)])
+    assert part.weight_at(1) == 1.5
+    with pytest.raises(ValueError, match="a constraint finds the weight"):
+        RewardConfig.model_validate(entry | more)
 
+
+def test_the_configuration_names_all_of_it():
     entry = {"name": "rouge_l", "weight": [[0, 0.5], [10, 1]], "clip": [-1, 1], "normalise": "running"}
     config = RunConfig.model_validate({"rewards": [entry]})
     (part,) = build_rewards(config.rewards)

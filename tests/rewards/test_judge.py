@@ -117,6 +117,23 @@ def test_it_is_asked_once_for_the_same_text_in_parallel_and_counts(service, make
     assert len(service.asked) == 12
 
 
+def test_the_same_text_is_asked_about_once_and_counted_as_known_later(service, make_episode, make_scene):
+    part = Weighted(service.judge(parallel=4), 1.0, "judge")
+    twice = make_scene(*(make_episode("a cat", id=str(k)) for k in range(4)))
+    assert score([part], twice).figures["judge_known_share/judge"] == 0.0
+    assert len(service.asked) == 1
+    half = make_scene(make_episode("a cat", id="0"), make_episode("a dog", id="1"))
+    assert score([part], half).figures["judge_known_share/judge"] == 0.5
+
+
+def test_after_a_failure_no_further_request_is_begun(service, make_episode, make_scene):
+    service.answer = lambda text: (404, "no such model")
+    scene = make_scene(*(make_episode(f"text {k}", id=str(k)) for k in range(20)))
+    with pytest.raises(RewardError, match="gave no answer"):
+        service.judge(parallel=1)(scene)
+    assert len(service.asked) < 5
+
+
 def test_an_answer_in_a_fence_is_read_and_numbers_stay_in_the_scale(service, make_episode, make_scene):
     service.answer = lambda text: (200, 'Here:\n```json\n{"score": 70, "findings": null}\n```')
     assert service.judge()(make_scene(make_episode("a cat"))).sum() == 1.0

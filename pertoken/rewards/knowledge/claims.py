@@ -80,12 +80,14 @@ def claims(text: str, patterns: Sequence[Pattern], graph: Graph, articles: Seque
     begins, ends = _names(text, graph)
     if not begins:
         return
-    article = f"(?:(?:{'|'.join(map(regex.escape, articles))})\\s+)?" if articles else ""
-    skip = regex.compile(article, regex.IGNORECASE)
+    article = f"(?:(?<!\\w)(?:{'|'.join(map(regex.escape, articles))})\\s+)?" if articles else ""
+    skip, skip_back = (regex.compile(words, regex.IGNORECASE) for words in (article, article + "$"))
     for pattern in patterns:
         before, between, behind = pattern.searched
         for match in between.finditer(text):
-            starts = [s for s in ends.get(match.start(), ()) if before.search(text, 0, _without(skip, text, s))]
+            starts = [
+                s for s in ends.get(match.start(), ()) if before.search(text, 0, skip_back.search(text, 0, s).start())
+            ]
             at = skip.match(text, match.end()).end()
             stops = [s for s in begins.get(at, begins.get(match.end(), ())) if behind.match(text, s)]
             for start in sorted(starts):
@@ -94,15 +96,6 @@ def claims(text: str, patterns: Sequence[Pattern], graph: Graph, articles: Seque
                     names = text[start : match.start()], text[slice(*second)]
                     subject, thing = names if pattern.subject_first else names[::-1]
                     yield Claim(subject, pattern.relation, thing, (start, match.start()), second)
-
-
-def _without(skip: Any, text: str, start: int) -> int:
-    """Where the article before a name begins that starts at `start`, or `start`."""
-    for length in range(1, 6):
-        at = start - length
-        if at >= 0 and skip.fullmatch(text, at, start) and (at == 0 or not text[at - 1].isalnum()):
-            return at
-    return start
 
 
 def _names(text: str, graph: Graph) -> tuple[dict[int, list[int]], dict[int, list[int]]]:

@@ -225,9 +225,6 @@ def load_graph(source: str, *, queries: Mapping[str, str] = {}, language: str = 
     return Triples(_triple(row, f"{path}:{line}") for line, row in readers[path.suffix](path))
 
 
-_KINDS = ".jsonl, .csv, .tsv, .sqlite or .db"
-
-
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8") as file:
         for line, text in enumerate(file, 1):
