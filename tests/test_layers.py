@@ -5,6 +5,7 @@ belongs to no layer until it is named here.
 """
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,9 @@ OPTIONAL = {
 }
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
+HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib")
+"""What no run loads that does not use it."""
+
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -153,3 +157,9 @@ def test_the_maths_imports_torch_and_types_only(name):
 def test_optional_packages_are_imported_where_they_are_used(path):
     found = [name for name, _ in imports(path, only_at_import_time=True) if name.split(".")[0] in OPTIONAL]
     assert not found
+
+
+def test_to_import_the_jobs_loads_nothing_heavy():
+    code = f"import sys, pertoken.cli, pertoken.run; print([name for name in {HEAVY} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

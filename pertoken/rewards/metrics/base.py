@@ -15,6 +15,7 @@ tokenised again, and the score is told which pieces to take off its end and whic
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
@@ -202,3 +203,11 @@ class NgramMatches:
     def _last_ngrams(self) -> list[tuple[int, Ngram]]:
         pieces, size = self._pieces, len(self._pieces)
         return [(k, tuple(pieces[size - n :])) for k, n in enumerate(self._orders) if n <= size]
+
+
+@cache
+def porter_stemmer() -> Any:
+    """Of nltk, which is imported here because it imports scikit-learn where that is installed: seconds, 0.2 GB."""
+    from nltk.stem.porter import PorterStemmer
+
+    return PorterStemmer()

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from nltk.stem.porter import PorterStemmer
-
 from pertoken.errors import ConfigError
 from pertoken.rewards.align import CharSpan, word_spans
-from pertoken.rewards.metrics.base import Granularity, MetricDelta, Piece, PrefixScore
+from pertoken.rewards.metrics.base import Granularity, MetricDelta, Piece, PrefixScore, porter_stemmer
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,7 @@ class Meteor(MetricDelta):
 
 @lru_cache(maxsize=1 << 16)
 def _stem(word: str) -> str:
-    return str(_STEMMER.stem(word))
-
-
-_STEMMER = PorterStemmer()
+    return str(porter_stemmer().stem(word))
 
 
 class _BestScore:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from rouge_score.scoring import fmeasure
-from rouge_score.tokenizers import DefaultTokenizer
+from rouge_score.tokenize import tokenize
 
 from pertoken.rewards.align import CharSpan
 from pertoken.rewards.metrics.base import (
@@ -17,6 +17,7 @@ from pertoken.rewards.metrics.base import (
     Piece,
     PrefixScore,
     count_ngrams,
+    porter_stemmer,
 )
 
 # The two letters beyond ASCII whose lower case begins with an ASCII letter: the Kelvin sign, and the dotted capital I,
@@ -47,7 +48,7 @@ class _Rouge(MetricDelta):
 @lru_cache(maxsize=1 << 16)
 def _stem(characters: str, stemmer: bool) -> str:
     """What rouge-score makes of the characters of one word: lower case, stemmed if asked for."""
-    return str(DefaultTokenizer(stemmer).tokenize(characters)[0])
+    return str(tokenize(characters, porter_stemmer() if stemmer else None)[0])
 
 
 @dataclass(frozen=True)
