@@ -7,9 +7,8 @@ its `wordnet` knows no word.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-
-from nltk.stem.porter import PorterStemmer
+from functools import cache, lru_cache
+from typing import Any
 
 from pertoken.errors import ConfigError
 from pertoken.rewards.align import CharSpan, word_spans
@@ -50,10 +49,14 @@ class Meteor(MetricDelta):
 
 @lru_cache(maxsize=1 << 16)
 def _stem(word: str) -> str:
-    return str(_STEMMER.stem(word))
+    return str(_stemmer().stem(word))
 
 
-_STEMMER = PorterStemmer()
+@cache
+def _stemmer() -> Any:
+    from nltk.stem.porter import PorterStemmer  # nltk takes two seconds to import
+
+    return PorterStemmer()
 
 
 class _BestScore:

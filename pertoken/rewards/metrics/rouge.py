@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from rouge_score.scoring import fmeasure
-from rouge_score.tokenizers import DefaultTokenizer
 
 from pertoken.rewards.align import CharSpan
 from pertoken.rewards.metrics.base import (
@@ -47,6 +46,8 @@ class _Rouge(MetricDelta):
 @lru_cache(maxsize=1 << 16)
 def _stem(characters: str, stemmer: bool) -> str:
     """What rouge-score makes of the characters of one word: lower case, stemmed if asked for."""
+    from rouge_score.tokenizers import DefaultTokenizer  # with nltk, which takes two seconds to import
+
     return str(DefaultTokenizer(stemmer).tokenize(characters)[0])
 
 
