@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from pertoken.config import DocstringsTask, EvaluationConfig, RewardConfig, RolloutConfig, RunConfig, TaskConfig
-from pertoken.errors import ConfigError, ModelError, TaskError, closest
+from pertoken.errors import ConfigError, ModelError, TaskError
 from pertoken.evaluation import Evaluator
 from pertoken.guards import Guards
 from pertoken.memory import GIGABYTE, installed_memory, used_memory
@@ -19,7 +18,7 @@ from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
-from pertoken.rewards import Multiplier, Normaliser, Schedule, Weighted, resolve
+from pertoken.rewards import Isolated, Multiplier, Normaliser, Reward, Schedule, Weighted, make
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.collect import prompt_ids
 from pertoken.rollout.decoder import RecomputingDecoder
@@ -150,33 +149,33 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
     """The weighted parts; parameters are checked against the fields of the reward."""
     parts: list[Weighted] = []
     for index, config in enumerate(configs):
-        factory: Any = resolve(config.fn or config.name or "")
-        parameters = config.parameters
-        if is_dataclass(factory):
-            known = [f.name for f in fields(factory)]
-            for name in parameters:
-                if name not in known:
-                    raise ConfigError(
-                        f"rewards.{index}.{name}: {config.name or config.fn} has no such field; {closest(name, known)}"
-                    )
         name = config.name or str(config.fn).rpartition(":")[2]
         if name in (part.name for part in parts):
             raise ConfigError(f"rewards.{index}: a second part named {name!r}; give `fn` parts a `name` of their own")
-        try:
-            reward = factory(**parameters)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"rewards.{index} ({name}): {error}") from error
         parts.append(
             Weighted(
-                reward,
+                _reward(config, f"rewards.{index}"),
                 _weight(config),
                 name,
-                config.time_limit,
+                None if config.processes else config.time_limit,  # which its processes keep
                 config.clip,
                 None if config.normalise == "none" else Normaliser(config.normalise),
+                config.attempts,
+                config.max_failed_share,
             )
         )
     return parts
+
+
+def _reward(config: RewardConfig, where: str) -> Reward:
+    """The reward itself, in this process or in some of its own."""
+    name = config.fn or config.name or ""
+    if not config.processes:
+        return make(name, config.parameters, where)
+    return Isolated(
+        name, config.parameters, processes=config.processes, time_limit=config.time_limit,
+        memory_limit=config.memory_limit, place=where,
+    )  # fmt: skip
 
 
 def _weight(config: RewardConfig) -> float | Schedule | Multiplier:

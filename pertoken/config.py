@@ -173,7 +173,18 @@ class RewardConfig(BaseModel):
     constraint: ConstraintConfig | None = None
     """Find the weight that keeps a bound, in place of `weight`."""
     time_limit: float | None = Field(default=None, gt=0)
-    """Seconds that it may take for the completions of a step; then the run ends, saved. null waits for ever."""
+    """Seconds that it may take for the completions of a step; with `processes`, for each of them (for all, if it looks
+    at them together). Then it has failed. null waits for ever."""
+    processes: int = Field(default=0, ge=0)
+    """Run it in so many processes of its own: they share the completions, and one that hangs or crashes is replaced. A
+    reward that remembers or looks at completions together has one. 0 runs it in the training process."""
+    memory_limit: float | None = Field(default=None, gt=0)
+    """With processes: GB that each may take; one that has grown beyond is replaced. null is without bound."""
+    attempts: int = Field(default=1, ge=1)
+    """How often a completion that it fails on is tried in all."""
+    max_failed_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the completions of a step that it may fail on: they count 0, are compared with no other, and are told.
+    One more ends the run, saved."""
 
     @model_validator(mode="after")
     def _named(self) -> "RewardConfig":
@@ -181,6 +192,8 @@ class RewardConfig(BaseModel):
             raise ValueError("a reward needs `name` (built-in) or `fn` (module:function)")
         if self.constraint and (self.weight != 1.0 or self.normalise != "none"):
             raise ValueError("a constraint finds the weight, in units of the part: leave out `weight` and `normalise`")
+        if self.memory_limit is not None and not self.processes:
+            raise ValueError("memory_limit bounds processes of the reward's own: set `processes`")
         return self
 
     @property

@@ -36,6 +36,10 @@ class RewardError(PertokenError, RuntimeError):
     """A reward function that raised, or returned NaN, a wrong type, or a wrong length."""
 
 
+class WorkerError(PertokenError, RuntimeError):
+    """A process for work beside the training that cannot be started, or was ended already."""
+
+
 class AlignmentError(PertokenError, ValueError):
     """Characters that could not be matched with the tokens that produced them."""
 

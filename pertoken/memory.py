@@ -93,6 +93,11 @@ def used_memory(device: torch.device) -> float:
     """What is in use now (GB): of the GPU if `device` is one, else of the process; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / GIGABYTE
+    return process_memory()
+
+
+def process_memory() -> float:
+    """What the process has in use now (GB); 0 where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -19,7 +19,7 @@ from pertoken.config import DocstringsTask, RewardConfig, RunConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
-from pertoken.rewards import Scene, score
+from pertoken.rewards import Isolated, Scene, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect, prompt_ids, sample_seed
 from pertoken.sampling import Controls
@@ -76,6 +76,7 @@ def train(
             stack.callback(lock.release)
             saved, notes = CheckpointStore(folder / "checkpoints").newest()
         run = build.build_run(config, checkpoint=saved.path if saved else None)
+        stack.callback(_end_processes, run)
         if lock is None:
             log = RunLog.create(
                 folder,
@@ -89,7 +90,16 @@ def train(
             log = RunLog.open(folder, step=step, config_text=config.to_yaml(), lock=lock)
             run.notes += [*notes, *log.notes, f"resumed after step {run.progress.step}"]
         stack.enter_context(log)
+        for part in run.rewards:
+            if isinstance(part.reward, Isolated):
+                part.reward.log_to(folder / "rewards.log")
         return _train(run, log, on_step, _Notes(run, on_note), interrupted, budget)
+
+
+def _end_processes(run: Run) -> None:
+    for part in run.rewards:
+        if isinstance(part.reward, Isolated):
+            part.reward.close()
 
 
 def _train(

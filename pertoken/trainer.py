@@ -173,6 +173,7 @@ def loop(
         clock.lap("score")
         scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
         rewards = reward_and_draw_ahead(run, scene)
+        run.notes += failure_notes(scene, rewards)
         credit = assign(run.config.credit, rewards, batch, old)
         clock.lap("reward")
         run.before_step = None
@@ -273,6 +274,15 @@ def reward(run: Run, scene: Scene) -> TokenRewards:
     if run.config.kl.place == "reward" and run.kl.coefficient:
         parts = [*parts, Weighted(KLToReference(), run.kl.coefficient, "kl")]
     return score(parts, scene)
+
+
+def failure_notes(scene: Scene, rewards: TokenRewards) -> list[str]:
+    """A sentence on each part of the reward that failed on some completions of the step."""
+    return [
+        f"step {scene.step}: reward {name!r} failed on {len(failed)} of {len(scene.episodes)} completions: "
+        f"{failed[min(failed)]}"
+        for name, failed in rewards.failures.items()
+    ]
 
 
 def reward_and_draw_ahead(run: Run, scene: Scene) -> TokenRewards:

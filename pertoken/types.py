@@ -209,11 +209,13 @@ class TokenRewards:
     total: Float[Tensor, "B T"]
     parts: dict[str, Float[Tensor, "B T"]]
     abstained: dict[str, Bool[Tensor, " B"]] = field(default_factory=dict)
-    """Rows on which a part has no opinion, by its name; parts that speak about all rows are not in it."""
+    """Rows on which a part has no opinion or failed, by its name; parts that speak about all rows are not in it."""
     weights: dict[str, float] = field(default_factory=dict)
     """What each part was multiplied by in this step; 1 for those that are not in it."""
     figures: dict[str, float] = field(default_factory=dict)
     """What is logged of the making of the parts: weights of the step, shares clipped and abstained."""
+    failures: dict[str, dict[int, str]] = field(default_factory=dict)
+    """Why a part failed on a row, by its name and the row; parts that never did are not in it."""
 
 
 @dataclass(frozen=True)

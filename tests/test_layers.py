@@ -25,10 +25,11 @@ MAY: dict[str, set[str]] = {
     "native": {"cache"},
     "stopwatch": set(),
     "background": set(),
+    "workers": {"errors", "memory"},
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
     # the stages of a step: each knows the types, none knows a sibling
-    **{stage: {"errors", "cache", "native", "background", "sampling", "types"} for stage in STAGES},
+    **{stage: {"errors", "cache", "native", "background", "workers", "sampling", "types"} for stage in STAGES},
     **{maths: {"types"} for maths in MATHS},
     # beside the stages
     "config": {"errors", "sampling"},

@@ -28,11 +28,12 @@ from pertoken.rewards.evaluate_metric import EvaluateMetric
 from pertoken.rewards.form import Banned, Format
 from pertoken.rewards.functions import CompletionsReward
 from pertoken.rewards.grammar import Harper, LanguageTool, RulePack
+from pertoken.rewards.isolation import Isolated
 from pertoken.rewards.judge import Judge
 from pertoken.rewards.kl import KLToReference
 from pertoken.rewards.knowledge import Documents, Facts
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
-from pertoken.rewards.names import resolve
+from pertoken.rewards.names import make, resolve
 from pertoken.rewards.readability import Readability
 from pertoken.rewards.rules import Length, Repetition
 from pertoken.rewards.semantics import Entailment, Similarity
@@ -54,6 +55,7 @@ __all__ = [
     "Finding",
     "Format",
     "Harper",
+    "Isolated",
     "Judge",
     "KLToReference",
     "LanguageTool",
@@ -85,6 +87,7 @@ __all__ = [
     "Weighted",
     "episode_reward",
     "findings",
+    "make",
     "move_to_actions",
     "resolve",
     "score",

@@ -123,6 +123,17 @@ class Opinions:
     abstained: Bool[Tensor, " B"]
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What stands in the place of a sample's values where a reward failed on it: why."""
+
+    message: str
+
+
+Said = list[float] | NoOpinion | Failure
+"""What a reward says of one sample: a value for each of its tokens, or why there is none."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """Anything that gives every token of a scene a number; 0.0 pays nothing, `Opinions` marks rows without a say."""
@@ -152,6 +163,15 @@ class Measured(Protocol):
         ...
 
 
+@runtime_checkable
+class Explains(Protocol):
+    """A reward that can say of a sample what it found."""
+
+    def findings(self, sample: Sample) -> "Sequence[ScoredSpan]":
+        """What, where, and in words."""
+        ...
+
+
 class SampleReward(ABC):
     """A reward that looks at one sample at a time, so that it cannot depend on batch order or batch size."""
 
@@ -168,22 +188,66 @@ class SampleReward(ABC):
         """What the reward found, where, and in words; empty for a reward that does not speak of ranges."""
         return []
 
+    @property
+    def apart(self) -> bool:
+        """Whether the samples of a scene are looked at one after the other and nothing else is done."""
+        return type(self).__call__ is SampleReward.__call__
+
     def __call__(self, scene: Scene) -> Float[Tensor, "B T"] | Opinions:
         """The values of all samples in their rows, 0 elsewhere; in float64, so that sums stay exact."""
-        values = torch.zeros(scene.batch.tokens.shape, dtype=torch.float64)
-        abstained = torch.zeros(len(values), dtype=torch.bool)
-        for row, (episode, sample) in enumerate(zip(scene.episodes, scene.samples, strict=True)):
-            try:
-                said = self.token_values(sample)
-                per_token = [] if said is NO_OPINION else _place_list(said, sample)
-            except RewardError as error:
-                raise RewardError(f"{self.name}, {_where(episode)}: {error}") from error
-            except Exception as error:
-                raise RewardError(f"{self.name}, {_where(episode)}: raised {type(error).__name__}: {error}") from error
-            start = episode.prompt_length
-            values[row, start : start + len(per_token)] = torch.tensor(per_token, dtype=torch.float64)
-            abstained[row] = said is NO_OPINION
+        values, abstained, _ = in_rows(self.each(scene, attempts=1, tolerated=0), scene)
         return Opinions(values, abstained) if bool(abstained.any()) else values
+
+    def each(self, scene: Scene, *, attempts: int, tolerated: int) -> list[Said]:
+        """What it says of each sample, tried up to `attempts` times; RewardError if more than `tolerated` fail."""
+        said: list[Said] = []
+        failures = 0
+        for episode, sample in zip(scene.episodes, scene.samples, strict=True):
+            for attempt in range(attempts):
+                try:
+                    said.append(self.say(sample, episode.prompt_length))
+                    break
+                except (Exception, SystemExit) as error:
+                    message = f"{self.name}, {where(episode)}: {reason(error)}"
+                    if attempt == attempts - 1:
+                        failures += 1
+                        if failures > tolerated:
+                            raise RewardError(message) from error
+                        said.append(Failure(message))
+        return said
+
+    def say(self, sample: Sample, start: int) -> list[float] | NoOpinion:
+        """`token_values`, checked; the sample begins at token `start` of its row."""
+        said = self.token_values(sample)
+        values = [] if said is NO_OPINION else _place_list(said, sample)
+        for k, value in enumerate(values):
+            if not math.isfinite(value):
+                raise RewardError(f"{value} at token {start + k} of the row, {FINITE}")
+        return NO_OPINION if said is NO_OPINION else values
+
+
+FINITE = "expected finite numbers; return 0.0 where it has no opinion"
+
+
+def in_rows(said: Sequence[Said], scene: Scene) -> tuple[Float[Tensor, "B T"], Bool[Tensor, " B"], dict[int, str]]:
+    """What was said of each sample, in its row (float64, 0 elsewhere); the rows without opinion; failures by row."""
+    values = torch.zeros(scene.batch.tokens.shape, dtype=torch.float64)
+    abstained = torch.zeros(len(values), dtype=torch.bool)
+    failures: dict[int, str] = {}
+    for row, (episode, of_sample) in enumerate(zip(scene.episodes, said, strict=True)):
+        if isinstance(of_sample, Failure):
+            failures[row] = of_sample.message
+        elif of_sample is NO_OPINION:
+            abstained[row] = True
+        else:
+            start = episode.prompt_length
+            values[row, start : start + len(of_sample)] = torch.tensor(of_sample, dtype=torch.float64)
+    return values, abstained, failures
+
+
+def reason(error: BaseException) -> str:
+    """Why a reward failed, in words."""
+    return str(error) if isinstance(error, RewardError) else f"raised {type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -217,12 +281,17 @@ class DecoratedReward(SampleReward):
         """Whether the function gives one number per episode."""
         return getattr(self._place, "func", None) is place_number
 
+    @property
+    def of_spans(self) -> bool:
+        """Whether the function gives scored ranges of the text."""
+        return self._place is place_spans
+
     def token_values(self, sample: Sample) -> list[float] | NoOpinion:
         said = self.fn(sample, **self._parameters)
         return NO_OPINION if said is NO_OPINION else self._place(said, sample)
 
     def findings(self, sample: Sample) -> Sequence[ScoredSpan]:
-        said = self.fn(sample, **self._parameters) if self._place is place_spans else NO_OPINION
+        said = self.fn(sample, **self._parameters) if self.of_spans else NO_OPINION
         return [] if said is NO_OPINION else list(said)
 
     def bind(self, **parameters: Any) -> "DecoratedReward":
@@ -330,8 +399,17 @@ class Weighted:
     """Bounds of each token's value, or of the number of an episode reward, before anything else."""
     normaliser: Normaliser | None = None
     """What the clipped part is measured by, before the weight."""
+    attempts: int = 1
+    """How often a completion that it fails on is tried in all."""
+    max_failed_share: float = 0.0
+    """Share of the completions of a scene that it may fail on: those count 0 and are compared with no other."""
 
     def __post_init__(self) -> None:
+        if self.attempts < 1 or not 0 <= self.max_failed_share <= 1:
+            raise ConfigError(
+                f"reward {self.name!r}: expected attempts >= 1 and max_failed_share of 0 to 1, got {self.attempts} and "
+                f"{self.max_failed_share}"
+            )
         points = self.weight.points if isinstance(self.weight, Schedule) else ((0, self.weight_at(0)),)
         for _, weight in points:
             if not math.isfinite(weight):
@@ -402,9 +480,16 @@ def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:
     env = scene.batch.env_rewards
     parts = {"env": _credited("env", env, scene)} if bool(env.any()) else {}
     silent: dict[str, Tensor] = {}
+    failures: dict[str, dict[int, str]] = {}
     figures: dict[str, float] = {}
     for part in rewards:
-        said, abstained = _evaluate(part, scene)
+        said, abstained, failed = _evaluate(part, scene)
+        if abstained is not None:
+            figures[f"abstained/{part.name}"] = abstained.double().mean().item()
+        if failed:
+            failures[part.name], figures[f"errors/{part.name}"] = failed, float(len(failed))
+            abstained = torch.zeros(len(said), dtype=torch.bool) if abstained is None else abstained
+            abstained[list(failed)] = True  # compared with no other, either
         values, measured = part.prepare(_credited(part.name, said, scene), scene, abstained)
         parts[part.name] = part.weight_at(scene.step) * values
         figures |= measured
@@ -412,13 +497,12 @@ def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:
             figures |= {f"{name}/{part.name}": value for name, value in part.reward.figures().items()}
         if abstained is not None:
             silent[part.name] = abstained.to(env.device)
-            figures[f"abstained/{part.name}"] = abstained.double().mean().item()
     total = torch.zeros_like(scene.batch.sample_logprobs)
     for name, values in parts.items():
         parts[name] = values.to(total)
         total = total + parts[name]
     weights = {part.name: part.weight_at(scene.step) for part in rewards}
-    return TokenRewards(total, parts, silent, weights, figures)
+    return TokenRewards(total, parts, silent, weights, figures, failures)
 
 
 @dataclass(frozen=True)
@@ -441,14 +525,23 @@ def findings(rewards: Sequence[Weighted], scene: Scene) -> list[list[Finding]]:
     for episode, sample in zip(scene.episodes, scene.samples, strict=True):
         row = []
         for part in rewards:
-            if not isinstance(part.reward, SampleReward) or not sample.tokens:
-                continue
-            for span in part.reward.findings(sample):
+            for span in _findings(part, episode, sample):
                 tokens = [token for token, _ in spread(sample.aligned, span.start, span.stop, 0.0)]
                 start, stop = episode.prompt_length + min(tokens), episode.prompt_length + max(tokens) + 1
                 row.append(Finding(part.name, start, stop, part.weight_at(scene.step) * span.value, span.message))
         found.append(row)
     return found
+
+
+def _findings(part: Weighted, episode: Episode, sample: Sample) -> Sequence[ScoredSpan]:
+    if not isinstance(part.reward, Explains) or not sample.tokens:
+        return []
+    try:
+        return part.reward.findings(sample)
+    except (Exception, SystemExit) as error:
+        if part.max_failed_share:  # whether it fails on too many is counted where it pays
+            return []
+        raise RewardError(f"reward {part.name!r}, findings in {where(episode)}: {reason(error)}") from error
 
 
 def move_to_actions(values: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -472,12 +565,12 @@ def _credited(name: str, values: Float[Tensor, "B T"], scene: Scene) -> Float[Te
     exact, action_mask = values.detach().cpu().double(), scene.batch.action_mask.cpu()
     for row, column in (~exact.isfinite()).nonzero().tolist()[:1]:
         raise RewardError(
-            f"reward {name!r}: {exact[row, column].item()} at token {column} of {_where(scene.episodes[row])}, "
+            f"reward {name!r}: {exact[row, column].item()} at token {column} of {where(scene.episodes[row])}, "
             f"expected finite numbers; return 0.0 where it has no opinion"
         )
     for row in (exact.any(1) & ~action_mask.any(1)).nonzero()[:1, 0].tolist():
         raise RewardError(
-            f"reward {name!r}: {exact[row].sum().item()} for {_where(scene.episodes[row])}, which has no action "
+            f"reward {name!r}: {exact[row].sum().item()} for {where(scene.episodes[row])}, which has no action "
             f"to credit; expected 0 there"
         )
     moved = move_to_actions(exact, action_mask)
@@ -486,29 +579,72 @@ def _credited(name: str, values: Float[Tensor, "B T"], scene: Scene) -> Float[Te
     return moved
 
 
-def _evaluate(part: Weighted, scene: Scene) -> tuple[Float[Tensor, "B T"], Bool[Tensor, " B"] | None]:
-    """What the reward returns, and the rows on which it abstains (None: no row), if both are of the right type and
-    shape; every fault names the reward."""
+def _evaluate(part: Weighted, scene: Scene) -> tuple[Float[Tensor, "B T"], Bool[Tensor, " B"] | None, dict[int, str]]:
+    """What the reward returns, 0 in the rows that it failed on; the rows on which it abstains (None: no row); and
+    why it failed, by row. Every fault names the reward; more of them than the part tolerates raise."""
+    reward: Any = part.reward
+    values: Tensor
+    abstained: Tensor | None
+    tolerated = math.floor(part.max_failed_share * len(scene.episodes) + 1e-9)
     try:
-        values: Any = part.reward(scene) if part.time_limit is None else _in_time(part.reward, scene, part.time_limit)
-    except RewardError as error:
-        raise RewardError(f"reward {part.name!r}: {error}") from error
-    except Exception as error:
-        raise RewardError(f"reward {part.name!r} raised {type(error).__name__}: {error}") from error
+        if getattr(reward, "apart", False):
+            said = _in_time(part, scene, lambda: reward.each(scene, attempts=part.attempts, tolerated=tolerated))
+            values, abstained, failures = in_rows(said, scene)
+        else:
+            values, abstained, failures = _whole(part, scene, tolerated)
+    except (Exception, SystemExit) as error:
+        many = f" failed on more than {tolerated} of {len(scene.episodes)} completions" if tolerated else ""
+        raise RewardError(f"reward {part.name!r}{many}: {reason(error)}") from error
+    return values, abstained if abstained is not None and bool(abstained.any()) else None, failures
+
+
+def _whole(
+    part: Weighted, scene: Scene, tolerated: int
+) -> tuple[Float[Tensor, "B T"], Bool[Tensor, " B"] | None, dict[int, str]]:
+    """As `_evaluate`, of a reward that looks at the scene as a whole: it is tried again as a whole, and where it raises
+    it has failed on every row."""
+    rows = len(scene.episodes)
+    for left in reversed(range(part.attempts)):
+        try:
+            values, abstained = _checked(_in_time(part, scene, lambda: part.reward(scene)), scene)
+            odd = (~values.isfinite()).nonzero().tolist()
+            failures = {
+                row: f"{values[row, column].item()} at token {column} of {where(scene.episodes[row])}, {FINITE}"
+                for row, column in reversed(odd)
+            }
+            if len(failures) > tolerated:
+                raise RewardError(failures[min(failures)])
+        except _TimeUpError:
+            raise  # a thread that hangs goes on hanging
+        except (Exception, SystemExit) as error:
+            if left:
+                continue
+            if tolerated < rows:
+                raise
+            return torch.zeros(scene.batch.tokens.shape), None, dict.fromkeys(range(rows), reason(error))
+        if not (failures and left):
+            break
+    if failures:
+        values = values.clone()
+        values[list(failures)] = 0.0
+    return values, abstained, failures
+
+
+def _checked(values: Any, scene: Scene) -> tuple[Float[Tensor, "B T"], Bool[Tensor, " B"] | None]:
+    """What a reward returned, on the CPU, if it is of the right type and shape, and the rows on which it abstains."""
     abstained = None
     if isinstance(values, Opinions):
         values, abstained = values.values, values.abstained.cpu()
     expected = f"expected a floating-point tensor of shape {list(scene.batch.tokens.shape)}, one value per token"
     if not isinstance(values, Tensor):
-        raise RewardError(f"reward {part.name!r} returned {type(values).__name__}, {expected}; see @episode_reward")
+        raise RewardError(f"returned {type(values).__name__}, {expected}; see @episode_reward")
     if values.shape != scene.batch.tokens.shape or not values.is_floating_point():
-        raise RewardError(f"reward {part.name!r} returned {values.dtype} of shape {list(values.shape)}, {expected}")
+        raise RewardError(f"returned {values.dtype} of shape {list(values.shape)}, {expected}")
+    values = values.detach().cpu()
     if abstained is not None:
-        for row in (abstained & (values.detach().cpu() != 0).any(1)).nonzero()[:1, 0].tolist():
-            raise RewardError(
-                f"reward {part.name!r} abstains on {_where(scene.episodes[row])} and pays it too; expected 0 there"
-            )
-    return values, abstained if abstained is not None and bool(abstained.any()) else None
+        for row in (abstained & (values != 0).any(1)).nonzero()[:1, 0].tolist():
+            raise RewardError(f"abstains on {where(scene.episodes[row])} and pays it too; expected 0 there")
+    return values, abstained
 
 
 def _per_row(values: Float[Tensor, "B T"], speaking: Bool[Tensor, " B"]) -> float:
@@ -516,14 +652,21 @@ def _per_row(values: Float[Tensor, "B T"], speaking: Bool[Tensor, " B"]) -> floa
     return values.sum(1)[speaking].sum().item() / max(int(speaking.sum()), 1)
 
 
-def _in_time(reward: Reward, scene: Scene, seconds: float) -> Any:
-    """What `reward` returns; RewardError, with the line that it is at, if that takes longer than `seconds`."""
+class _TimeUpError(RewardError):
+    """A reward in this process that takes too long."""
+
+
+def _in_time(part: Weighted, scene: Scene, work: Callable[[], Any]) -> Any:
+    """What `work` returns; RewardError, with the line that it is at, if that takes longer than the part may."""
+    if part.time_limit is None:
+        return work()
     try:
-        return Background(lambda: reward(scene), "pertoken-reward").result(seconds)
+        return Background(work, "pertoken-reward").result(part.time_limit)
     except StillRunningError as error:
-        waited = f"no answer for {len(scene.episodes)} completions within {seconds:g} s"
-        raise RewardError(f"{waited}. {error} Mend it, or raise `time_limit`.") from error
+        waited = f"no answer for {len(scene.episodes)} completions within {part.time_limit:g} s"
+        raise _TimeUpError(f"{waited}. {error} Mend it, or raise `time_limit`.") from error
 
 
-def _where(episode: Episode) -> str:
+def where(episode: Episode) -> str:
+    """An episode in words."""
     return f"episode {episode.id!r} (item {episode.item.id!r})"

@@ -3,7 +3,8 @@
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
 from typing import Any, cast
 
@@ -61,6 +62,20 @@ def resolve(name: str) -> Callable[..., Reward]:
     if not callable(found):
         raise ConfigError(f"reward {name!r} is {type(found).__name__}, expected a decorated function or a class")
     return cast("Callable[..., Reward]", found) if inspect.isclass(found) else functools.partial(_bind, name, found)
+
+
+def make(name: str, parameters: Mapping[str, Any], where: str) -> Reward:
+    """The reward `name` with `parameters`; ConfigError, which begins with `where`, if it does not take them."""
+    factory: Any = resolve(name)
+    if is_dataclass(factory):
+        known = [field.name for field in fields(factory)]
+        for parameter in parameters:
+            if parameter not in known:
+                raise ConfigError(f"{where}.{parameter}: {name} has no such field; {closest(parameter, known)}")
+    try:
+        return cast("Reward", factory(**parameters))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} ({name}): {error}") from error
 
 
 def load_attribute(path: str, name: str) -> Any:

@@ -346,7 +346,7 @@ def test_the_cause_of_a_fault_is_chained(make_episode, make_scene):
 def test_trap_r7_a_short_list_never_reaches_the_wrong_rows(make_episode, make_scene):
     """A raw reward that returns finished rows only is refused, not lined up with other rows."""
     scene = make_scene(make_episode([7], id="0"), make_episode([8], id="1"))
-    with pytest.raises(RewardError, match=r"reward 'short' returned torch.float32 of shape \[1, 3\].*shape \[2, 3\]"):
+    with pytest.raises(RewardError, match=r"reward 'short': returned torch.float32 of shape \[1, 3\].*shape \[2, 3\]"):
         score([Weighted(lambda scene: torch.zeros(1, 3), 1.0, "short")], scene)
 
 
@@ -355,7 +355,7 @@ def test_trap_r7_a_short_list_never_reaches_the_wrong_rows(make_episode, make_sc
     [
         (lambda scene: [[0.0] * 3], "returned list, expected a floating-point tensor"),
         (lambda scene: torch.zeros(1, 3, dtype=torch.long), "torch.int64 of shape"),
-        (lambda scene: 1 / 0, "reward 'raw' raised ZeroDivisionError"),
+        (lambda scene: 1 / 0, "reward 'raw': raised ZeroDivisionError"),
     ],
 )
 def test_a_raw_reward_is_checked(raw, message, make_episode, make_scene):

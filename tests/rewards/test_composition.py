@@ -289,7 +289,7 @@ def test_to_abstain_and_to_pay_is_a_contradiction(scene_of):
     def both(scene):
         return Opinions(torch.ones(scene.batch.tokens.shape), torch.ones(len(scene.episodes)).bool())
 
-    with pytest.raises(RewardError, match=r"'both' abstains.*'item-0'"):
+    with pytest.raises(RewardError, match=r"'both': abstains.*'item-0'"):
         score([Weighted(both, 1.0, "both")], scene_of(1))
 
 
