@@ -12,7 +12,7 @@ from torch import Tensor
 from pertoken.errors import ConfigError
 from pertoken.rewards.base import Opinions, Reward, Scene, move_to_actions
 from pertoken.rewards.metrics.base import check_choice
-from pertoken.rewards.names import resolve
+from pertoken.rewards.names import make
 
 Combination = Literal["least", "mean_less_spread", "mean"]
 
@@ -85,7 +85,4 @@ def _member(entry: Any, where: str) -> tuple[Reward, float]:
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ConfigError(f"{where}.weight: expected a number, got {weight!r}")
-    try:
-        return resolve(str(entry.get("fn") or entry["name"]))(**parameters), float(weight)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    return make(str(entry.get("fn") or entry["name"]), parameters, where), float(weight)
