@@ -1,4 +1,5 @@
-"""Rewrites the generated parts of these pages: help texts, exit codes, configuration fields, the outputs of the tour.
+"""Rewrites the generated parts of these pages: help texts, exit codes, configuration fields, algorithms, and the
+outputs of the tour.
 
     python docs/generate.py            # writes what has changed, names it
     python docs/generate.py --check    # names it only, exit code 1
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from pertoken import cli, errors
 from pertoken.config import RunConfig, explain
+from pertoken.presets import PRESETS
 
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -30,7 +32,7 @@ TABLE = "| field | type | default | meaning |\n|---|---|---|---|\n"
 
 def pages() -> dict[Path, str]:
     """Every page with generated parts, as it should be now."""
-    pages = {DOCS / name: marked(_read(DOCS / name)) for name in ("cli.md", "config.md")}
+    pages = {DOCS / name: marked(_read(DOCS / name)) for name in ("cli.md", "config.md", "algorithms.md")}
     return pages | {DOCS / "tour.md": tour(_read(DOCS / "tour.md"))}
 
 
@@ -39,7 +41,12 @@ def marked(text: str) -> str:
 
     def part(match: re.Match[str]) -> str:
         kind, _, name = match[2].partition(" ")
-        made = {"help": lambda: help_text(name), "exit-codes": exit_codes, "fields": fields}[kind]()
+        made = {
+            "help": lambda: help_text(name),
+            "exit-codes": exit_codes,
+            "fields": fields,
+            "algorithms": algorithms,
+        }[kind]()
         return match[1] + made.strip("\n") + "\n" + match[3]
 
     return MARKED.sub(part, text)
@@ -101,6 +108,33 @@ def fields() -> str:
             value = _default(name, defaults, default)
             lines.append(f"| `{name}` | {_cell(_kind(kind))} | {value} | {_cell(meaning)} |")
         seen.add(name)
+    return "\n".join(lines)
+
+
+def algorithms() -> str:
+    """A table of the methods in `pertoken.presets`, and a section for each."""
+    lines = [
+        "| `algorithm` | method | credit | surrogate | average over | KL | passes x steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, preset in PRESETS.items():
+        keys = preset.keys()
+        ratio = keys["objective.level"].replace("_", " ")
+        surrogate = keys["objective.surrogate"]
+        if surrogate != "policy_gradient":
+            surrogate += f", {ratio} ratio, {keys['objective.clip_low']:g} / {keys['objective.clip_high']:g}"
+        kl = "none" if keys["kl.place"] == "none" else f"{keys['kl.coefficient']:g} in the {keys['kl.place']}"
+        cells = [
+            f"[`{name}`](#{name})", preset.title, f"`{keys['credit.type']}`", surrogate, keys["objective.over"], kl,
+            f"{keys['update.epochs']} x {keys['update.minibatches']}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    for name, preset in PRESETS.items():
+        lines += ["", f"## {name}", "", f"{preset.title}. {preset.paper}.", "", "```text", preset.formula, "```", ""]
+        keys = ", ".join(f"`{key}={json.dumps(value)}`" for key, value in preset.keys().items())
+        lines += [f"- **Sets** {keys}.", f"- **Published with** {preset.published}."]
+        lines += [f"- **Differs from the paper**: {preset.differs.rstrip('.')}."]
+        lines += [f"- **Needs** {preset.needs}."] if preset.needs else []
     return "\n".join(lines)
 
 

@@ -1,22 +1,39 @@
 """From rewards to advantages, as the configuration asks: which estimator of `credit.py`, for which parts."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pertoken import credit as estimators
-from pertoken.config import CreditConfig, PerPart
+from pertoken.config import CreditConfig, Gae, PerPart
 from pertoken.types import Credit, PolicyOutput, TokenBatch, TokenRewards
 
 
-def assign(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: PolicyOutput) -> Credit:
-    """Advantages (and critic targets) of every action, by the estimator that the configuration names."""
+def assign(
+    config: CreditConfig,
+    rewards: TokenRewards,
+    batch: TokenBatch,
+    old: PolicyOutput,
+    greedy: Float[Tensor, " B"] | None = None,
+) -> Credit:
+    """Advantages (and critic targets) of every action, by the estimator that the configuration names.
+
+    `greedy`: what the greedy answer to each row's prompt earns, for credit.type self_critical.
+    """
     total, mask, group = rewards.total.to(old.logprobs.dtype), batch.action_mask, batch.group
     returns = None
     if config.type == "gae":
         if old.values is None or old.bootstrap is None:
             raise ValueError("credit.type gae needs values: the policy has no value head")
         after = estimators.bootstrap_values(batch.terminated, old.bootstrap)
-        advantages, returns = estimators.gae(total, old.values, mask, after, gamma=config.gamma, lam=config.lam)
+        advantages, returns = _by_critic(config, total, old.values, mask, after)
+    elif config.type == "self_critical":
+        if greedy is None:
+            raise ValueError("credit.type self_critical needs what the greedy answers earn")
+        advantages = estimators.self_critical(total, mask, greedy.to(total))
+    elif config.type == "optimal_token_baseline":
+        energies = 1.0 - old.logprobs.exp()
+        advantages = estimators.optimal_token_baseline(total, energies, mask, group, gamma=config.gamma)
     elif config.type == "per_part":
         advantages = estimators.per_part(_streams(config, rewards), mask, group).to(total)
     elif rewards.abstained and config.type in ("group_relative", "leave_one_out", "leave_one_out_process"):
@@ -27,7 +44,30 @@ def assign(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: 
         advantages = estimators.whiten(advantages, mask, group)
     elif config.normalize == "scale":
         advantages = estimators.scale_only(advantages, mask, group)
+    if config.entropy_share < 1.0:
+        advantages = estimators.keep_high_entropy(advantages, mask, old.entropy, share=config.entropy_share)
+    if config.truncated == "drop":
+        advantages = torch.where(batch.terminated[:, None], advantages, 0.0)
     return Credit(advantages, returns)
+
+
+def _by_critic(config: Gae, rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Advantages with the lambda of the policy, critic targets with that of the critic."""
+    lam: float | Tensor = config.lam
+    if config.length_adaptive is not None:
+        lam = estimators.length_adaptive_lambda(mask, alpha=config.length_adaptive, dtype=rewards.dtype)
+
+    def estimate(lam: float | Tensor) -> tuple[Tensor, Tensor]:
+        if config.macro_size == 1:
+            return estimators.gae(rewards, values, mask, after, gamma=config.gamma, lam=lam)
+        return estimators.macro_gae(
+            rewards, values, mask, after, size=config.macro_size, gamma=config.gamma, lam=lam
+        )  # fmt: skip
+
+    advantages, returns = estimate(lam)
+    if config.lam_critic is not None:
+        returns = estimate(config.lam_critic)[1]
+    return advantages, returns
 
 
 def _streams(config: PerPart, rewards: TokenRewards) -> list[estimators.Stream]:

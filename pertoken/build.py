@@ -18,7 +18,7 @@ from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
-from pertoken.rewards import Isolated, Multiplier, Normaliser, Reward, Schedule, Weighted, make
+from pertoken.rewards import Isolated, Multiplier, Normaliser, Reward, Schedule, Stateful, Weighted, make
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.collect import prompt_ids
 from pertoken.rollout.decoder import RecomputingDecoder
@@ -41,6 +41,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     np.random.seed(config.seed % 2**32)
     task = build_task(config.task)
     rewards = build_rewards(config.rewards)
+    _refuse_scored_twice(config, rewards)
     policy = build_policy(config)
     items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
     _refuse_unknown_tokens(items, policy)
@@ -82,6 +83,19 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         run.load_state_dict(load_state(checkpoint, policy, optimizer))
         run.engine.load_weights(policy.trainable(), version=run.progress.step)
     return run
+
+
+def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None:
+    """Methods that score samples beside those they learn from would make a reward that remembers count them too."""
+    asking = "rollout.redraws" if config.rollout.redraws else "credit.type self_critical"
+    if not config.rollout.redraws and config.credit.type != "self_critical":
+        return
+    for part in rewards:
+        if isinstance(part.reward, Stateful):
+            raise ConfigError(
+                f"reward {part.name!r} remembers what it has scored, and {asking} scores further samples: use another "
+                "reward, or another credit"
+            )
 
 
 def _memory_notes(estimate: float, device: torch.device) -> list[str]:

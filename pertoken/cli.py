@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, generate, profile, report, show, export, config, runs, reward."""
+"""The command line: train, evaluate, generate, profile, report, show, export, config, algorithms, runs, reward."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pertoken.config import RunConfig, explain, load_config
-from pertoken.errors import ConfigError, PertokenError
+from pertoken.errors import ConfigError, PertokenError, closest
 
 app = typer.Typer(
     name="pertoken",
@@ -261,6 +261,25 @@ def show_config(
         style = "bold" if kind == "section" else ""
         table.add_row(*(Text(cell, style=style) for cell in (name, kind, default, " ".join(meaning.split()))))
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="One of them; all are listed without it.")] = None,
+) -> None:
+    """List the published methods that `algorithm: NAME` stands for, or tell of one: formula, settings, differences."""
+    from pertoken.presets import PRESETS
+
+    if name is None:
+        table = Table("algorithm", "method", "paper", box=None, pad_edge=False)
+        for key, preset in PRESETS.items():
+            table.add_row(key, preset.title, preset.paper)
+        Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+        return
+    if name not in PRESETS:
+        raise ConfigError(f"no algorithm {name!r}; {closest(name, PRESETS)}")
+    for label, text in PRESETS[name].told().items():
+        out.print(Text(label, "bold"), Text(text), sep="\n", end="\n\n")
 
 
 @runs_app.command(name="list")

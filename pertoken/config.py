@@ -1,10 +1,12 @@
 """The configuration of a run: typed, frozen, checked before anything is loaded.
 
 Values come from, later over earlier: the defaults here, YAML files from left to right, and `key.sub=value`
-pairs. `train(RunConfig(...))` in Python is the same path. Unknown keys are refused with the nearest known
-name; combinations that cannot work are refused with what to change.
+pairs. `algorithm: NAME` stands for a table of settings (`presets.py`) at the place where it is named.
+`train(RunConfig(...))` in Python is the same path. Unknown keys are refused with the nearest known name;
+combinations that cannot work are refused with what to change.
 """
 
+import copy
 import json
 import types
 import typing
@@ -16,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pertoken.errors import ConfigError, closest
+from pertoken.presets import PRESETS
 from pertoken.sampling import Sampling
 
 
@@ -49,6 +52,9 @@ class ValueHeadConfig(Section):
     """Weight of the value loss."""
     clip: float | None = Field(default=0.2, gt=0)
     """Clip range of the value around its old estimate; null is off."""
+    pretrain_steps: int = Field(default=0, ge=0)
+    """First steps in which the head alone learns, by the returns that were really had (lambda 1), while the policy
+    stays as it is."""
 
 
 class PolicyConfig(Section):
@@ -127,6 +133,9 @@ class RolloutConfig(Section):
     """Distinct prompts per step."""
     samples_per_prompt: int = Field(default=8, ge=1)
     """Completions of each prompt: the group that baselines compare."""
+    redraws: int = Field(default=0, ge=0)
+    """Replace groups whose samples all earn the same, which teach nothing, by those of other prompts, drawn in at most
+    this many further rounds (dynamic sampling); 0 takes groups as they come."""
     sampling: Sampling = Sampling()
     """Sampling controls; the update trains exactly the distribution that they define."""
     engine: Literal["native", "transformers"] = "native"
@@ -223,7 +232,19 @@ class KLConfig(Section):
 Normalize = Literal["none", "whiten", "scale"]
 
 
-class RewardToGo(Section):
+class CreditSection(Section):
+    """What every estimator of credit can be told."""
+
+    normalize: Normalize = "none"
+    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+    entropy_share: float = Field(default=1.0, gt=0, le=1)
+    """Keep the advantages of this share of the batch's tokens, those with the highest entropy; the others learn nothing
+    and still count in averages."""
+    truncated: Literal["keep", "drop"] = "keep"
+    """drop: completions that were cut off get advantage 0; they stay in statistics of their group and in averages."""
+
+
+class RewardToGo(CreditSection):
     """Credit each token with the discounted rewards from it on."""
 
     type: Literal["reward_to_go"] = "reward_to_go"
@@ -233,7 +254,7 @@ class RewardToGo(Section):
     """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
 
 
-class Gae(Section):
+class Gae(CreditSection):
     """Generalised advantage estimation with the value head."""
 
     type: Literal["gae"] = "gae"
@@ -241,21 +262,25 @@ class Gae(Section):
     """Discount per action token."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """1: unbiased, high variance; 0: one-step, as good as the critic."""
+    lam_critic: float | None = Field(default=None, ge=0, le=1)
+    """Lambda of what the critic learns (VC-PPO takes 1); null is lam."""
+    length_adaptive: float | None = Field(default=None, gt=0)
+    """In place of lam: max(0, 1 - 1 / (this * number of tokens)), for each completion its own; VAPO takes 0.05."""
+    macro_size: int = Field(default=1, ge=1)
+    """Tokens that make one action of the estimator (MA-RLHF takes 5); gamma and lam then count these."""
     normalize: Normalize = "whiten"
     """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
 
 
-class GroupRelative(Section):
+class GroupRelative(CreditSection):
     """Row total minus the mean of its group, for every action of the row (GRPO)."""
 
     type: Literal["group_relative"] = "group_relative"
     scale_by_std: bool = True
     """Divide by the group's standard deviation (GRPO); off is Dr. GRPO."""
-    normalize: Normalize = "none"
-    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
 
 
-class GroupProcess(Section):
+class GroupProcess(CreditSection):
     """Scored tokens normalised over the group, then summed to go (GRPO with process rewards)."""
 
     type: Literal["group_process"] = "group_process"
@@ -263,26 +288,34 @@ class GroupProcess(Section):
     """Discount per action token."""
     scale_by_std: bool = True
     """Divide by the group's standard deviation of token rewards."""
-    normalize: Normalize = "none"
-    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
 
 
-class LeaveOneOut(Section):
+class LeaveOneOut(CreditSection):
     """Row total minus the mean of the other rows of its group (RLOO)."""
 
     type: Literal["leave_one_out"] = "leave_one_out"
-    normalize: Normalize = "none"
-    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
 
 
-class LeaveOneOutProcess(Section):
+class LeaveOneOutProcess(CreditSection):
     """Reward-to-go of each token minus the mean reward-to-go of the other rows at the same position."""
 
     type: Literal["leave_one_out_process"] = "leave_one_out_process"
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount per action token."""
-    normalize: Normalize = "none"
-    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+
+
+class OptimalTokenBaseline(CreditSection):
+    """Reward-to-go of each token minus the group's mean of it, rows weighted by the size of their gradients so far."""
+
+    type: Literal["optimal_token_baseline"] = "optimal_token_baseline"
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per action token."""
+
+
+class SelfCritical(CreditSection):
+    """Row total minus that of the greedy answer to the same prompt, which is drawn for it (SCST, ReMax)."""
+
+    type: Literal["self_critical"] = "self_critical"
 
 
 class PartCredit(Section):
@@ -296,7 +329,7 @@ class PartCredit(Section):
     """Divide by the standard deviation of the part's totals over the group or the batch, or not."""
 
 
-class PerPart(PartCredit):
+class PerPart(PartCredit, CreditSection):
     """Each part of the reward in its own scale, then added up by weight (GDPO, by tokens)."""
 
     type: Literal["per_part"] = "per_part"
@@ -311,7 +344,15 @@ class PerPart(PartCredit):
 
 
 CreditConfig = Annotated[
-    RewardToGo | Gae | GroupRelative | GroupProcess | LeaveOneOut | LeaveOneOutProcess | PerPart,
+    RewardToGo
+    | Gae
+    | GroupRelative
+    | GroupProcess
+    | LeaveOneOut
+    | LeaveOneOutProcess
+    | OptimalTokenBaseline
+    | SelfCritical
+    | PerPart,
     Field(discriminator="type"),
 ]
 
@@ -331,13 +372,14 @@ TaskConfig = Annotated[
 class ObjectiveConfig(Section):
     """From advantages to the loss: ratio, surrogate, corrections, aggregation."""
 
-    surrogate: Literal["policy_gradient", "clipped"] = "clipped"
-    """policy_gradient: -log-prob * advantage; clipped: PPO's clipped ratio."""
+    surrogate: Literal["policy_gradient", "clipped", "cispo"] = "clipped"
+    """policy_gradient: -log-prob * advantage; clipped: PPO's clipped ratio; cispo: -log-prob * advantage * the clipped
+    ratio as a constant, so that every token keeps a gradient."""
     level: Literal["token", "sequence", "sequence_token"] = "token"
     """Ratio of each token; or the geometric mean over its row (GSPO), or that value with each token's own gradient
     (GSPO-token), which keeps token-level credit."""
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """The ratio counts down to 1 - clip_low."""
+    clip_low: float = Field(default=0.2, gt=0, le=1)
+    """The ratio counts down to 1 - clip_low; 1 sets no lower bound."""
     clip_high: float = Field(default=0.2, gt=0)
     """The ratio counts up to 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
@@ -345,8 +387,17 @@ class ObjectiveConfig(Section):
     importance_cap: float | None = Field(default=2.0, gt=0)
     """Weight tokens by min(training / sampling probability, cap), which corrects the drift of a bfloat16 rollout;
     null is off."""
+    importance_floor: float = Field(default=0.0, ge=0)
+    """With importance_outside mask: tokens (or rows) whose weight is below this are left out too."""
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    """Weight each token by its own ratio, all by the product over the row, or (mask) each by its own while the
+    geometric mean over the row decides whether the row is left out."""
+    importance_outside: Literal["truncate", "mask"] = "truncate"
+    """What becomes of weights over the cap: held at it (TIS), or 0 (IcePop by token, MIS by row)."""
     entropy_coefficient: float = 0.0
     """Reward for a broad next-token distribution, in the loss."""
+    entropy_floor: float | None = Field(default=None, gt=0)
+    """Pay entropy_coefficient only in steps whose mean entropy per token (nats) is below this; null always pays it."""
     over: Literal["token", "sequence", "constant"] = "token"
     """Average over all tokens, over sequences of their token means, or divide by rows * max_new_tokens."""
 
@@ -372,6 +423,9 @@ class UpdateConfig(Section):
     """Passes over each step's samples."""
     minibatches: int = Field(default=1, ge=1)
     """Optimiser steps per pass."""
+    stop_kl: float | None = Field(default=None, gt=0)
+    """End the update of a step before an optimiser step at which the policy has moved this many nats per token (mean of
+    k3 between the policy before the update and now); null makes all epochs and minibatches."""
     tokens_per_micro_batch: int = Field(default=2048, ge=1)
     """Tokens per forward and backward, a prompt that rows share counted once; less takes less memory, and gradients
     add up to the same as in one piece."""
@@ -452,6 +506,9 @@ class RunConfig(Section):
     """Decides items, samples and minibatches."""
     folder: str | None = None
     """Run folder; null makes runs/<name>-<seed>."""
+    algorithm: str | None = None
+    """A published method by its name (`pertoken algorithms` lists them): stands for the settings of its table, over
+    which keys beside it and in later files or overrides win; null is the settings below."""
     policy: PolicyConfig = PolicyConfig()
     task: TaskConfig = DocstringsTask()
     rollout: RolloutConfig = RolloutConfig()
@@ -471,6 +528,11 @@ class RunConfig(Section):
     def run_folder(self) -> Path:
         return Path(self.folder or f"runs/{self.name}-{self.seed}")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        return _expand(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _can_work(self) -> "RunConfig":
         for impossible, sentence in self._impossible():
@@ -480,7 +542,8 @@ class RunConfig(Section):
 
     def _impossible(self) -> Iterable[tuple[bool, str]]:
         rollout, credit, stop = self.rollout, self.credit, self.stop
-        group_credit = credit.type not in ("reward_to_go", "gae")
+        group_credit = credit.type not in ("reward_to_go", "gae", "self_critical")
+        objective = self.objective
         named = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.rewards]
         strangers = [part for part in getattr(credit, "parts", {}) if part not in (*named, "kl", "env")]
         rows = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -507,6 +570,44 @@ class RunConfig(Section):
             group_credit and rollout.samples_per_prompt < 2,
             f"credit.type {credit.type} compares the samples of a prompt: rollout.samples_per_prompt must be at least "
             "2 (or use credit.type reward_to_go).",
+        )
+        yield (
+            objective.importance_outside == "truncate"
+            and (objective.importance_level == "geometric" or objective.importance_floor > 0),
+            "objective.importance_level geometric and objective.importance_floor say what is left out: set "
+            "objective.importance_outside=mask.",
+        )
+        yield (
+            objective.importance_cap is not None and objective.importance_floor >= objective.importance_cap,
+            f"objective.importance_floor {objective.importance_floor} is not below objective.importance_cap "
+            f"{objective.importance_cap}: every weight would be left out.",
+        )
+        yield (
+            objective.entropy_floor is not None and not objective.entropy_coefficient,
+            "objective.entropy_floor is set, but nothing is paid below it: set objective.entropy_coefficient (0.01).",
+        )
+        yield (
+            rollout.redraws > 0 and rollout.ahead,
+            "rollout.redraws needs the rewards of a step before its samples are complete, and rollout.ahead draws "
+            "without them: leave one of them out.",
+        )
+        yield (
+            rollout.redraws > 0 and not group_credit,
+            f"rollout.redraws leaves out groups without a difference; credit.type {credit.type} learns from them too.",
+        )
+        yield (
+            rollout.redraws > 0 and any(r.constraint or r.normalise == "running" for r in self.rewards),
+            "rollout.redraws scores samples that are then left out; a reward with a constraint or normalise: running "
+            "would remember them. Leave one of them out.",
+        )
+        yield (
+            credit.type == "self_critical" and any(r.constraint or r.normalise != "none" for r in self.rewards),
+            "credit.type self_critical compares a sample with the greedy answer in the same units; a reward with a "
+            "constraint or normalise has others for each batch. Leave them out.",
+        )
+        yield (
+            credit.type == "gae" and credit.macro_size > 1 and credit.length_adaptive is not None,
+            "credit.length_adaptive counts tokens, credit.macro_size makes actions of several: leave one of them out.",
         )
         yield (
             bool(strangers),
@@ -549,10 +650,22 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     """
     merged: dict[str, Any] = RunConfig().model_dump(mode="json", exclude={"task"})
     for file in files:
-        merged = _merge(merged, _read_yaml(Path(file)))
-    for override in overrides:
+        merged = _merge(merged, _expand(_read_yaml(Path(file))))
+    for override in sorted(overrides, key=lambda text: not text.startswith("algorithm=")):
         _set(merged, override)
+        if override.startswith("algorithm="):
+            merged = _merge(merged, _expand({"algorithm": merged["algorithm"]}))
     return validate(merged)
+
+
+def _expand(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` over the settings that their `algorithm` stands for."""
+    name = values.get("algorithm")
+    if name is None:
+        return values
+    if name not in PRESETS:
+        raise ConfigError(f"algorithm: unknown name {str(name)[:60]!r}; {closest(str(name), PRESETS)}")
+    return _merge(copy.deepcopy(dict(PRESETS[name].settings)), values)
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:

@@ -21,13 +21,17 @@ Estimators map rewards to advantages:
 | `leave_one_out_process` | return-to-go of the other rows at the same action | yes |
 | `group_relative` | mean of the group, the row included | times (G-1)/G; no with `scale_by_std` |
 | `group_process` | mean over the group's scored tokens | no |
+| `self_critical` | return of the greedy answer | yes |
+| `optimal_token_baseline` | weighted return-to-go of the group, the row included | no (of order 1/G) |
+| `macro_gae` | the critic, averaged over macro actions | with lam = 1 and size = 1 for any critic; else no |
 | `per_part` | of each part its own | with `scale="none"` and `by="token"` |
 
 Transforms `(advantages, action_mask, group) -> advantages` can be chained: `whiten`, `scale_only`,
-`center_by_group`, `clip`.
+`center_by_group`, `clip`. `keep_high_entropy` and `entropy_shaped` weigh advantages by the entropy of their tokens.
+`redistribute`, `leave_one_token_out` and `shapley` make token rewards out of one number for the whole text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,7 +72,7 @@ def gae(
     bootstrap: Float[Tensor, " B"],
     *,
     gamma: float,
-    lam: float,
+    lam: float | Float[Tensor, " B"],
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Generalised advantage estimates, and the critic's regression targets A + V.
 
@@ -76,7 +80,8 @@ def gae(
 
     k counts a row's K actions, so V_{k+1} is the value at the row's next action, however long a tool replied
     in between. V_K is `bootstrap`: 0 if the row ended by itself, the critic's value of the cut-off state if
-    it was truncated (`bootstrap_values`). lam = 1 gives A + V = reward-to-go; lam = 0 the TD error.
+    it was truncated (`bootstrap_values`). lam = 1 gives A + V = reward-to-go; lam = 0 the TD error. One lam for each
+    row is allowed (`length_adaptive_lambda`).
     Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16.
 
     >>> one = torch.ones(1, 2)
@@ -88,6 +93,58 @@ def gae(
     deltas = rewards + gamma * next_values - values
     advantages = _discounted_sum(deltas, action_mask, gamma * lam, torch.zeros_like(bootstrap))
     return advantages, torch.where(action_mask, advantages + values, 0.0)
+
+
+def length_adaptive_lambda(
+    action_mask: Bool[Tensor, "B T"], *, alpha: float, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, " B"]:
+    """A lambda for each row that grows with its number of actions L, so that the reward at the end reaches the start.
+
+        lam = max(0, 1 - 1 / (alpha * L))
+
+    The published formula is negative below 1 / alpha actions (20, with its alpha of 0.05); it is held at 0 there.
+    VAPO: Yue et al. 2025, https://arxiv.org/abs/2504.05118, sec. 4.1.
+
+    >>> length_adaptive_lambda(torch.ones(1, 40).bool(), alpha=0.05)
+    tensor([0.5000])
+    """
+    lengths = action_mask.sum(1).clamp_min(1).to(dtype)
+    return (1.0 - 1.0 / (alpha * lengths)).clamp_min(0.0)
+
+
+def macro_gae(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    bootstrap: Float[Tensor, " B"],
+    *,
+    size: int,
+    gamma: float,
+    lam: float | Float[Tensor, " B"],
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """`gae` over macro actions of `size` actions each; every action gets advantage and target of its macro action.
+
+        R_m = sum of r in m          V_m = mean of V in m          delta_m = R_m + gamma * V_{m+1} - V_m
+
+    The last macro action of a row may be shorter. gamma and lam count macro actions. Rewards are summed as the paper
+    has it; its published code averages them, which shrinks a KL penalty `size`-fold. size = 1 is `gae`.
+    MA-RLHF: Chai et al. 2024, https://arxiv.org/abs/2410.02743, sec. 3.2.
+
+    >>> one = torch.ones(1, 4)
+    >>> macro_gae(one, 0 * one, one.bool(), torch.zeros(1), size=2, gamma=1.0, lam=1.0)[0]
+    tensor([[4., 4., 2., 2.]])
+    """
+    macro = _action_index(action_mask) // size
+    width = int(macro.max()) + 1 if macro.numel() else 1
+    empty = rewards.new_zeros(len(rewards), width)
+    members = empty.scatter_add(1, macro, action_mask.to(rewards.dtype))
+    summed = empty.scatter_add(1, macro, _earned(rewards, action_mask))
+    means = empty.scatter_add(1, macro, torch.where(action_mask, values, 0.0)) / members.clamp_min(1)
+    advantages, returns = gae(summed, means, members > 0, bootstrap, gamma=gamma, lam=lam)
+    return (
+        torch.where(action_mask, advantages.gather(1, macro), 0.0),
+        torch.where(action_mask, returns.gather(1, macro), 0.0),
+    )
 
 
 def bootstrap_values(terminated: Bool[Tensor, " B"], values_after_last: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -219,6 +276,59 @@ def leave_one_out_process(
     # scatter_add: masked cells share an index with an action, and add their 0 to it
     by_action = torch.zeros_like(returns).scatter_add(1, index, returns)
     return torch.where(action_mask, _minus_mean_of_others(by_action, group).gather(1, index), 0.0)
+
+
+def self_critical(
+    rewards: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"], greedy: Float[Tensor, " B"]
+) -> Float[Tensor, "B T"]:
+    """Each row's total reward minus that of the greedy answer to the same prompt, at every action.
+
+        A_i = R_i - R(greedy)
+
+    Unbiased: the greedy answer depends on the policy, not on the sample. A sample that does as well as the greedy
+    answer teaches nothing. SCST: Rennie et al. 2017, https://arxiv.org/abs/1612.00563, eq. 9; for language models
+    ReMax: Li et al. 2023, https://arxiv.org/abs/2310.10505.
+
+    >>> self_critical(torch.tensor([[0.0, 3.0]]), torch.ones(1, 2).bool(), torch.tensor([1.0]))
+    tensor([[2., 2.]])
+    """
+    totals = _earned(rewards, action_mask).sum(1)
+    return torch.where(action_mask, (totals - greedy)[:, None], 0.0)
+
+
+def optimal_token_baseline(
+    rewards: Float[Tensor, "B T"],
+    energies: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    group: Int[Tensor, " B"],
+    *,
+    gamma: float,
+    eps: float = 1e-8,
+) -> Float[Tensor, "B T"]:
+    """Reward-to-go minus the group's mean of it at the same action, rows weighted by their gradients so far.
+
+        A_ik = G_ik - sum_j W_jk G_jk / (sum_j W_jk + eps)          W_ik = sum_{s <= k} energy_is
+
+    `energies` are the squared norms of the score of each token in the logits, 1 - 2 pi(y) + sum_v pi(v)^2; 1 - pi(y)
+    has the same mean over y and needs no pass over the vocabulary. The weighted mean is what makes the variance of the
+    gradient least. Rows that are over take no part; where one row of the group is left its baseline is 0, since it
+    would be its own. The row itself is in its baseline: a bias of order 1/G.
+    Optimal token baseline, 2026 (PMLR 306), as verl implements it (with its `handle_zero_tail`).
+
+    >>> rewards, group = torch.tensor([[0.0, 3.0], [1.0, 0.0]]), torch.tensor([7, 7])
+    >>> energies = torch.tensor([[0.75, 0.0], [0.25, 0.0]])
+    >>> optimal_token_baseline(rewards, energies, torch.ones(2, 2).bool(), group, gamma=1.0, eps=0.0)
+    tensor([[ 0.5000,  0.7500],
+            [-1.5000, -2.2500]])
+    """
+    returns, index = reward_to_go(rewards, action_mask, gamma=gamma), _action_index(action_mask)
+    weights = torch.where(action_mask, torch.where(action_mask, energies, 0.0).cumsum(1), 0.0)
+    empty = torch.zeros_like(returns)
+    by_action, weight = empty.scatter_add(1, index, weights * returns), empty.scatter_add(1, index, weights)
+    alive = _over_group(empty.scatter_add(1, index, action_mask.to(returns.dtype)), group, "sum")
+    total = _over_group(weight, group, "sum") + eps
+    baseline = torch.where((alive > 1) & (total > 0), _over_group(by_action, group, "sum") / total, 0.0)
+    return torch.where(action_mask, returns - baseline.gather(1, index), 0.0)
 
 
 @dataclass(frozen=True)
@@ -369,6 +479,124 @@ def clip(
     return torch.where(action_mask, advantages.clamp(-limit, limit), 0.0)
 
 
+def keep_high_entropy(
+    advantages: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    entropy: Float[Tensor, "B T"],
+    *,
+    share: float,
+) -> Float[Tensor, "B T"]:
+    """Advantages of the `share` of actions with the highest entropy in the batch, 0 for the others.
+
+    The bound is the linear quantile 1 - share over all actions of the batch; actions that tie with it are kept. The
+    number of actions that a loss is divided by does not change, so the loss shrinks with the share.
+    Wang et al. 2025, Beyond the 80/20 rule, https://arxiv.org/abs/2506.01939.
+
+    >>> entropy = torch.tensor([[0.0, 2.0, 1.0]])
+    >>> keep_high_entropy(torch.ones(1, 3), torch.ones(1, 3).bool(), entropy, share=0.34)
+    tensor([[0., 1., 0.]])
+    """
+    if not bool(action_mask.any()):
+        return torch.zeros_like(advantages)
+    ordered = entropy[action_mask].sort().values  # torch.quantile refuses more than 16 million entries
+    place = (1.0 - share) * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    bound = torch.lerp(ordered[below], ordered[above], place - below)
+    return torch.where(action_mask & (entropy >= bound), advantages, 0.0)
+
+
+def entropy_shaped(
+    advantages: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    entropy: Float[Tensor, "B T"],
+    *,
+    alpha: float = 0.4,
+    kappa: float = 2.0,
+) -> Float[Tensor, "B T"]:
+    """Advantages that are a little larger where the policy was undecided; no sign ever flips.
+
+        A + min(alpha * H, |A| / kappa)          kappa > 1
+
+    Cheng et al. 2025, https://arxiv.org/abs/2506.14758.
+
+    >>> one = torch.ones(1, 1)
+    >>> entropy_shaped(-one, one.bool(), 9 * one)
+    tensor([[-0.5000]])
+    """
+    shaped = advantages + torch.minimum(alpha * entropy, advantages.abs() / kappa)
+    return torch.where(action_mask, shaped, 0.0)
+
+
+def redistribute(
+    totals: Float[Tensor, " B"],
+    weights: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    *,
+    share: float,
+) -> Float[Tensor, "B T"]:
+    """Token rewards out of one number a row: a `share` of it spread by `weights`, the rest on the last action.
+
+        r_t = share * R * w_t / sum_s w_s + [t is last] (1 - share) * R
+
+    The sum of a row stays R. Weights may be attention of a reward model's last position (ABC); the policy gradient of
+    such rewards with reward-to-go is *not* that of R, since a weight may know what came later. A row whose weights are
+    all 0 has everything on its last action.
+    ABC: Chan et al. 2024, https://arxiv.org/abs/2402.00782.
+
+    >>> redistribute(torch.tensor([1.0]), torch.tensor([[0.0, 1.0, 3.0]]), torch.ones(1, 3).bool(), share=0.8)
+    tensor([[0.0000, 0.2000, 0.8000]])
+    """
+    weights = torch.where(action_mask, weights, 0.0)
+    whole = weights.sum(1, keepdim=True)
+    spread = torch.where(whole > 0, share * weights / whole, 0.0)
+    last = action_mask & (_next_action(action_mask) == action_mask.shape[1])
+    return totals[:, None] * torch.where(last, spread + 1.0 - spread.sum(1, keepdim=True), spread)
+
+
+Worth = Callable[[Bool[Tensor, "S N"]], Float[Tensor, " S"]]
+"""What each of S texts is worth in which only the tokens (or words, or sentences) marked True, of N, are left."""
+
+
+def leave_one_token_out(worth: Worth, num_tokens: int) -> Float[Tensor, " N"]:
+    """What each token adds to the whole: v(all) - v(all without it).
+
+    They do not sum to v(all) - v(none): two tokens that do the same work get nothing, two that need each other get it
+    all, twice. N + 1 evaluations.
+
+    >>> leave_one_token_out(lambda kept: kept.all(1).double(), 2)
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    without = torch.ones(num_tokens + 1, num_tokens, dtype=torch.bool)
+    without[1:].fill_diagonal_(False)
+    values = worth(without)
+    return values[0] - values[1:]
+
+
+def shapley(
+    worth: Worth, num_tokens: int, *, num_orders: int, generator: torch.Generator | None = None
+) -> Float[Tensor, " N"]:
+    """What each token adds when it joins, averaged over random orders of joining.
+
+        phi_t = mean over orders of v(those before t, and t) - v(those before t)
+
+    Sums to v(all) - v(none) whatever `num_orders`; unbiased for the Shapley value. Each order is used forwards and
+    backwards, which only lowers the variance. 2 * num_orders * N + 1 evaluations at most.
+    Shapley 1953; sampling: Castro et al. 2009, https://doi.org/10.1016/j.cor.2008.04.004.
+
+    >>> shapley(lambda kept: kept.all(1).double(), 2, num_orders=1)
+    tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    orders = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(num_orders)])
+    orders = torch.cat([orders, orders.flip(1)])
+    rank = orders.argsort(1)
+    sizes = torch.arange(num_tokens + 1)[:, None]
+    coalitions = (rank[:, None] < sizes).reshape(-1, num_tokens)  # of each order: none, the first, the first two ...
+    different, where = torch.unique(coalitions, dim=0, return_inverse=True)
+    values = worth(different)[where].reshape(len(orders), num_tokens + 1)
+    return values.diff(dim=1).gather(1, rank).mean(0)
+
+
 def _earned(rewards: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """`rewards` with masked cells set to 0; raises if a finite reward would be lost by that."""
     lost = ~action_mask & rewards.isfinite() & (rewards != 0)
@@ -382,7 +610,10 @@ def _earned(rewards: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> 
 
 
 def _discounted_sum(
-    x: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"], decay: float, tail: Float[Tensor, " B"]
+    x: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    decay: float | Float[Tensor, " B"],
+    tail: Float[Tensor, " B"],
 ) -> Float[Tensor, "B T"]:
     """S_k = x_k + decay * S_{k+1} over a row's actions, S_K = tail; 0 at masked cells."""
     sums, running = torch.zeros_like(x), tail

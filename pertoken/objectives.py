@@ -23,7 +23,9 @@ from torch import Tensor
 from pertoken.types import Credit, PolicyOutput, TokenBatch, TokenLoss
 
 Level = Literal["token", "sequence", "sequence_token"]
-Surrogate = Literal["policy_gradient", "clipped"]
+Surrogate = Literal["policy_gradient", "clipped", "cispo"]
+Mismatch = Literal["token", "sequence", "geometric"]
+Outside = Literal["truncate", "mask"]
 KLEstimate = Literal["k2", "k3", "ratio_k3"]
 KLLoss = Literal["k2", "k3", "ratio_k3", "exact"]
 Over = Literal["token", "sequence", "constant"]
@@ -107,6 +109,71 @@ def clipped_surrogate(
     return torch.where(action_mask, loss, 0.0)
 
 
+def cispo(
+    new_logprobs: Float[Tensor, "B T"],
+    ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, "B T"]:
+    """CISPO's loss: the weight is clipped and not the objective, so that every token keeps a gradient.
+
+        l = -sg(clip(w, 1 - clip_low, 1 + clip_high)) * A * log pi(y_t)
+
+    clip_low = 1 sets no lower bound, as the paper does. The bound is 1 + clip_high as in verl, and not the bare number
+    that TRL takes for it. The value of this loss says nothing; its gradient does.
+    MiniMax-M1: Chen et al. 2025, https://arxiv.org/abs/2506.13585, sec. 3.1.
+
+    >>> w, mask = torch.tensor([[2.0]]), torch.tensor([[True]])
+    >>> cispo(torch.tensor([[-1.0]]), w, torch.tensor([[1.0]]), mask, clip_low=1.0, clip_high=0.5)
+    tensor([[1.5000]])
+    """
+    weights = ratio.detach().clamp(1 - clip_low, 1 + clip_high)
+    return torch.where(action_mask, weights * policy_gradient(new_logprobs, advantages, action_mask), 0.0)
+
+
+def importance_weights(
+    old_logprobs: Float[Tensor, "B T"],
+    sample_logprobs: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    *,
+    high: float,
+    low: float = 0.0,
+    level: Mismatch = "token",
+    outside: Outside = "truncate",
+) -> Float[Tensor, "B T"]:
+    """Detached weights pi_old / pi_sample: repair the gap between the sampler (or older weights) and the trainer.
+
+        token       rho_t, each token's own
+        sequence    prod_t rho_t for all tokens of the row: without bias before it is bounded, of high variance
+        geometric   each token's own rho_t, and the row is judged by (prod_t rho_t)^(1/L); only with `mask`
+
+    What exceeds `high` is held there (`truncate`: TIS), or what is outside [low, high] becomes 0 (`mask`: IcePop by
+    token, MIS by row). They multiply the surrogate beside the update ratio. Where the sampler's log-probs are already
+    used as `old`, the ratio holds them: do not weight again. The loss keeps its full denominator. A NaN log-prob
+    from the sampler at an action stays NaN.
+    Yao et al. 2025, https://fengyao.notion.site/off-policy-rl; IcePop: https://arxiv.org/abs/2510.18855.
+
+    >>> old, sample = torch.tensor([[0.0, -1.0, -1.0]]), torch.tensor([[0.0, -1.0, -3.0]])
+    >>> mask = torch.tensor([[False, True, True]])
+    >>> importance_weights(old, sample, mask, high=2.0), importance_weights(old, sample, mask, high=2.0, outside="mask")
+    (tensor([[0., 1., 2.]]), tensor([[0., 1., 0.]]))
+    """
+    if outside == "truncate" and (level == "geometric" or low):
+        raise ValueError("importance_weights: level='geometric' and low are for outside='mask'")
+    old, sample = _at_actions(action_mask, old_logprobs.detach(), sample_logprobs.detach())
+    own = old - sample
+    row = own.sum(1, keepdim=True).expand_as(own)
+    weights = _bounded_exp(row if level == "sequence" else own)
+    if outside == "truncate":
+        return torch.where(action_mask, weights.clamp_max(high), 0.0)
+    judged = weights if level != "geometric" else _bounded_exp(row / action_mask.sum(1, keepdim=True).clamp_min(1))
+    # Dropped is what is known to be outside: NaN compares as False, and must not pass for a weight of 0.
+    return torch.where(action_mask & ~(judged < low) & ~(judged > high), weights, 0.0)
+
+
 def truncated_importance_weights(
     old_logprobs: Float[Tensor, "B T"],
     sample_logprobs: Float[Tensor, "B T"],
@@ -114,18 +181,13 @@ def truncated_importance_weights(
     *,
     cap: float,
 ) -> Float[Tensor, "B T"]:
-    """Detached weights `min(pi_old / pi_sample, cap)`: repair the gap between engine and trainer (TIS).
-
-    They multiply the surrogate beside the update ratio. Where the sampler's log-probs are already used as
-    `old`, the ratio holds them: do not weight again. The loss keeps its full denominator. A NaN log-prob
-    from the sampler at an action stays NaN. Yao et al. 2025, https://fengyao.notion.site/off-policy-rl.
+    """`importance_weights` by token, truncated: min(pi_old / pi_sample, cap), the usual choice.
 
     >>> old, sample = torch.tensor([[0.0, -1.0, -1.0]]), torch.tensor([[0.0, -1.0, -3.0]])
     >>> truncated_importance_weights(old, sample, torch.tensor([[False, True, True]]), cap=2.0)
     tensor([[0., 1., 2.]])
     """
-    old, sample = _at_actions(action_mask, old_logprobs.detach(), sample_logprobs.detach())
-    return torch.where(action_mask, _bounded_exp(old - sample).clamp_max(cap), 0.0)
+    return importance_weights(old_logprobs, sample_logprobs, action_mask, high=cap)
 
 
 def value_loss(
@@ -291,6 +353,9 @@ def policy_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     importance_cap: float | None = None,
+    importance_floor: float = 0.0,
+    importance_level: Mismatch = "token",
+    importance_outside: Outside = "truncate",
     kl_coefficient: float = 0.0,
     kl_estimator: KLLoss = "ratio_k3",
     entropy_coefficient: float = 0.0,
@@ -300,7 +365,7 @@ def policy_loss(
         l = surrogate * importance weight + kl_coefficient * kl_loss - entropy_coefficient * H
 
     `level`, the clips: ignored by `policy_gradient`. `importance_cap` None: no mismatch weight (it never
-    touches the KL term). `aux`, all detached: `ratio` and `clipped` (1 where a clip cut the gradient), with a
+    touches the KL term). `aux`, all detached: `ratio` and `clipped` (1 where a clip changed the gradient), with a
     reference `kl` (k1: its sum over a row is the sequence's), with a cap `importance_weight`.
 
     >>> score = PolicyOutput(logprobs=torch.tensor([[0.0, -0.7]]), entropy=torch.zeros(1, 2))
@@ -317,11 +382,17 @@ def policy_loss(
     if surrogate == "clipped":
         loss = clipped_surrogate(w, advantages, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
         was_clipped = (loss != -w * torch.where(mask, advantages, 0.0)).to(loss.dtype)
+    elif surrogate == "cispo":
+        loss = cispo(new.logprobs, w, advantages, mask, clip_low=clip_low, clip_high=clip_high)
+        was_clipped = (mask & ((w < 1 - clip_low) | (w > 1 + clip_high))).to(loss.dtype)
     else:
         loss, was_clipped = policy_gradient(new.logprobs, advantages, mask), torch.zeros_like(w)
     aux = {"ratio": torch.where(mask, w, 0.0).detach(), "clipped": was_clipped.detach()}
     if importance_cap is not None:
-        weights = truncated_importance_weights(old.logprobs, batch.sample_logprobs, mask, cap=importance_cap)
+        weights = importance_weights(
+            old.logprobs, batch.sample_logprobs, mask,
+            high=importance_cap, low=importance_floor, level=importance_level, outside=importance_outside,
+        )  # fmt: skip
         loss, aux["importance_weight"] = loss * weights, weights
     if ref is not None:
         aux["kl"] = kl_per_token(new.logprobs, ref.logprobs, mask, estimator="k1").detach()

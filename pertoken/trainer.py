@@ -17,18 +17,18 @@ from torch import Tensor
 from pertoken.assignment import assign
 from pertoken.background import Background
 from pertoken.batching import Part, minibatches, to_batch
-from pertoken.config import RunConfig
+from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation, Evaluator
 from pertoken.guards import Guards, writing_figures
 from pertoken.memory import Heap, peak_memory
-from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, policy_loss
+from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, kl_per_token, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
 from pertoken.policy.model import Policy, Reference
 from pertoken.rewards import Multiplier, Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
-from pertoken.rollout.collect import Draws, draw_completions, stem_from, to_episodes
+from pertoken.rollout.collect import Draws, collect, draw_completions, stem_from, to_episodes
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
 from pertoken.tasks.base import batch_of
@@ -85,6 +85,8 @@ class Run:
     """What was sampled for the next step, while the rewards of this one were computed (`rollout.ahead`)."""
     staleness: int = 0
     """Policy versions between the weights that sampled the tokens of this step and those that it starts from."""
+    redrawn: int = 0
+    """Groups of this step that stand in for others, whose samples all earned the same (`rollout.redraws`)."""
     before_step: dict[str, Any] | None = None
     """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
 
@@ -174,7 +176,7 @@ def loop(
         scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
         rewards = reward_and_draw_ahead(run, scene)
         run.notes += failure_notes(scene, rewards)
-        credit = assign(run.config.credit, rewards, batch, old)
+        credit = assign(credit_of(run.config, step), rewards, batch, old, greedy_rewards(run, scene))
         clock.lap("reward")
         run.before_step = None
         run.engine.release()  # the update needs the room, and makes its packed weights old
@@ -201,7 +203,72 @@ def generate(run: Run, step: int) -> list[Episode]:
     """The episodes of `step`, drawn ahead or now: items and random numbers depend on the seed and `step` alone."""
     draws, run.ahead = run.ahead or draw(run, step), None
     run.staleness = step - 1 - draws.version
-    return to_episodes(draws, items_of(run, step), run.policy.tokenizer, step=step)
+    episodes = to_episodes(draws, items_of(run, step), run.policy.tokenizer, step=step)
+    return with_differences(run, episodes, step) if run.config.rollout.redraws else episodes
+
+
+def with_differences(run: Run, episodes: list[Episode], step: int) -> list[Episode]:
+    """`episodes` with each group whose samples all earn the same replaced by one of another prompt, where one is found.
+
+    Dynamic sampling of DAPO (Yu et al. 2025, https://arxiv.org/abs/2503.14476, sec. 3.2), bounded: `rollout.redraws`
+    rounds of as many prompts as are missing; what is still missing then stays as it was. The items of a round depend on
+    the seed, the step and the round alone.
+    """
+    rollout, seed, run.redrawn = run.config.rollout, run.config.seed, 0
+    used, dull = {episode.item.id for episode in episodes}, sorted(_groups_without_difference(run, episodes, step))
+    for again in range(1, rollout.redraws + 1):
+        order = batch_of(run.items, step - 1, rollout.prompts_per_step, seed + again * 7_368_787)
+        items = [item for item in order if item.id not in used][: len(dull)]
+        if not items:
+            continue
+        used |= {item.id for item in items}
+        found = collect(
+            run.engine, items, run.policy.tokenizer, run.controls,
+            samples_per_prompt=rollout.samples_per_prompt, run_seed=seed, step=step,
+        )  # fmt: skip
+        useless = _groups_without_difference(run, found, step)
+        for group in sorted({episode.group for episode in found} - useless):
+            place, run.redrawn = dull.pop(), run.redrawn + 1
+            rows = [k for k, episode in enumerate(episodes) if episode.group == place]
+            fresh = [replace(episode, group=place) for episode in found if episode.group == group]
+            for row, episode in zip(rows, fresh, strict=True):
+                episodes[row] = episode
+    return episodes
+
+
+def _groups_without_difference(run: Run, episodes: Sequence[Episode], step: int) -> set[int]:
+    """Groups whose samples all earn the same, by the rewards alone: a KL penalty makes no difference that teaches."""
+    batch = to_batch(episodes, run.controls, device=str(run.policy.device))
+    totals = score(run.rewards, Scene(batch, episodes, run.policy.tokenizer, step=step)).total.sum(1)
+    return {group for group in batch.group.tolist() if not float(totals[batch.group == group].std()) > 1e-6}
+
+
+def credit_of(config: RunConfig, step: int) -> CreditConfig:
+    """How credit is assigned in `step`: while the critic alone learns, it learns from the returns that were had."""
+    if _head_only(config, step) and config.credit.type == "gae":
+        return config.credit.model_copy(update={"lam_critic": 1.0})
+    return config.credit
+
+
+def _head_only(config: RunConfig, step: int) -> bool:
+    head = config.policy.value_head
+    return head is not None and step <= head.pretrain_steps
+
+
+def greedy_rewards(run: Run, scene: Scene) -> Tensor | None:
+    """What the greedy answer to each row's prompt earns, if credit is assigned against it; without the KL penalty."""
+    if run.config.credit.type != "self_critical":
+        return None
+    of_group = {episode.group: episode.item for episode in scene.episodes}
+    sampling = run.config.rollout.sampling.model_copy(
+        update={"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    )
+    controls = replace(run.controls, sampling=sampling)
+    episodes = collect(run.engine, list(of_group.values()), run.policy.tokenizer, controls, step=scene.step)
+    batch = to_batch(episodes, controls, device=str(run.policy.device))
+    totals = score(run.rewards, Scene(batch, episodes, run.policy.tokenizer, step=scene.step)).total.sum(1)
+    earned = dict(zip(of_group, totals.tolist(), strict=True))
+    return torch.tensor([earned[group] for group in scene.batch.group.tolist()], device=scene.batch.group.device)
 
 
 def draw(run: Run, step: int) -> Draws:
@@ -307,31 +374,39 @@ def update(
     norms: list[float] = []
     first = old.logprobs.clone()  # of the weights before the update; where a pass of the update is the first to know
     steps, moved, bad = 0, False, ""
+    head_only = _head_only(run.config, step)
+    entropy_coefficient = _entropy_coefficient(run.config, batch, old)
+    drift = _Drift(config.stop_kl)
     parts = minibatches(
         batch, old, ref, credit, epochs=config.epochs, num_minibatches=config.minibatches,
         tokens_per_micro_batch=config.tokens_per_micro_batch, seed=run.config.seed * 1_000_003 + step,
         left_out=_without_effect(run, credit),
     )  # fmt: skip
-    entropy_grad = run.config.objective.entropy_coefficient != 0
     for part in parts:
         against = (
             run.reference.against(part.ref) if run.reference and part.ref and part.ref.hidden is not None else None
         )
-        new = run.policy.score(part.batch, grad=True, entropy_grad=entropy_grad, into_grad=True, against=against)
+        new = run.policy.score(
+            part.batch, grad=True, entropy_grad=entropy_coefficient != 0, into_grad=True, against=against
+        )
         if not moved and not run.policy.dropout:
             # Until the weights move, old and new are the same policy; taking the same pass for both removes the
             # rounding noise between passes of different shapes (and the drift of the sampler).
             part = replace(part, old=replace(part.old, logprobs=new.logprobs.detach()))  # noqa: PLW2901
             check_ratio(part.batch, part.old, exact=exact)
             first[part.rows] = part.old.logprobs
-        loss = _part_loss(run, part, new, sums, streams, batch)
+        loss = _part_loss(run, part, new, sums, streams, batch, entropy_coefficient, head_only=head_only)
         if math.isfinite(loss.item()):
             loss.backward()
         else:
             bad = bad or f"loss {loss.item()} in episodes {', '.join(part.batch.episode_ids[:4])} ..."
+        drift.add(part, new)
         if part.last_of_step:
             steps += 1
-            norm = _step_optimizer(run, bad, step)
+            if drift.too_far():
+                run.optimizer.zero_grad(set_to_none=False)
+                break
+            norm = _step_optimizer(run, bad, step, head_only=head_only)
             moved = moved or norm is not None
             norms += [] if norm is None else [norm]
             bad = ""
@@ -346,12 +421,48 @@ def update(
         "skipped/updates": float(run.progress.skipped),
         "staleness": float(run.staleness),
     }
-    if "importance_weight" in streams:
-        at_cap = batch.action_mask & (streams["importance_weight"] >= (run.config.objective.importance_cap or math.inf))
-        metrics["importance/clipped_share"] = at_cap.sum().item() / max(batch.num_actions, 1)
+    metrics |= drift.figures() | _importance_figures(run, batch, streams)
+    if run.config.rollout.redraws:
+        metrics["groups/redrawn"] = float(run.redrawn)
     if run.policy.value_head is not None:
         metrics["loss/value"] = sums["loss/value"] / max(steps, 1)
     return Updated(metrics, streams)
+
+
+class _Drift:
+    """How far an update has moved the policy, looked at before each of its optimiser steps (`update.stop_kl`)."""
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit, self._nats, self._actions, self._ended = limit, 0.0, 0, False
+
+    def add(self, part: Part, new: PolicyOutput) -> None:
+        """Look at a part. The tokens are samples of the policy before the update: k3 to the one of now."""
+        if self._limit is not None:
+            before, now, mask = part.old.logprobs, new.logprobs.detach(), part.batch.action_mask
+            self._nats += kl_per_token(before, now, mask, estimator="k3").sum().item()
+            self._actions += part.batch.num_actions
+
+    def too_far(self) -> bool:
+        """Whether the parts since the last time say that the update should end."""
+        self._ended = self._limit is not None and self._nats / max(self._actions, 1) > self._limit
+        self._nats, self._actions = 0.0, 0
+        return self._ended
+
+    def figures(self) -> dict[str, float]:
+        """What is logged of it."""
+        return {} if self._limit is None else {"update/stopped": float(self._ended)}
+
+
+def _importance_figures(run: Run, batch: TokenBatch, streams: dict[str, Tensor]) -> dict[str, float]:
+    """The share of tokens whose importance weight was bounded."""
+    if "importance_weight" not in streams:
+        return {}
+    weights, objective = streams["importance_weight"], run.config.objective
+    if objective.importance_outside == "mask":
+        bounded = batch.action_mask & (weights == 0)
+    else:
+        bounded = batch.action_mask & (weights >= (objective.importance_cap or math.inf))
+    return {"importance/clipped_share": bounded.sum().item() / max(batch.num_actions, 1)}
 
 
 def _without_effect(run: Run, credit: Credit) -> Tensor | None:
@@ -362,8 +473,25 @@ def _without_effect(run: Run, credit: Credit) -> Tensor | None:
     return ~credit.advantages.any(1)
 
 
+def _entropy_coefficient(config: RunConfig, batch: TokenBatch, old: PolicyOutput) -> float:
+    """The weight of the entropy in this step: 0 where there is a floor and the policy is still above it."""
+    objective = config.objective
+    if objective.entropy_floor is None or not batch.num_actions:
+        return objective.entropy_coefficient
+    mean = old.entropy[batch.action_mask].mean().item()
+    return objective.entropy_coefficient if mean < objective.entropy_floor else 0.0
+
+
 def _part_loss(
-    run: Run, part: Part, new: PolicyOutput, sums: dict[str, float], streams: dict[str, Tensor], batch: TokenBatch
+    run: Run,
+    part: Part,
+    new: PolicyOutput,
+    sums: dict[str, float],
+    streams: dict[str, Tensor],
+    batch: TokenBatch,
+    entropy_coefficient: float,
+    *,
+    head_only: bool,
 ) -> Tensor:
     """The part's share of the loss of its optimiser step: all denominators are those of the whole step."""
     objective, kl, mask = run.config.objective, run.config.kl, part.batch.action_mask
@@ -371,8 +499,10 @@ def _part_loss(
         new, part.old, part.ref, part.credit, part.batch,
         surrogate=objective.surrogate, level=objective.level, clip_low=objective.clip_low,
         clip_high=objective.clip_high, dual_clip=objective.dual_clip, importance_cap=objective.importance_cap,
+        importance_floor=objective.importance_floor, importance_level=objective.importance_level,
+        importance_outside=objective.importance_outside,
         kl_coefficient=run.kl.coefficient if kl.place == "loss" else 0.0, kl_estimator=kl.estimator,
-        entropy_coefficient=objective.entropy_coefficient,
+        entropy_coefficient=entropy_coefficient,
     )  # fmt: skip
     denominators = {
         "token": part.num_actions,
@@ -387,17 +517,21 @@ def _part_loss(
         errors = critic_loss(new, part.old, part.credit, part.batch, clip=head.clip)
         value = aggregate(errors.per_token, mask, over="token", denominator=part.num_actions)
         sums["loss/value"] += value.item()
-        loss = loss + head.coefficient * value
+        loss = head.coefficient * value if head_only else loss + head.coefficient * value
         seen |= errors.aux
     for name, cells in seen.items():
-        neutral = batch.action_mask.float() * (name == "ratio")  # of rows that the update leaves out
+        neutral = batch.action_mask.float() * (name in ("ratio", "importance_weight"))  # of rows that are left out
         streams.setdefault(name, neutral)[part.rows] = cells.to(torch.float32)
     return loss
 
 
-def _step_optimizer(run: Run, bad: str, step: int) -> float | None:
-    """Clip and step; None if the gradient could not be used."""
-    parameters = list(run.policy.trainable().values())
+def _step_optimizer(run: Run, bad: str, step: int, *, head_only: bool = False) -> float | None:
+    """Clip and step; None if the gradient could not be used. With `head_only`, all but the value head stays put."""
+    named = run.policy.trainable()
+    kept = {name: p.grad for name, p in named.items() if head_only and not name.startswith("value_head.")}
+    for name in kept:
+        named[name].grad = None  # the optimiser passes over it, and its averages do not move
+    parameters = list(named.values())
     limit = run.config.update.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
     usable = not bad and math.isfinite(norm)
@@ -412,6 +546,8 @@ def _step_optimizer(run: Run, bad: str, step: int) -> float | None:
                 f"{run.config.update.max_skipped}); the last: {bad or f'gradient norm {norm}'}. Lower "
                 "update.learning_rate, or use policy.precision float32."
             )
+    for name, gradient in kept.items():
+        named[name].grad = gradient
     run.optimizer.zero_grad(set_to_none=False)  # gradients stay where they are: new ones would leave the heap in pieces
     return norm if usable else None
 

@@ -42,6 +42,13 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "reward_to_go": lambda r, v, m, g: credit.reward_to_go(r, m, gamma=0.9),
     "gae advantages": lambda r, v, m, g: credit.gae(r, v, m, r.new_full((len(r),), 0.3), gamma=0.9, lam=0.8)[0],
     "gae returns": lambda r, v, m, g: credit.gae(r, v, m, r.new_full((len(r),), 0.3), gamma=0.9, lam=0.8)[1],
+    "gae, a lambda a row": lambda r, v, m, g: credit.gae(
+        r, v, m, r.new_full((len(r),), 0.3), gamma=0.9, lam=credit.length_adaptive_lambda(m, alpha=0.6, dtype=r.dtype)
+    )[0],
+    "macro_gae advantages": lambda r, v, m, g: macro(r, v, m)[0],
+    "macro_gae returns": lambda r, v, m, g: macro(r, v, m)[1],
+    "self_critical": lambda r, v, m, g: credit.self_critical(r, m, r.new_full((len(r),), 0.3)),
+    "optimal_token_baseline": lambda r, v, m, g: credit.optimal_token_baseline(r, v.abs(), m, g, gamma=0.9),
     "group_relative": lambda r, v, m, g: credit.group_relative(r, m, g, scale_by_std=True),
     "group_relative centred": lambda r, v, m, g: credit.group_relative(r, m, g, scale_by_std=False),
     "group_process": lambda r, v, m, g: credit.group_process(r, m, g, gamma=0.9, scale_by_std=True),
@@ -52,7 +59,20 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "scale_only": lambda r, v, m, g: credit.scale_only(v, m, g),
     "center_by_group": lambda r, v, m, g: credit.center_by_group(v, m, g),
     "clip": lambda r, v, m, g: credit.clip(v, m, g, limit=0.5),
+    "keep_high_entropy": lambda r, v, m, g: credit.keep_high_entropy(v, m, v.abs(), share=0.4),
+    "entropy_shaped": lambda r, v, m, g: credit.entropy_shaped(v, m, v.abs()),
+    "redistribute": lambda r, v, m, g: credit.redistribute(m.to(v.dtype).sum(1), v.abs(), m, share=0.7),
 }
+NOT_REWARDS = ("whiten", "scale_only", "center_by_group", "clip", "keep_high_entropy", "entropy_shaped", "redistribute")
+"""Those that read no rewards."""
+
+
+def macro(rewards: Tensor, values: Tensor, mask: Tensor, size: int = 2) -> tuple[Tensor, Tensor]:
+    return credit.macro_gae(
+        rewards, values, mask, rewards.new_full((len(rewards),), 0.3), size=size, gamma=0.9, lam=0.8
+    )
+
+
 every_function = pytest.mark.parametrize("function", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 
 
@@ -132,6 +152,98 @@ def test_group_process_takes_a_judged_zero_as_a_score_only_if_told() -> None:
     equal(default, [[0, 0, 1]])
     told = credit.group_process(rewards, mask, group, gamma=1.0, scale_by_std=False, scored=mask)
     equal(told, [[0, 2, 2]])
+
+
+def test_length_adaptive_lambda_is_used_row_by_row() -> None:
+    """Rows of 4 and 2 actions at alpha 0.5: lambda 0.5 and 0; the second row is the TD error."""
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    lam = credit.length_adaptive_lambda(mask, alpha=0.5, dtype=torch.float64)
+    equal(lam, [0.5, 0.0])
+    rewards, values = f64([[0, 0, 0, 1.0], [0, 1.0, 0, 0]]), f64([[0, 0, 0, 0.5], [0.25, 0.5, 0, 0]])
+    advantages, _ = credit.gae(rewards, values, mask, f64([0, 0]), gamma=1.0, lam=lam)
+    equal(advantages, [[0.1875, 0.375, 0.75, 0.5], [0.25, 0.5, 0, 0]])
+
+
+def test_macro_actions_by_hand_with_a_hole_and_a_short_end() -> None:
+    """Actions in columns 2 3 | 5 6 of the worked row; three of them leave a last one alone."""
+    advantages, returns = credit.macro_gae(REWARDS, VALUES, MASK, NOTHING, size=2, gamma=1.0, lam=0.5)
+    # macro values 0.25 and 0.45, rewards 0.5 and 1: deltas 0.7 and 0.55
+    equal(advantages, [[0, 0, 0.975, 0.975, 0, 0.55, 0.55, 0]])
+    equal(returns, [[0, 0, 1.225, 1.225, 0, 1.0, 1.0, 0]])
+    advantages, _ = credit.macro_gae(REWARDS, VALUES, MASK, NOTHING, size=3, gamma=1.0, lam=0.0)
+    # values 0.3 and 0.5, rewards 0.5 and 1: the first bootstraps from the second
+    equal(advantages, [[0, 0, 0.7, 0.7, 0, 0.7, 0.5, 0]])
+
+
+def test_macro_actions_of_one_token_are_gae() -> None:
+    rewards, values, mask, _ = random_rows(3)
+    after = rewards.new_full((len(rewards),), 0.3)
+    one = macro(rewards, values, mask, size=1)
+    for got, expected in zip(one, credit.gae(rewards, values, mask, after, gamma=0.9, lam=0.8), strict=True):
+        equal(got, expected)
+
+
+def test_optimal_token_baseline_by_hand_with_groups_and_a_hole() -> None:
+    """Row 0 and 1 share a group and are compared action by action; row 2 is alone and has no baseline."""
+    mask = torch.tensor([[True, False, True], [True, True, False], [True, True, True]])
+    rewards = f64([[1, 0, 2], [0, 4, 0], [1, 1, 1]])
+    energies = f64([[1, 9, 1], [3, 3, 9], [1, 1, 1]])
+    got = credit.optimal_token_baseline(rewards, energies, mask, torch.tensor([5, 5, 6]), gamma=1.0, eps=0.0)
+    # G: 3, 2 and 4, 4; W: 1, 2 and 3, 6 -> baselines (3 + 12) / 4 and (4 + 24) / 8
+    equal(got, [[-0.75, 0, -1.5], [0.25, 0.5, 0], [3, 2, 1]])
+
+
+def test_equal_weights_make_it_the_group_mean_at_the_same_action() -> None:
+    rewards, group = f64([[1, 3], [1, 0]]), torch.tensor([2, 2])
+    energies, mask = f64([[1, 0], [1, 0]]), torch.ones(2, 2).bool()
+    got = credit.optimal_token_baseline(rewards, energies, mask, group, gamma=1.0, eps=0.0)
+    equal(2 * got, credit.leave_one_out_process(rewards, mask, group, gamma=1.0))
+
+
+def test_self_critical_by_hand() -> None:
+    got = credit.self_critical(REWARDS, MASK, f64([2.0]))
+    equal(got, [[0, 0, -0.5, -0.5, 0, -0.5, -0.5, 0]])
+    equal(credit.self_critical(REWARDS, MASK, f64([1.5])), torch.zeros_like(REWARDS))
+
+
+@pytest.mark.parametrize(("share", "kept"), [(1.0, 5), (0.4, 2), (0.2, 1), (0.01, 1)])
+def test_high_entropy_is_kept_over_the_whole_batch(share: float, kept: int) -> None:
+    """Not by row: the second row, which the policy is sure of, keeps nothing of a small share."""
+    mask = torch.tensor([[True, True, True, False], [False, True, True, False]])
+    entropy = f64([[3, 4, 5, 9], [9, 1, 2, 9]])
+    got = credit.keep_high_entropy(-torch.ones_like(entropy), mask, entropy, share=share)
+    assert int((got == -1).sum()) == kept
+    assert (share == 1.0) == bool(got[1].any())
+    assert not got[~mask].any()
+
+
+def test_entropy_never_flips_a_sign() -> None:
+    advantages, mask = f64([[-1.0, 0.5, 0.0]]), torch.ones(1, 3).bool()
+    equal(credit.entropy_shaped(advantages, mask, f64([[9, 9, 9]]), alpha=1.0, kappa=2.0), [[-0.5, 0.75, 0]])
+    equal(credit.entropy_shaped(advantages, mask, f64([[0.1, 0.1, 0.1]]), alpha=1.0, kappa=2.0), [[-0.9, 0.6, 0]])
+
+
+def test_redistribution_keeps_the_sum() -> None:
+    weights = f64([[0, 0, 1, 2, 5, 3, 2, 9], [0] * 8])
+    mask = MASK.expand(2, -1)
+    got = credit.redistribute(f64([2.0, 3.0]), weights, mask, share=0.5)
+    equal(got, [[0, 0, 0.125, 0.25, 0, 0.375, 1.25, 0], [0, 0, 0, 0, 0, 0, 3, 0]])
+
+
+def test_shapley_values_of_a_sum_are_its_terms_and_of_a_product_its_equal_parts() -> None:
+    terms = f64([0.5, -1.0, 2.0])
+    generator = torch.Generator().manual_seed(1)
+    got = credit.shapley(lambda kept: (kept * terms).sum(1), 3, num_orders=1, generator=generator)
+    equal(got, terms)
+    equal(credit.leave_one_token_out(lambda kept: (kept * terms).sum(1), 3), terms)
+    asked = []
+
+    def both(kept: Tensor) -> Tensor:
+        asked.append(len(kept))
+        return kept.all(1).double()
+
+    equal(credit.shapley(both, 2, num_orders=5, generator=generator), [0.5, 0.5])
+    assert asked == [4]  # each of the coalitions once, however many orders
 
 
 def test_transforms_by_hand() -> None:
@@ -301,7 +413,7 @@ def test_gae_equals_its_definition_row_by_row(seed: int, gamma: float, lam: floa
 
 # --- traps ------------------------------------------------------------------------------------------------
 
-REWARD_READERS = [name for name in ESTIMATORS if name not in ("whiten", "scale_only", "center_by_group", "clip")]
+REWARD_READERS = [name for name in ESTIMATORS if name not in NOT_REWARDS]
 
 
 @pytest.mark.parametrize("name", REWARD_READERS)

@@ -162,6 +162,32 @@ def test_gae_with_the_true_critic_is_exact_for_any_lambda(lam: float) -> None:
     assert distance(w.estimator_gradient(advantages, 0.9), w.objective_gradient(0.9, bootstrapped=True)) < EXACT
 
 
+def test_self_critical_is_exact_whatever_the_greedy_answer_earns() -> None:
+    w = world()
+    got = credit.self_critical(w.rewards, w.action_mask, torch.full((len(w.rewards),), 0.7, dtype=torch.float64))
+    assert distance(w.estimator_gradient(got), w.objective_gradient(1.0, bootstrapped=False)) < EXACT
+
+
+def test_length_adaptive_lambda_is_biased_even_with_the_true_critic() -> None:
+    w = world()
+    lam = credit.length_adaptive_lambda(w.action_mask, alpha=1.0, dtype=torch.float64)
+    assert len(lam.unique()) == 3
+    advantages, _ = credit.gae(w.rewards, w.true_values, w.action_mask, w.bootstrap, gamma=0.9, lam=lam)
+    # any fixed lambda would be right here; one that is chosen by how long the row became is not
+    assert distance(w.estimator_gradient(advantages, 0.9), w.objective_gradient(0.9, bootstrapped=True)) > 1e-3
+
+
+def test_macro_actions_are_biased_even_with_lambda_1() -> None:
+    """The mean of values in a macro action knows its later tokens, so it is no baseline of the earlier ones."""
+    w = world()
+    arguments = w.rewards, w.values, w.action_mask, w.bootstrap
+    merged, _ = credit.macro_gae(*arguments, size=2, gamma=1.0, lam=1.0)
+    exact = w.objective_gradient(1.0, bootstrapped=True)
+    assert distance(w.estimator_gradient(merged), exact) > 1e-3
+    single, _ = credit.macro_gae(*arguments, size=1, gamma=1.0, lam=1.0)
+    assert distance(w.estimator_gradient(single), exact) < EXACT
+
+
 def test_gae_with_a_wrong_critic_is_biased_below_lambda_1() -> None:
     w = world()
     advantages, _ = credit.gae(w.rewards, w.values, w.action_mask, w.bootstrap, gamma=0.9, lam=0.5)
@@ -218,6 +244,18 @@ class TestGroups:
         w, size = self.setting(small)
         got = w.group_gradient(functools.partial(credit.group_relative, scale_by_std=False), size)
         assert distance(got, w.objective_gradient(1.0, bootstrapped=False) * (size - 1) / size) < EXACT
+
+    def test_the_optimal_token_baseline_is_biased(self, small: bool) -> None:
+        """The row is part of its own baseline; a baseline of the others alone would not be."""
+        w, size = self.setting(small)
+
+        def assign(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
+            return credit.optimal_token_baseline(rewards, mask.double(), mask, group, gamma=1.0)
+
+        got = w.group_gradient(assign, size)
+        exact = w.objective_gradient(1.0, bootstrapped=False)
+        assert distance(got, exact) > 1e-3
+        assert torch.cosine_similarity(got.flatten(), exact.flatten(), dim=0) > 0.8
 
     @pytest.mark.parametrize(
         "biased",

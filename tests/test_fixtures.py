@@ -18,7 +18,9 @@ from pertoken import credit
 from pertoken.objectives import (
     AdaptiveKL,
     aggregate,
+    cispo,
     clipped_surrogate,
+    importance_weights,
     kl_loss,
     kl_per_token,
     policy_gradient,
@@ -123,6 +125,60 @@ def test_decoupled_gae() -> None:
     arguments = i["rewards"], i["values"], i["mask"], tensor([0, 0])
     equal(credit.gae(*arguments, gamma=1.0, lam=i["lambda_actor"])[0], o["adv_actor"])
     equal(credit.gae(*arguments, gamma=1.0, lam=i["lambda_critic"])[1], o["returns_critic"])
+
+
+def test_length_adaptive_lambda() -> None:
+    i, o = case("vapo_decoupled_length_adaptive")
+    mask = torch.arange(1000) < i["lengths"][:, None]
+    equal(credit.length_adaptive_lambda(mask, alpha=i["alpha"], dtype=torch.float64), o["lambda_clamped"])
+
+
+def test_macro_actions() -> None:
+    i, o = case("macro_actions")
+    arguments = i["rewards"][None], i["values"][None], torch.ones(1, 4, dtype=torch.bool), tensor([0])
+    advantages, returns = credit.macro_gae(*arguments, size=i["n"], gamma=i["gamma"], lam=i["lam"])
+    equal(advantages, [o["adv_paper"]])
+    equal(returns[:, ::2], [o["returns"]])
+
+
+def test_optimal_token_baseline() -> None:
+    i, o = case("optimal_token_baseline")
+    energies = 1 - 2 * i["old_logp"].exp() + i["sum_pi_squared"]
+    energies = torch.where(i["mask"], energies, torch.nan)
+    equal(torch.where(i["mask"], energies, 0.0), o["w"])
+    group = torch.zeros(2, dtype=torch.long)
+    got = credit.optimal_token_baseline(i["rewards"], energies, i["mask"], group, gamma=1.0)
+    equal(got, o["adv_zero_tail"])
+
+
+def test_entropy_selection() -> None:
+    i, o = case("entropy_selection")
+    kept = credit.keep_high_entropy(torch.ones_like(i["adv"]), i["mask"], i["entropy"], share=i["rho"])
+    equal(kept, o["top20pct_mask"])
+    shaped = credit.entropy_shaped(i["adv"], i["mask"], i["entropy"], alpha=i["alpha"], kappa=i["kappa"])
+    equal(shaped, o["entropy_shaped_adv"])
+
+
+def test_attention_redistribution() -> None:
+    i, o = case("abc_and_red")
+    weights = i["attention_last_row"][None]
+    got = credit.redistribute(tensor([i["rm_score"]]), 7 * weights, weights > 0, share=i["abc_beta"])
+    equal(got, [o["abc_rewards"]])
+
+
+def test_shapley_and_leaving_one_out() -> None:
+    i, o = case("occlusion_shapley")
+
+    def worth(kept: Tensor) -> Tensor:
+        return tensor([i["v"][",".join(map(str, row.nonzero()[:, 0].tolist()))] for row in kept])
+
+    equal(credit.leave_one_token_out(worth, 3), o["leave_one_out"])
+    generator = torch.Generator().manual_seed(0)
+    exact = credit.shapley(worth, 3, num_orders=20_000, generator=generator)
+    equal(exact, o["shapley"], atol=5e-3)
+    assert float(exact.sum()) == pytest.approx(o["shapley_sum"], abs=1e-12)
+    few = credit.shapley(worth, 3, num_orders=1, generator=generator)
+    assert float(few.sum()) == pytest.approx(o["shapley_sum"], abs=1e-12)
 
 
 def test_group_advantages() -> None:
@@ -269,6 +325,47 @@ def test_truncated_importance_sampling() -> None:
     losses = weights * clipped_surrogate(ratio(lp, old, mask), i["adv"], mask, clip_low=i["eps"], clip_high=i["eps"])
     equal(aggregate(losses, mask), o["token_truncate_2"]["loss_token_mean"])
     equal(gradient(aggregate(losses, mask), lp), o["token_truncate_2"]["grad_token_mean"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("token_truncate_2", {"high": 2.0}),
+        ("token_mask_0.5_2", {"low": 0.5, "high": 2.0, "outside": "mask"}),
+        ("sequence_truncate_2", {"high": 2.0, "level": "sequence"}),
+        ("sequence_mask_upper3", {"high": 3.0, "level": "sequence", "outside": "mask"}),
+        (
+            "geometric_mask_0.9_1.2_token_weights_raw",
+            {"low": 0.9, "high": 1.2, "level": "geometric", "outside": "mask"},
+        ),
+    ],
+)
+def test_importance_weights(name: str, settings: dict[str, Any]) -> None:
+    i, o = case("tis_mis")
+    lp, old, mask = i["new_logp"].requires_grad_(), i["old_logp"], i["mask"]
+    weights = importance_weights(old, i["rollout_logp"], mask, **settings)
+    equal(weights, o[name]["weight"])
+    losses = weights * clipped_surrogate(ratio(lp, old, mask), i["adv"], mask, clip_low=i["eps"], clip_high=i["eps"])
+    equal(aggregate(losses, mask), o[name]["loss_token_mean"])
+    equal(gradient(aggregate(losses, mask), lp), o[name]["grad_token_mean"])
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("verl_slime_nemo_0.2_0.28", 0.2, 0.28),
+        ("open_instruct_upper_only_1.272", 1.0, 0.272),
+        ("trl_absolute_cap_5.0", 1.0, 4.0),
+    ],
+)
+def test_cispo(name: str, low: float, high: float) -> None:
+    i, o = case("cispo")
+    lp, mask = i["new_logp"].requires_grad_(), i["mask"]
+    w = ratio(lp, i["old_logp"], mask)
+    equal(torch.where(mask, w.clamp(1 - low, 1 + high), 0.0), o[name]["weight"])
+    loss = aggregate(cispo(lp, w, i["adv"], mask, clip_low=low, clip_high=high), mask)
+    equal(loss, o[name]["loss_token_mean"])
+    equal(gradient(loss, lp), o[name]["grad_token_mean"])
 
 
 def test_bypassing_the_old_policy() -> None:
@@ -543,6 +640,8 @@ CASES: dict[str, Any] = {
     },
     "vapo_decoupled_length_adaptive": {
         "inputs": {
+            "alpha": 0.05,
+            "lengths": [10, 20, 40, 100, 1000],
             "rewards": [[0.0, 0.1, -0.05, 1.0], [0.05, 0.0, -0.2, 0.0]],
             "values": [[0.1, 0.2, 0.4, 0.6], [0.3, 0.1, -0.3, 0.0]],
             "mask": [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]],
@@ -550,6 +649,7 @@ CASES: dict[str, Any] = {
             "lambda_critic": 1.0,
         },
         "outputs": {
+            "lambda_clamped": [0.0, 0.0, 0.5, 0.8, 0.98],
             "adv_actor": [[0.863325, 0.8035, 0.53, 0.4], [-0.43975, -0.305, 0.1, 0.0]],
             "returns_critic": [[1.05, 1.05, 0.95, 1.0], [-0.15, -0.2, -0.2, 0.0]],
         },
@@ -714,6 +814,38 @@ CASES: dict[str, Any] = {
             "eps": 0.2,
         },
         "outputs": {
+            "token_mask_0.5_2": {
+                "weight": [[1.05127109638, 0.951229424501, 0.0, 1.0], [1.0, 0.904837418036, 1.34985880758, 0.0]],
+                "loss_token_mean": -0.247246942154,
+                "grad_token_mean": [
+                    [0.0, -0.058480768077, 0.0, -0.271779835572],
+                    [0.0860707976425, 0.122140275816, -0.0350884608462, 0.0],
+                ],
+            },
+            "sequence_truncate_2": {
+                "weight": [[2.0, 2.0, 2.0, 2.0], [1.22140275816, 1.22140275816, 1.22140275816, 0.0]],
+                "loss_token_mean": -0.0790912689854,
+                "grad_token_mean": [
+                    [0.0, -0.122958282346, 0.52060537154, -0.543559671143],
+                    [0.105127109638, 0.16487212707, -0.0317493523149, 0.0],
+                ],
+            },
+            "sequence_mask_upper3": {
+                "weight": [
+                    [2.71828182846, 2.71828182846, 2.71828182846, 2.71828182846],
+                    [1.22140275816, 1.22140275816, 1.22140275816, 0.0],
+                ],
+                "loss_token_mean": -0.193061460932,
+                "grad_token_mean": [
+                    [0.0, -0.16711763228, 0.707576060628, -0.738774188376],
+                    [0.105127109638, 0.16487212707, -0.0317493523149, 0.0],
+                ],
+            },
+            "geometric_mask_0.9_1.2_token_weights_raw": {
+                "weight": [[0.0, 0.0, 0.0, 0.0], [1.0, 0.904837418036, 1.34985880758, 0.0]],
+                "loss_token_mean": 0.173122612612,
+                "grad_token_mean": [[0.0, 0.0, 0.0, 0.0], [0.0860707976425, 0.122140275816, -0.0350884608462, 0.0]],
+            },
             "rho_token": [
                 [1.05127109638, 0.951229424501, 2.71828182846, 1.0],
                 [1.0, 0.904837418036, 1.34985880758, 0.0],
@@ -820,6 +952,132 @@ CASES: dict[str, Any] = {
             "sparse": [0.142102719759, -0.0700053118131, -0.0860151771077],
             "attention_redistribution": [0.142102719759, -0.0240018211931, -0.0159742471771],
             "prefix_difference": [0.142102719759, -0.0700053118131, -0.0860151771077],
+        },
+    },
+    "optimal_token_baseline": {
+        "inputs": {
+            "rewards": [[0.0, 0.1, -0.05, 1.0], [0.05, 0.0, -0.2, 0.0]],
+            "old_logp": [[-1.2, -0.5, -2.0, -0.3], [-0.8, -1.5, -0.4, 0.0]],
+            "sum_pi_squared": [[0.3, 0.5, 0.2, 0.6], [0.35, 0.25, 0.55, 0.0]],
+            "mask": [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]],
+        },
+        "outputs": {
+            "w": [
+                [0.697611576176, 0.286938680575, 0.929329433527, 0.118363558637],
+                [0.451342071766, 0.803739679703, 0.209359907929, 0.0],
+            ],
+            "cumulative_w": [
+                [0.697611576176, 0.98455025675, 1.91387969028, 2.03224324891],
+                [0.451342071766, 1.25508175147, 1.4644416594, 0.0],
+            ],
+            "baseline": [0.578605446464, 0.349504477935, 0.451495642804, 0.999999995079],
+            "adv_no_tail_rule": [
+                [0.471394553536, 0.700495522065, 0.498504357196, 4.92067075974e-09],
+                [-0.728605446464, -0.549504477935, -0.651495642804, 0.0],
+            ],
+            "adv_zero_tail": [
+                [0.471394553536, 0.700495522065, 0.498504357196, 1.0],
+                [-0.728605446464, -0.549504477935, -0.651495642804, 0.0],
+            ],
+        },
+    },
+    "cispo": {
+        "inputs": {
+            "new_logp": [[-1.0, -0.65, -1.4, -0.35], [-0.95, -1.2, -0.9, 0.0]],
+            "old_logp": [[-1.2, -0.5, -2.0, -0.3], [-0.8, -1.5, -0.4, 0.0]],
+            "adv": [[0.5, 0.5, -1.0, 2.0], [-0.7, -0.7, 0.3, 0.0]],
+            "mask": [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]],
+        },
+        "outputs": {
+            "verl_slime_nemo_0.2_0.28": {
+                "weight": [[1.22140275816, 0.860707976425, 1.28, 0.951229424501], [0.860707976425, 1.28, 0.8, 0.0]],
+                "loss_token_mean": -0.238182676536,
+                "grad_token_mean": [
+                    [-0.0872430541543, -0.0614791411732, 0.182857142857, -0.271779835572],
+                    [0.0860707976425, 0.128, -0.0342857142857, 0.0],
+                ],
+            },
+            "open_instruct_upper_only_1.272": {
+                "weight": [
+                    [1.22140275816, 0.860707976425, 1.272, 0.951229424501],
+                    [0.860707976425, 1.272, 0.606530659713, 0.0],
+                ],
+                "loss_token_mean": -0.243085065376,
+                "grad_token_mean": [
+                    [-0.0872430541543, -0.0614791411732, 0.181714285714, -0.271779835572],
+                    [0.0860707976425, 0.1272, -0.0259941711305, 0.0],
+                ],
+            },
+            "trl_absolute_cap_5.0": {
+                "weight": [
+                    [1.22140275816, 0.860707976425, 1.82211880039, 0.951229424501],
+                    [0.860707976425, 1.34985880758, 0.606530659713, 0.0],
+                ],
+                "loss_token_mean": -0.362451882363,
+                "grad_token_mean": [
+                    [-0.0872430541543, -0.0614791411732, 0.26030268577, -0.271779835572],
+                    [0.0860707976425, 0.134985880758, -0.0259941711305, 0.0],
+                ],
+            },
+        },
+    },
+    "entropy_selection": {
+        "inputs": {
+            "entropy": [[0.1, 1.2, 2.0, 0.4], [0.9, 0.05, 1.6, 7.0]],
+            "adv": [[0.5, 0.5, -1.0, 2.0], [-0.7, -0.7, 0.3, 0.0]],
+            "mask": [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]],
+            "rho": 0.2,
+            "alpha": 0.4,
+            "kappa": 2.0,
+        },
+        "outputs": {
+            "top20pct_mask": [[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]],
+            "entropy_shaped_adv": [[0.54, 0.75, -0.5, 2.16], [-0.35, -0.68, 0.45, 0.0]],
+        },
+    },
+    "abc_and_red": {
+        "inputs": {
+            "attention_last_row": [0.1, 0.2, 0.3, 0.4],
+            "rm_score": 1.5,
+            "abc_beta": 0.8,
+        },
+        "outputs": {
+            "abc_rewards": [0.12, 0.24, 0.36, 0.78],
+        },
+    },
+    "occlusion_shapley": {
+        "inputs": {
+            "v": {"": 0.0, "0": 0.1, "1": 0.0, "2": 0.2, "0,1": 0.5, "0,2": 0.4, "1,2": 0.2, "0,1,2": 1.0},
+        },
+        "outputs": {
+            "shapley": [0.416666666667, 0.266666666667, 0.316666666667],
+            "shapley_sum": 1.0,
+            "leave_one_out": [0.8, 0.6, 0.5],
+            "leave_one_out_sum": 1.9,
+            "prefix_delta": [0.1, 0.4, 0.5],
+        },
+    },
+    "macro_actions": {
+        "inputs": {
+            "rewards": [0.0, 0.1, -0.05, 1.0],
+            "values": [0.1, 0.2, 0.4, 0.6],
+            "n": 2,
+            "gamma": 1.0,
+            "lam": 0.95,
+        },
+        "outputs": {
+            "adv_paper": [0.8775, 0.8775, 0.45, 0.45],
+            "returns": [1.0275, 0.95],
+        },
+    },
+    "dapo_overlong_and_filter": {
+        "inputs": {
+            "L_max": 100,
+            "L_cache": 20,
+            "lengths": [70, 80, 90, 100, 101],
+        },
+        "outputs": {
+            "penalty": [0.0, 0.0, -0.5, -1.0, -1.0],
         },
     },
 }

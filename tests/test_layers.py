@@ -32,7 +32,8 @@ MAY: dict[str, set[str]] = {
     **{stage: {"errors", "cache", "native", "background", "workers", "sampling", "types"} for stage in STAGES},
     **{maths: {"types"} for maths in MATHS},
     # beside the stages
-    "config": {"errors", "sampling"},
+    "presets": set(),
+    "config": {"errors", "sampling", "presets"},
     "text_metrics": {"errors", "types"},
     "tasks": {"errors", "sampling", "types"},
     "tracking": {"errors", "types", "text_metrics"},
@@ -64,7 +65,7 @@ MAY["build"] = MAY["trainer"] | {"trainer", "text_metrics"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["run"] = MAY["build"] | {"build"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
-MAY["cli"] = MAY["run"] | {"run", "profiling", "reward_check", "testing"}
+MAY["cli"] = MAY["run"] | {"presets", "run", "profiling", "reward_check", "testing"}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
 OPTIONAL = {

@@ -92,7 +92,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "dual clip": {"dual_clip": 1.1},
     "gspo": {"level": "sequence", "clip_low": 0.05, "clip_high": 0.05},
     "gspo-token": {"level": "sequence_token", "clip_low": 0.05, "clip_high": 0.05},
+    "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.1},
     "tis": {"importance_cap": 1.2},
+    "tis by sequence": {"importance_cap": 1.2, "importance_level": "sequence"},
+    "icepop": {"importance_cap": 1.2, "importance_floor": 0.8, "importance_outside": "mask"},
+    "mis": {"importance_cap": 1.1, "importance_level": "geometric", "importance_outside": "mask"},
     "grpo": {"kl_coefficient": 0.5, "kl_estimator": "k3"},
     "k2": {"kl_coefficient": 0.5, "kl_estimator": "k2"},
     "ratio k3": {"kl_coefficient": 0.5},
@@ -177,6 +181,42 @@ def test_clipped_marks_exactly_the_actions_whose_gradient_is_cut(level: Any) -> 
     if level == "token":
         slope = torch.autograd.grad(loss.per_token.sum(), c.x)[0]
         assert torch.equal(slope == 0, expected | ~c.mask)
+
+
+def test_cispo_marks_the_weights_that_it_cut_and_still_moves_them() -> None:
+    c = Case(2, off_policy=0.6)
+    loss = c.policy(surrogate="cispo", clip_low=0.3, clip_high=0.2)
+    w = loss.aux["ratio"]
+    expected = c.mask & ((w > 1.2) | (w < 0.7))
+    equal(loss.aux["clipped"], expected.double())
+    assert 0 < expected.sum() < c.mask.sum()
+    slope = torch.autograd.grad(loss.per_token.sum(), c.x)[0]
+    equal(slope, torch.where(c.mask, -w.clamp(0.7, 1.2) * c.credit.advantages, 0.0))
+
+
+def test_what_importance_weights_leave_out() -> None:
+    """Ratios 1, 2, 1/2: products 1; 4 and 1/4 in the second row, whose geometric mean is below 1."""
+    log2 = torch.tensor(2.0, dtype=torch.float64).log().item()
+    old, mask = f64([[0, log2, -log2], [log2, -3 * log2, 0]]), torch.tensor([[True, True, True], [True, True, False]])
+    sample, weights = torch.zeros_like(old), objectives.importance_weights
+    equal(weights(old, sample, mask, high=1.5), [[1, 1.5, 0.5], [1.5, 0.125, 0]])
+    equal(weights(old, sample, mask, high=1.5, outside="mask"), [[1, 0, 0.5], [0, 0.125, 0]])
+    equal(weights(old, sample, mask, high=9.0, low=0.2, outside="mask"), [[1, 2, 0.5], [2, 0, 0]])
+    equal(weights(old, sample, mask, high=9.0, level="sequence"), [[1, 1, 1], [0.25, 0.25, 0]])
+    equal(weights(old, sample, mask, high=9.0, low=0.3, level="sequence", outside="mask"), [[1, 1, 1], [0, 0, 0]])
+    equal(
+        weights(old, sample, mask, high=1.1, low=0.3, level="geometric", outside="mask"), [[1, 2, 0.5], [2, 0.125, 0]]
+    )
+    with pytest.raises(ValueError, match="outside='mask'"):
+        weights(old, sample, mask, high=1.1, level="geometric")
+    with pytest.raises(ValueError, match="outside='mask'"):
+        weights(old, sample, mask, high=1.1, low=0.5)
+
+
+@pytest.mark.parametrize("outside", ["truncate", "mask"])
+def test_a_sampler_that_says_nan_is_not_taken_for_weight_0(outside: Any) -> None:
+    got = objectives.importance_weights(f64([[0.0]]), f64([[torch.nan]]), one_action, high=2.0, outside=outside)
+    assert bool(got.isnan().all())
 
 
 def test_critic_loss_reports_its_error() -> None:
@@ -296,10 +336,10 @@ def test_a_batch_without_actions_is_zero_with_zero_gradient(over: Any, denominat
 # --- gradients ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in CHOICES if name != "gspo-token"])
+@pytest.mark.parametrize("name", [name for name in CHOICES if name not in ("gspo-token", "cispo")])
 @pytest.mark.parametrize("over", ["token", "sequence"])
 def test_gradient_equals_finite_differences(name: str, over: Any) -> None:
-    """All but gspo-token, whose gradient is by design not that of its value."""
+    """All but gspo-token and cispo, whose gradients are by design not those of their values."""
     c = Case(11, rows=3, width=5)
 
     def loss_of(x: Tensor, entropy: Tensor) -> Tensor:
@@ -322,7 +362,7 @@ def test_critic_gradient_equals_finite_differences(clip: float | None) -> None:
     assert torch.autograd.gradcheck(loss_of, (c.values,), eps=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["ppo", "dapo", "dual clip", "gspo-token"])
+@pytest.mark.parametrize("name", ["ppo", "dapo", "dual clip", "gspo-token", "cispo"])
 def test_on_policy_every_surrogate_has_the_policy_gradient(name: str) -> None:
     c = Case(13, off_policy=0.0)
     expected = torch.autograd.grad(c.policy(surrogate="policy_gradient").per_token.sum(), c.x)[0]

@@ -59,7 +59,13 @@ METRICS: dict[str, Term] = {
     "staleness": Term(
         "Updates that the policy had made since the tokens of this step were sampled (`rollout.ahead`).", "updates"
     ),
-    "importance/clipped_share": Term("Tokens whose importance weight was cut at its limit.", "share of a, 0 to 1"),
+    "importance/clipped_share": Term(
+        "Tokens whose importance weight was cut at its limit, or left out.", "share of a, 0 to 1"
+    ),
+    "update/stopped": Term("The update of this step ended early (`update.stop_kl`).", "1 if it did, else 0"),
+    "groups/redrawn": Term(
+        "Groups whose samples all earned the same, replaced by those of other prompts (`rollout.redraws`).", "groups"
+    ),
     "clip/share": Term("Tokens that the surrogate clipped: they no longer move the policy.", "share of a, 0 to 1"),
     "advantage/mean": Term("Mean advantage; near 0 when it is whitened.", "mean over a"),
     "advantage/std": Term("Spread of the advantages; 0 means that nothing is learnt.", "standard deviation over a"),

@@ -1,0 +1,224 @@
+"""Does each method find the best policy of a task whose best return is known, and what is token-level credit worth?
+
+    python benchmarks/known_answers.py presets --seeds 0 1 2 3 4
+    python benchmarks/known_answers.py credit --seeds 0 1 2 3 4
+    python benchmarks/known_answers.py presets --seeds 0 --only ppo grpo
+
+The model is a random two-layer Llama over bytes (`pertoken.testing`), everything on the CPU. `presets`: each token that
+is a small letter earns 1, each other costs 0.25, so the best return of 8 tokens is 8. `credit`: 16 tokens, each small
+letter earns 1, and the last token 4 more or 4 less by whether its id is even: best return 20, most of whose variance
+early tokens have no part in. Paid where it is earned (token), or all of it at the end (terminal): same returns, same
+optimum, same update. Prints Markdown tables for RESULTS.md.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from pertoken.build import build_run
+from pertoken.config import RunConfig
+from pertoken.presets import PRESETS
+from pertoken.rewards import episode_reward, token_reward
+from pertoken.testing import byte_tokenizer, tiny_model
+from pertoken.tracking.runlog import RunLog
+from pertoken.trainer import loop
+
+LENGTH, LONG = 8, 16
+LURE = 4.0
+ENOUGH = 0.95
+"""Share of the best return that counts as solved."""
+
+
+def _letter(token: int) -> bool:
+    return ord("a") <= token <= ord("z")
+
+
+@token_reward
+def letters(sample):  # type: ignore[no-untyped-def]
+    """1 for each small letter, -0.25 for each other token; 8 of them at best earn 8."""
+    return [1.0 if _byte(piece) else -0.25 for piece in _pieces(sample)]
+
+
+@token_reward
+def lured(sample):  # type: ignore[no-untyped-def]
+    """1 for each small letter; the last token earns 4 more if its id is even, 4 less if it is odd."""
+    values = [1.0 if _byte(piece) else 0.0 for piece in _pieces(sample)]
+    return [*values[:-1], values[-1] + (LURE if sample.tokens[-1] % 2 == 0 else -LURE)] if values else []
+
+
+@episode_reward
+def lured_at_the_end(sample):  # type: ignore[no-untyped-def]
+    """The same sum, paid with the last token."""
+    return sum(lured.fn(sample))
+
+
+def _pieces(sample: Any) -> list[str]:
+    return [sample.text[start:stop] for start, stop in sample.aligned.char_spans]
+
+
+def _byte(piece: str) -> bool:
+    return len(piece) == 1 and _letter(ord(piece))
+
+
+def settings(folder: Path, seed: int, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The run that all arms share, with an arm's changes."""
+    shared: dict[str, Any] = {
+        "seed": seed,
+        "folder": str(folder / "run"),
+        "policy": {"model": str(folder / "model"), "precision": "float32", "device": "cpu", "compile": False},
+        "task": {"type": "file", "path": str(folder / "data.jsonl"), "prompt": "{prompt}:", "answer": None},
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 8, "sampling": {"max_new_tokens": LENGTH}},
+        "rewards": [{"fn": f"{__name__}:letters", "name": "task"}],
+        "update": {"learning_rate": 1e-2, "tokens_per_micro_batch": 4096},
+        "kl": {"measure": False},
+        "stop": {"steps": 80},
+        "evaluation": {"items": 0},
+        "log": {"episodes_per_step": 0},
+    }
+    return merged(shared, changes)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, section by section."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def returns(seed: int, changes: Mapping[str, Any], bound: float) -> tuple[list[float], float]:
+    """Mean return of the samples of each step, until it is at least `bound`, and the seconds that the loop took."""
+    curve: list[float] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny_model(seed=seed).save_pretrained(folder / "model")
+        byte_tokenizer().save_pretrained(folder / "model")
+        rows = [{"prompt": f"say {k}"} for k in range(60)]
+        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = RunConfig.model_validate(settings(folder, seed, changes))
+        made = build_run(config)
+        with RunLog.create(folder / "run", config_text=config.to_yaml(), seed=seed, about={}, command=sys.argv) as log:
+            begun = time.monotonic()
+            loop(
+                made,
+                log,
+                on_step=lambda report: curve.append(report.metrics["reward/task"]),
+                interrupted=lambda: steps_until(curve, bound) is not None,
+            )
+            return curve, time.monotonic() - begun
+
+
+def steps_until(curve: list[float], bound: float, window: int = 5) -> int | None:
+    """The first step at which the mean of `window` steps is at least `bound`; None if there is none."""
+    means = (statistics.fmean(curve[k - window : k]) for k in range(window, len(curve) + 1))
+    return next((k + window for k, mean in enumerate(means) if mean >= bound), None)
+
+
+TUNED: dict[str, dict[str, Any]] = {
+    "vc_ppo": {"policy": {"value_head": {"pretrain_steps": 3}}},
+    "vapo": {"policy": {"value_head": {"pretrain_steps": 3}}, "credit": {"length_adaptive": 0.5}},
+}
+"""What texts of 8 tokens want otherwise."""
+
+
+def preset_arm(name: str) -> dict[str, Any]:
+    """The preset with the critic's learning rate of a tiny model; nothing of its method is changed but `TUNED`."""
+    arm: dict[str, Any] = {"algorithm": name}
+    if PRESETS[name].settings["policy"]["value_head"] is not None:
+        arm["policy"] = {"value_head": {"learning_rate": 1e-2}}
+    return merged(arm, TUNED.get(name, {}))
+
+
+def presets(seeds: list[int], only: Iterable[str]) -> None:
+    """One row for each preset: on how many seeds 5 steps in a row reach 95% of the best return, and when."""
+    print("| preset | solved | steps: median, most | share of the best return at the end, least | s per seed |")
+    print("|---|---|---|---|---|")
+    for name in only or PRESETS:
+        shares, steps, seconds = [], [], []
+        for seed in seeds:
+            curve, took = returns(seed, preset_arm(name), ENOUGH * LENGTH)
+            shares.append(statistics.fmean(curve[-5:]) / LENGTH)
+            steps.append(steps_until(curve, ENOUGH * LENGTH))
+            seconds.append(took)
+        solved = [step for step in steps if step is not None]
+        reached = f"{statistics.median(solved):g}, {max(solved)}" if solved else ""
+        print(
+            f"| `{name}` | {len(solved)} of {len(steps)} | {reached} | {min(shares):.3f} | "
+            f"{statistics.fmean(seconds):.1f} |",
+            flush=True,
+        )
+
+
+WHITE = {"normalize": "whiten"}
+ARMS: dict[str, dict[str, Any]] = {
+    "leave_one_out": {"credit": {"type": "leave_one_out", **WHITE}},
+    "group_relative": {"credit": {"type": "group_relative", **WHITE}},
+    "self_critical": {"credit": {"type": "self_critical", **WHITE}},
+    "reward_to_go": {"credit": {"type": "reward_to_go", **WHITE}},
+    "leave_one_out_process": {"credit": {"type": "leave_one_out_process", **WHITE}},
+    "optimal_token_baseline": {"credit": {"type": "optimal_token_baseline", **WHITE}},
+    "group_process": {"credit": {"type": "group_process", **WHITE}},
+    "per_part": {"credit": {"type": "per_part"}},
+    "gae": {"credit": {"type": "gae", "lam": 0.95, **WHITE}, "policy": {"value_head": {"learning_rate": 1e-2}}},
+    "gae, lambda 1": {
+        "credit": {"type": "gae", "lam": 1.0, **WHITE},
+        "policy": {"value_head": {"learning_rate": 1e-2}},
+    },
+}
+
+
+def credit(seeds: list[int], only: Iterable[str]) -> None:
+    """One row for each estimator: samples to 95% of the best return, paid by token and at the end."""
+    rows_per_step, best = 4 * 8, LONG + LURE
+    print("| credit | samples to 95%, paid by token (solved) | paid at the end (solved) | by token / terminal credit |")
+    print("|---|---|---|---|")
+    yardstick: float | None = None
+    for name in only or ARMS:
+        cells, medians = [], []
+        for reward in ("lured_at_the_end", "lured"):
+            shared = {
+                "rollout": {"sampling": {"max_new_tokens": LONG, "min_new_tokens": LONG}},
+                "rewards": [{"fn": f"{__name__}:{reward}", "name": "task"}],
+                "objective": {"surrogate": "policy_gradient"},
+                "kl": {"place": "none"},
+                "stop": {"steps": 200},
+                "update": {"learning_rate": 5e-3},
+            }
+            arm, bound = merged(shared, ARMS[name]), ENOUGH * best
+            steps = [steps_until(returns(seed, arm, bound)[0], bound) for seed in seeds]
+            solved = [step for step in steps if step is not None]
+            medians.append(statistics.median([step or 10**6 for step in steps]) * rows_per_step)
+            cells.append(f"{_samples(medians[-1])} ({len(solved)} of {len(steps)})")
+        yardstick = medians[0] if yardstick is None else yardstick
+        print(f"| `{name}` | {cells[1]} | {cells[0]} | {_ratio(medians[1], yardstick)} |", flush=True)
+
+
+def _samples(median: float) -> str:
+    return "not reached" if median >= 10**6 else f"{median:,.0f}"
+
+
+def _ratio(median: float, yardstick: float) -> str:
+    return "" if max(median, yardstick) >= 10**6 else f"{median / yardstick:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["presets", "credit"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--only", nargs="*", default=[], help="Rows of the table; all unless given.")
+    options = parser.parse_args()
+    print(f"{date.today()}, {platform.platform()}: {' '.join(sys.argv)}\n")
+    (presets if options.what == "presets" else credit)(options.seeds, options.only)
+
+
+if __name__ == "__main__":
+    main()
