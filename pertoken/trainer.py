@@ -20,6 +20,7 @@ from pertoken.batching import Part, minibatches, to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation, Evaluator
+from pertoken.examples import Examples
 from pertoken.guards import Guards, writing_figures
 from pertoken.memory import Heap, peak_memory
 from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, policy_loss
@@ -78,6 +79,8 @@ class Run:
     guards: Guards
     """What looks for signs that the reward is gamed."""
     task_name: str = ""
+    examples: Examples | None = None
+    """How items become rows, where the run learns from answers in the data."""
     notes: list[str] = field(default_factory=list)
     """What was decided or left out while setting up, in sentences for a person."""
     progress: Progress = field(default_factory=Progress)
@@ -91,9 +94,10 @@ class Run:
     def stop_reason(self) -> str | None:
         """Why the run ends now, in words; None while it goes on."""
         stop, now, metric = self.config.stop, self.progress, self.config.evaluation.metric
+        learnt = "generated" if self.config.offline is None else "learnt from"
         conditions = [
             (stop.steps, now.step, f"made all {stop.steps} steps"),
-            (stop.tokens, now.tokens, f"generated {now.tokens} tokens (stop.tokens {stop.tokens})"),
+            (stop.tokens, now.tokens, f"{learnt} {now.tokens} tokens (stop.tokens {stop.tokens})"),
             (stop.seconds, now.seconds, f"trained for {now.seconds:.0f} s (stop.seconds {stop.seconds})"),
             (stop.metric, now.best_metric, f"{metric} reached {now.best_metric:.4f} (stop.metric {stop.metric})"),
             (stop.patience, now.evaluations_since_best, f"no better {metric} in {stop.patience} evaluations"),
@@ -165,7 +169,7 @@ def loop(
     while not (reason := run.stop_reason()) and not interrupted():
         begun, step = time.monotonic(), run.progress.step + 1
         run.before_step = run.state_dict()
-        clock = _Clock()
+        clock = Clock()
         episodes = generate(run, step)
         clock.lap("rollout")
         batch = to_batch(episodes, run.controls, device=str(run.policy.device))
@@ -289,9 +293,7 @@ def update(
 ) -> Updated:
     """All optimiser steps on one batch. A non-finite loss or gradient skips its optimiser step and is counted."""
     config, exact = run.config.update, _exact(run)
-    rate = learning_rate_factor(run.config, step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * rate
+    rate = set_learning_rate(run, step)
     streams: dict[str, Tensor] = {}
     sums = {"loss/policy": 0.0, "loss/value": 0.0}
     norms: list[float] = []
@@ -321,7 +323,7 @@ def update(
             bad = bad or f"loss {loss.item()} in episodes {', '.join(part.batch.episode_ids[:4])} ..."
         if part.last_of_step:
             steps += 1
-            norm = _step_optimizer(run, bad, step)
+            norm = step_optimizer(run, bad, step)
             moved = moved or norm is not None
             norms += [] if norm is None else [norm]
             bad = ""
@@ -385,7 +387,7 @@ def _part_loss(
     return loss
 
 
-def _step_optimizer(run: Run, bad: str, step: int) -> float | None:
+def step_optimizer(run: Run, bad: str, step: int) -> float | None:
     """Clip and step; None if the gradient could not be used."""
     parameters = list(run.policy.trainable().values())
     limit = run.config.update.max_grad_norm
@@ -404,6 +406,14 @@ def _step_optimizer(run: Run, bad: str, step: int) -> float | None:
             )
     run.optimizer.zero_grad(set_to_none=False)  # gradients stay where they are: new ones would leave the heap in pieces
     return norm if usable else None
+
+
+def set_learning_rate(run: Run, step: int) -> float:
+    """Give each group of parameters the learning rate of `step`; returns its share of the peak."""
+    share = learning_rate_factor(run.config, step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * share
+    return share
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:
@@ -495,7 +505,7 @@ def evaluate(run: Run, log: RunLog) -> Evaluation | None:
     return result
 
 
-class _Clock:
+class Clock:
     """Seconds of each stage of a step."""
 
     def __init__(self) -> None:

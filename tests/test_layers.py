@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pertoken"
 
-MATHS = {"credit", "objectives"}
+MATHS = {"credit", "objectives", "preferences"}
 STAGES = {"policy", "rollout", "rewards", "batching"}
 
 MAY: dict[str, set[str]] = {
@@ -38,6 +38,7 @@ MAY: dict[str, set[str]] = {
     # what joins them
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
     "guards": {"rewards"},
+    "examples": {"errors", "types", "rollout"},
     "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
     "trainer": {
         *(
@@ -51,6 +52,7 @@ MAY: dict[str, set[str]] = {
             "tracking",
             "observe",
             "guards",
+            "examples",
             "evaluation",
         ),
         *(STAGES | MATHS),
@@ -58,7 +60,8 @@ MAY: dict[str, set[str]] = {
 }
 MAY["assignment"] = {"types", "config", "credit"}
 MAY["trainer"] |= {"assignment"}
-MAY["build"] = MAY["trainer"] | {"trainer", "text_metrics"}
+MAY["offline"] = MAY["trainer"] | {"trainer"}
+MAY["build"] = MAY["offline"] | {"offline", "text_metrics"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["run"] = MAY["build"] | {"build"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
