@@ -21,9 +21,9 @@ from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
+from pertoken.prompts import prompt_ids
 from pertoken.rewards import Multiplier, Normaliser, Schedule, Weighted, resolve
 from pertoken.rollout.by_generate import TransformersEngine
-from pertoken.rollout.collect import prompt_ids
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls

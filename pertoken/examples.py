@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pertoken.errors import ModelError, TaskError
-from pertoken.rollout.collect import prompt_ids, to_episode
+from pertoken.prompts import prompt_ids
+from pertoken.rollout.collect import to_episode
 from pertoken.types import Completion, Episode, Item
 
 Kind = Literal["answers", "pairs", "labels"]

@@ -19,9 +19,10 @@ from pertoken.config import DocstringsTask, RewardConfig, RunConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
+from pertoken.prompts import prompt_ids
 from pertoken.rewards import Scene, score
 from pertoken.rewards.align import align
-from pertoken.rollout.collect import collect, prompt_ids, sample_seed
+from pertoken.rollout.collect import collect, sample_seed
 from pertoken.sampling import Controls
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.comparison import Comparison, compare

@@ -26,8 +26,9 @@ MAY: dict[str, set[str]] = {
     "background": set(),
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
+    "prompts": {"errors", "types"},
     # the stages of a step: each knows the types, none knows a sibling
-    **{stage: {"errors", "cache", "native", "background", "sampling", "types"} for stage in STAGES},
+    **{stage: {"errors", "cache", "native", "background", "sampling", "types", "prompts"} for stage in STAGES},
     **{maths: {"types"} for maths in MATHS},
     # beside the stages
     "config": {"errors", "sampling"},
@@ -38,7 +39,7 @@ MAY: dict[str, set[str]] = {
     # what joins them
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
     "guards": {"rewards"},
-    "examples": {"errors", "types", "rollout"},
+    "examples": {"errors", "types", "prompts", "rollout"},
     "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
     "trainer": {
         *(
@@ -53,6 +54,7 @@ MAY: dict[str, set[str]] = {
             "observe",
             "guards",
             "examples",
+            "prompts",
             "evaluation",
         ),
         *(STAGES | MATHS),

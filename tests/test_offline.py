@@ -15,6 +15,7 @@ from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError, TaskError
 from pertoken.examples import Examples
 from pertoken.policy.model import Policy
+from pertoken.rewards import Implicit, Scene
 from pertoken.sampling import Controls
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.tracking import RunReader
@@ -242,6 +243,13 @@ def test_it_learns_what_the_answers_say(place, model_folder, tmp_path):
     curve = RunReader(tmp_path / "dpo").metrics()["preference/margin"]
     assert curve[0] == pytest.approx(0, abs=1e-4)
     assert curve[-1] > 0.5
+    # As a reward the trained model pays held-out answers what it was trained to.
+    it = build.build_run(config)
+    rows, good = it.evaluator.given.examples.episodes(it.evaluator.items)
+    scene = Scene(to_batch(rows, Controls()), rows, it.policy.tokenizer)
+    paid = Implicit(str(tmp_path / "dpo" / "model"), str(tmp_path / "sft" / "model"))(scene).sum(1)
+    margins = paid[torch.tensor(good)] - paid[~torch.tensor(good)]
+    assert margins.mean().item() == pytest.approx(changes["preference_margin"].after, abs=1e-3)
     episodes = RunReader(tmp_path / "dpo").episodes(20)
     assert episodes[0]["id"].endswith("/chosen")
     assert sum(episodes[0]["streams"]["reward/implicit"]) > sum(episodes[1]["streams"]["reward/implicit"])
