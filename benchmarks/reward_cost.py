@@ -42,6 +42,7 @@ ELSEWHERE = {
     "evaluate": "as its metric",
     "similarity": "an embedding for each sentence",
     "entailment": "as its model",
+    "implicit": "a pass of each of its two models",
     "facts": "as its graph",
     "ensemble": "as its members",
     "judge": "as its model",

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pertoken.config import DocstringsTask, EvaluationConfig, RewardConfig, RolloutConfig, RunConfig, TaskConfig
+from pertoken import offline
+from pertoken.config import DocstringsTask, KLConfig, OfflineConfig, RewardConfig, RolloutConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, ModelError, TaskError
 from pertoken.evaluation import Evaluator
+from pertoken.examples import Examples
 from pertoken.guards import Guards
 from pertoken.memory import GIGABYTE, installed_memory, used_memory
 from pertoken.objectives import AdaptiveKL, FixedKL
@@ -18,9 +20,9 @@ from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
+from pertoken.prompts import prompt_ids
 from pertoken.rewards import Isolated, Multiplier, Normaliser, Reward, Schedule, Stateful, Weighted, make
 from pertoken.rollout.by_generate import TransformersEngine
-from pertoken.rollout.collect import prompt_ids
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
@@ -43,9 +45,16 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     rewards = build_rewards(config.rewards)
     _refuse_scored_twice(config, rewards)
     policy = build_policy(config)
-    items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
+    examples = None
+    if config.offline is None:
+        items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
+        batch_of(items, 0, config.rollout.prompts_per_step, config.seed)  # or there are too few
+    else:
+        examples = build_examples(config.offline, task, policy)
+        items, notes = examples.fitting(task.items("train"), config.offline.max_tokens)
+        batch_of(items, 0, config.offline.batch, config.seed)
+        notes += _not_used(config)
     _refuse_unknown_tokens(items, policy)
-    batch_of(items, 0, config.rollout.prompts_per_step, config.seed)  # or there are too few
     if isinstance(task, FileTask):
         notes += [f"skipped {bad}" for bad in task.bad_rows]
     if policy.layout == "padded":
@@ -60,8 +69,12 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         notes.append("this model's attention keeps no memory here: each token recomputes its text, which is slow "
                      "(rollout.engine=transformers may know how to keep it)")  # fmt: skip
     needs_reference = config.kl.measure or config.kl.place != "none"
+    if config.offline is not None:
+        needs_reference = config.kl.measure or offline.needs_reference(config.offline)
     reference = policy.reference() if needs_reference else None
     optimizer = build_optimizer(config, policy)
+    evaluator, about_held_out = build_evaluator(config, task, policy)
+    notes += about_held_out
     estimate = used_memory(policy.device) + footprint(policy).update(config.update.tokens_per_micro_batch) / GIGABYTE
     notes += _memory_notes(estimate, policy.device)
     run = Run(
@@ -75,7 +88,8 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         kl=build_kl(config),
         optimizer=optimizer,
         guards=Guards(config.guards.window),
-        evaluator=build_evaluator(config.evaluation, task, policy),
+        evaluator=evaluator,
+        examples=examples,
         memory_estimate=estimate,
         notes=notes,
     )
@@ -221,17 +235,46 @@ def build_optimizer(config: RunConfig, policy: Policy) -> torch.optim.Optimizer:
     )
 
 
-def build_evaluator(config: EvaluationConfig, task: ItemTask, policy: Policy) -> Evaluator | None:
-    """The held-out evaluation, or None if it is turned off."""
-    if config.items == 0:
-        return None
-    items = task.items(config.split)[: config.items]
+def build_examples(method: OfflineConfig, task: ItemTask, policy: Policy) -> Examples:
+    """How the items of `task` become rows of answers that `method` learns from."""
+    train = task.items("train")
+    if not train:
+        raise TaskError(f"task {task.name}: the train split is empty")
+    kind = offline.kind_of(method, train)
+    return Examples.of(kind, policy.tokenizer, policy.eos_ids, policy.context_length)
+
+
+def _not_used(config: RunConfig) -> list[str]:
+    """A note on what is set and has no effect without samples and rewards of one's own."""
+    default, rollout = RunConfig(), ("prompts_per_step", "samples_per_prompt", "sampling", "ahead", "max_prompt_tokens")
+    found = [name for name in ("credit", "objective") if getattr(config, name) != getattr(default, name)]
+    found += [
+        f"kl.{name}" for name in ("place", "coefficient") if getattr(config.kl, name) != getattr(KLConfig(), name)
+    ]
+    found += [f"rollout.{name}" for name in rollout if getattr(config.rollout, name) != getattr(RolloutConfig(), name)]
+    return [f"method {config.method.type} does not use {', '.join(found)}"] if found else []
+
+
+def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[Evaluator | None, list[str]]:
+    """The held-out evaluation, or None if it is turned off; and notes on what was left out of it."""
+    evaluation, given, notes = config.evaluation, None, list[str]()
+    if evaluation.items == 0:
+        return None, notes
+    items = task.items(evaluation.split)
     if not items:
-        raise TaskError(f"task {task.name}: the {config.split} split is empty; set evaluation.items=0 to go without")
+        raise TaskError(
+            f"task {task.name}: the {evaluation.split} split is empty; set evaluation.items=0 to go without"
+        )
+    if config.offline is not None:
+        examples = build_examples(config.offline, task, policy)
+        items, left_out = examples.fitting(items, config.offline.max_tokens)
+        notes += [f"{evaluation.split}: {note}" for note in left_out]
+        given = offline.HeldOutAnswers(config.offline, examples, items[: evaluation.items])
+    items = items[: evaluation.items]
     _refuse_too_long(items, policy)
     _refuse_unknown_tokens(items, policy)
-    controls = Controls.resolve(config.sampling, policy.tokenizer, policy.eos_ids)
-    return Evaluator(items, controls, metric=config.metric)
+    controls = Controls.resolve(evaluation.sampling, policy.tokenizer, policy.eos_ids)
+    return Evaluator(items, controls, metric=evaluation.metric, given=given), notes
 
 
 def _fitting(

@@ -455,9 +455,9 @@ class _StepDisplay:
 
     def step(self, report: Any, seconds: float) -> None:
         m = report.metrics
-        line = f"reward {m['reward/total']:+.4f}"
-        if "kl/sequence" in m:
-            line += f"  KL {m['kl/sequence']:.3f}"
+        line = f"reward {m['reward/total']:+.4f}" if "reward/total" in m else f"loss {m['loss/policy']:.4f}"
+        for name, label in (("kl/sequence", "KL"), ("preference/margin", "margin"), ("preference/accuracy", "right")):
+            line += f"  {label} {m[name]:.3f}" if name in m else ""
         line += f"  length {m['completion/length']:.1f}  {m['tokens/per_second']:.0f} tok/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=report.step, description=line)

@@ -116,6 +116,10 @@ class FileTask(Section):
     """Column with a unique id; null numbers the rows."""
     info: tuple[str, ...] = ()
     """Further columns handed to rewards and baselines."""
+    rejected: str | None = None
+    """Column with an answer that is worse than `answer`, for methods that learn from preferences."""
+    desirable: str | None = None
+    """Column with true or false: whether `answer` is a good one (method kto)."""
     max_bad_rows: int = Field(default=0, ge=0)
     """Skip and list up to this many unusable rows; one more ends the run."""
     limit: int | None = Field(default=None, ge=1)
@@ -124,6 +128,95 @@ class FileTask(Section):
     """Shares of train, validation, test where the data has no splits."""
     seed: int = 0
     """Decides which rows fall into which split."""
+
+
+class Reinforcement(Section):
+    """Learn from samples of its own and what rewards say of them; `credit` and `objective` say how."""
+
+    type: Literal["rl"] = "rl"
+
+
+class GivenAnswers(Section):
+    """What all methods have that learn from answers in the data, not from samples."""
+
+    batch: int = Field(default=8, ge=1)
+    """Items per step; a step is one update."""
+    max_tokens: int | None = Field(default=None, ge=2)
+    """Leave out items with longer rows, prompt and answer together (counted and told); null keeps all, and names the
+    first one that the context cannot hold."""
+
+
+class Sft(GivenAnswers):
+    """Supervised fine-tuning on the reference answers; prompts are read and not learnt."""
+
+    type: Literal["sft"] = "sft"
+    over: Literal["token", "sequence"] = "token"
+    """Average over all tokens of the answers, or over answers of their token means."""
+
+
+class Pairs(GivenAnswers):
+    """What all methods have that compare `task.answer` with `task.rejected`."""
+
+    sft_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the supervised loss of the chosen answers, per token: keeps their probability from falling."""
+
+
+class Dpo(Pairs):
+    """Direct preference optimisation: the chosen answer gains on the rejected one, compared with the reference."""
+
+    type: Literal["dpo"] = "dpo"
+    beta: float = Field(default=0.1, gt=0)
+    """Implicit reward per nat of log-ratio to the reference; larger stays closer to it."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of labels that are taken to be wrong."""
+
+
+class Ipo(Pairs):
+    """DPO with a goal for the margin in place of a sigmoid, which cannot be overshot."""
+
+    type: Literal["ipo"] = "ipo"
+    beta: float = Field(default=0.1, gt=0)
+    """The goal is 1 / (2 beta) nats."""
+
+
+class Tdpo(Pairs):
+    """DPO that holds back the KL to the reference at each token (TDPO2)."""
+
+    type: Literal["tdpo"] = "tdpo"
+    beta: float = Field(default=0.1, gt=0)
+    """Implicit reward per nat of log-ratio to the reference."""
+    alpha: float | None = Field(default=0.5, ge=0)
+    """Weight of the KL of the rejected answer exceeding that of the chosen one; null is TDPO1, where both have a
+    gradient and weight 1."""
+
+
+class Simpo(Pairs):
+    """Preferences by the mean log-prob of a token, without a reference."""
+
+    type: Literal["simpo"] = "simpo"
+    beta: float = Field(default=2.0, gt=0)
+    """Score per nat of mean log-prob."""
+    gamma: float = Field(default=1.0, ge=0)
+    """Margin that the chosen answer must have."""
+
+
+class Kto(GivenAnswers):
+    """Answers that are desirable or not, by themselves (`task.desirable`), or both of each pair (`task.rejected`)."""
+
+    type: Literal["kto"] = "kto"
+    beta: float = Field(default=0.1, gt=0)
+    """Implicit reward per nat of log-ratio to the reference."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of desirable answers."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of the others. Weight times number should be about the same for both kinds."""
+
+
+PairConfig = Dpo | Ipo | Tdpo | Simpo
+PreferenceConfig = PairConfig | Kto
+OfflineConfig = Sft | PreferenceConfig
+"""Methods that learn from answers in the data."""
+MethodConfig = Annotated[Reinforcement | OfflineConfig, Field(discriminator="type")]
 
 
 class RolloutConfig(Section):
@@ -442,7 +535,7 @@ class StopConfig(Section):
     steps: int | None = Field(default=None, ge=0)
     """After this many steps."""
     tokens: int | None = Field(default=None, ge=1)
-    """After this many generated tokens."""
+    """After this many generated tokens (of answers, where a method learns from those in the data)."""
     seconds: float | None = Field(default=None, gt=0)
     """After this much wall time of training."""
     metric: float | None = None
@@ -510,6 +603,9 @@ class RunConfig(Section):
     """A published method by its name (`pertoken algorithms` lists them): stands for the settings of its table, over
     which keys beside it and in later files or overrides win; null is the settings below."""
     policy: PolicyConfig = PolicyConfig()
+    method: MethodConfig = Reinforcement()
+    """Learn from samples and rewards (rl), or from answers in the data; sections that a method does not use are named
+    when the run begins."""
     task: TaskConfig = DocstringsTask()
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardConfig, ...] = Field(default=(RewardConfig(name="rouge_l"),), min_length=1)
@@ -532,6 +628,11 @@ class RunConfig(Section):
     @classmethod
     def _with_preset(cls, values: Any) -> Any:
         return _expand(values) if isinstance(values, dict) else values
+
+    @property
+    def offline(self) -> OfflineConfig | None:
+        """The method, if it learns from answers in the data."""
+        return None if isinstance(self.method, Reinforcement) else self.method
 
     @model_validator(mode="after")
     def _can_work(self) -> "RunConfig":
@@ -616,6 +717,31 @@ class RunConfig(Section):
         yield (
             self.update.minibatches > rows,
             f"update.minibatches {self.update.minibatches} exceeds the {rows} samples of a step.",
+        )
+        offline, method = self.offline is not None, f"method.type {self.method.type}"
+        yield (
+            offline and (self.update.minibatches > 1 or self.update.epochs > 1),
+            f"{method} makes one update of each batch: update.minibatches and update.epochs must be 1; method.batch "
+            "and stop.steps say how much is seen in an update, and how often.",
+        )
+        yield (
+            offline and self.policy.value_head is not None,
+            f"policy.value_head is set, but {method} trains no critic: drop it.",
+        )
+        yield (
+            offline and (stop.kl is not None or self.kl.target is not None),
+            f"{method} samples nothing, so there is no KL to look at: leave out stop.kl and kl.target.",
+        )
+        pairs_of = self.task if isinstance(self.task, FileTask) else None
+        yield (
+            isinstance(self.method, Pairs) and (pairs_of is None or pairs_of.rejected is None),
+            f"{method} compares two answers: name the column of the worse one in task.rejected.",
+        )
+        yield (
+            self.method.type == "kto"
+            and (pairs_of is None or (pairs_of.rejected is None) == (pairs_of.desirable is None)),
+            f"{method} needs to know which answers are good: name a column of true and false in task.desirable, or one "
+            "of worse answers in task.rejected (and not both).",
         )
         yield (
             all(value is None for value in stop.model_dump().values()),

@@ -1,9 +1,9 @@
 """Held-out quality: the same items, answered by the policy before and after, with intervals and trivial baselines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from pertoken.batching import to_batch
 from pertoken.errors import ConfigError, closest
@@ -44,6 +44,20 @@ class Evaluation:
         return {"step": step, "split": split, **self.summary, "items": {"id": [row["id"] for row in self.rows]} | items}
 
 
+@runtime_checkable
+class GivenAnswers(Protocol):
+    """Measures what a policy makes of the answers that the held-out items bring."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its metrics."""
+        ...
+
+    def __call__(self, policy: Policy, reference: Reference | None) -> Mapping[str, list[float]]:
+        """Each metric for each item, in the order of the evaluator's items."""
+        ...
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Answers fixed held-out items and measures the answers; the same call before, during and after training."""
@@ -51,9 +65,11 @@ class Evaluator:
     items: Sequence[Item]
     controls: Controls
     metric: str
+    given: GivenAnswers | None = None
+    """Metrics of the answers in the data, where a method learns from such."""
 
     def __post_init__(self) -> None:
-        known = (*ITEM_METRICS, *CORPUS_METRICS, PERPLEXITY)
+        known = (*ITEM_METRICS, *CORPUS_METRICS, PERPLEXITY, *(self.given.names if self.given else ()))
         if self.metric not in known:
             raise ConfigError(f"evaluation.metric: unknown {self.metric!r}; {closest(self.metric, known)}")
 
@@ -64,6 +80,11 @@ class Evaluator:
         episodes = collect(engine, self.items, policy.tokenizer, self.controls)
         outputs = [align(e.tokens[e.prompt_length :], policy.tokenizer).text for e in episodes]
         per_item, summary = _measure(outputs, self.items)
+        if self.given is not None:
+            known = self.given(policy, reference)
+            per_item |= known
+            summary["metrics"] |= {name: fmean(values) for name, values in known.items()}
+            summary["intervals"] |= {name: _interval(values) for name, values in known.items()}
         # Scored without the sampling controls: what is asked is how natural the words are, not how they were drawn.
         batch = to_batch(episodes, Controls(), device=str(policy.device))
         old, ref = policy.score(batch), reference.score(batch) if reference else None
@@ -99,10 +120,7 @@ def _measure(outputs: Sequence[str], items: Sequence[Item]) -> tuple[dict[str, l
     per_item = item_metrics(outputs, references)
     summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in per_item.items()}}
     summary["metrics"] |= corpus_metrics(outputs, references)
-    summary["intervals"] = {}
-    for name, values in per_item.items():
-        interval = bootstrap_mean(values)
-        summary["intervals"][name] = [interval.low, interval.high]
+    summary["intervals"] = {name: _interval(values) for name, values in per_item.items()}
     sources = [_source(item) for item in items]
     trivial = {"first sentence": [first_sentence(s) for s in sources], "copy": sources, "empty": [""] * len(items)}
     summary["baselines"] = {
@@ -111,6 +129,11 @@ def _measure(outputs: Sequence[str], items: Sequence[Item]) -> tuple[dict[str, l
         for name, texts in trivial.items()
     }
     return per_item, summary
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    interval = bootstrap_mean(values)
+    return [interval.low, interval.high]
 
 
 def _references(item: Item) -> list[str]:

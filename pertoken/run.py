@@ -12,16 +12,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pertoken import build
+from pertoken import build, offline
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, RewardConfig, RunConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
+from pertoken.prompts import prompt_ids
 from pertoken.rewards import Isolated, Scene, score
 from pertoken.rewards.align import align
-from pertoken.rollout.collect import collect, prompt_ids, sample_seed
+from pertoken.rollout.collect import collect, sample_seed
 from pertoken.sampling import Controls
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.comparison import Comparison, compare
@@ -122,7 +123,8 @@ def _train(
         # What ends before the first evaluation has nothing to save: resumed, it begins at the beginning.
         reason = "interrupted"
         if not should_end():
-            reason = loop(run, log, on_step=after_step, interrupted=should_end)
+            train_by = loop if run.config.offline is None else offline.loop
+            reason = train_by(run, log, on_step=after_step, interrupted=should_end)
             if run.stop_reason() is None:
                 checkpoint(run, log)
         stopped_early = run.stop_reason() is None
@@ -162,7 +164,7 @@ def evaluate(config: RunConfig, *, model: str | None = None, against: str | None
     rows: list[dict[str, Any]] = []
     for name in names:
         policy = _policy(config, name)
-        evaluator = build.build_evaluator(config.evaluation, task, policy)
+        evaluator, _ = build.build_evaluator(config, task, policy)
         if evaluator is None:
             raise ConfigError("evaluation.items is 0: there is nothing to evaluate")
         result = evaluator(build.build_engine(policy, config.rollout), policy, judge)
@@ -265,15 +267,17 @@ def _policy(config: RunConfig, name: str) -> Policy:
 
 def _about(config: RunConfig) -> dict[str, str | int | float]:
     """The run in a few words, for the head of its report."""
-    rewards = " + ".join(f"{_weight(r)} x {r.name or r.fn}" for r in config.rewards)
     trained = f"LoRA rank {config.policy.lora.rank}" if config.policy.lora else "all weights"
     task = config.task.type if isinstance(config.task, DocstringsTask) else str(config.task.path)
     about: dict[str, str | int | float] = {
         "model": f"{config.policy.model} ({trained})",
         "task": task,
-        "rewards": rewards,
-        "algorithm": f"{config.credit.type}, {config.objective.surrogate}",
     }
+    if config.offline is not None:
+        about["algorithm"] = config.offline.type
+    else:
+        about["rewards"] = " + ".join(f"{_weight(r)} x {r.name or r.fn}" for r in config.rewards)
+        about["algorithm"] = f"{config.credit.type}, {config.objective.surrogate}"
     return about | ({"steps": config.stop.steps} if config.stop.steps is not None else {})
 
 

@@ -20,6 +20,7 @@ from pertoken.batching import Part, minibatches, to_batch
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation, Evaluator
+from pertoken.examples import Examples
 from pertoken.guards import Guards, writing_figures
 from pertoken.memory import Heap, peak_memory
 from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, kl_per_token, policy_loss
@@ -78,6 +79,8 @@ class Run:
     guards: Guards
     """What looks for signs that the reward is gamed."""
     task_name: str = ""
+    examples: Examples | None = None
+    """How items become rows, where the run learns from answers in the data."""
     notes: list[str] = field(default_factory=list)
     """What was decided or left out while setting up, in sentences for a person."""
     progress: Progress = field(default_factory=Progress)
@@ -93,9 +96,10 @@ class Run:
     def stop_reason(self) -> str | None:
         """Why the run ends now, in words; None while it goes on."""
         stop, now, metric = self.config.stop, self.progress, self.config.evaluation.metric
+        learnt = "generated" if self.config.offline is None else "learnt from"
         conditions = [
             (stop.steps, now.step, f"made all {stop.steps} steps"),
-            (stop.tokens, now.tokens, f"generated {now.tokens} tokens (stop.tokens {stop.tokens})"),
+            (stop.tokens, now.tokens, f"{learnt} {now.tokens} tokens (stop.tokens {stop.tokens})"),
             (stop.seconds, now.seconds, f"trained for {now.seconds:.0f} s (stop.seconds {stop.seconds})"),
             (stop.metric, now.best_metric, f"{metric} reached {now.best_metric:.4f} (stop.metric {stop.metric})"),
             (stop.patience, now.evaluations_since_best, f"no better {metric} in {stop.patience} evaluations"),
@@ -167,7 +171,7 @@ def loop(
     while not (reason := run.stop_reason()) and not interrupted():
         begun, step = time.monotonic(), run.progress.step + 1
         run.before_step = run.state_dict()
-        clock = _Clock()
+        clock = Clock()
         episodes = generate(run, step)
         clock.lap("rollout")
         batch = to_batch(episodes, run.controls, device=str(run.policy.device))
@@ -366,9 +370,7 @@ def update(
 ) -> Updated:
     """All optimiser steps on one batch. A non-finite loss or gradient skips its optimiser step and is counted."""
     config, exact = run.config.update, _exact(run)
-    rate = learning_rate_factor(run.config, step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * rate
+    rate = set_learning_rate(run, step)
     streams: dict[str, Tensor] = {}
     sums = {"loss/policy": 0.0, "loss/value": 0.0}
     norms: list[float] = []
@@ -406,7 +408,7 @@ def update(
             if drift.too_far():
                 run.optimizer.zero_grad(set_to_none=False)
                 break
-            norm = _step_optimizer(run, bad, step, head_only=head_only)
+            norm = step_optimizer(run, bad, step, head_only=head_only)
             moved = moved or norm is not None
             norms += [] if norm is None else [norm]
             bad = ""
@@ -525,7 +527,7 @@ def _part_loss(
     return loss
 
 
-def _step_optimizer(run: Run, bad: str, step: int, *, head_only: bool = False) -> float | None:
+def step_optimizer(run: Run, bad: str, step: int, *, head_only: bool = False) -> float | None:
     """Clip and step; None if the gradient could not be used. With `head_only`, all but the value head stays put."""
     named = run.policy.trainable()
     kept = {name: p.grad for name, p in named.items() if head_only and not name.startswith("value_head.")}
@@ -550,6 +552,14 @@ def _step_optimizer(run: Run, bad: str, step: int, *, head_only: bool = False) -
         named[name].grad = gradient
     run.optimizer.zero_grad(set_to_none=False)  # gradients stay where they are: new ones would leave the heap in pieces
     return norm if usable else None
+
+
+def set_learning_rate(run: Run, step: int) -> float:
+    """Give each group of parameters the learning rate of `step`; returns its share of the peak."""
+    share = learning_rate_factor(run.config, step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * share
+    return share
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:
@@ -641,7 +651,7 @@ def evaluate(run: Run, log: RunLog) -> Evaluation | None:
     return result
 
 
-class _Clock:
+class Clock:
     """Seconds of each stage of a step."""
 
     def __init__(self) -> None:

@@ -233,7 +233,8 @@ class PolicyOutput:
     hidden: Float[Tensor, "B T H"] | None = None
     """Last hidden state that each action is predicted from, where it was asked for."""
     kl: Float[Tensor, "B T"] | None = None
-    """KL over the whole vocabulary from this policy to the one that it was scored against (nats); None without one."""
+    """KL over the whole vocabulary from this policy to the one that it was scored against, or from that one to this if
+    so asked (nats); None without one."""
 
     def rows(self, index: Int[Tensor, " R"]) -> "PolicyOutput":
         """The output of the rows `index`, in that order."""

@@ -138,6 +138,8 @@ def place(tmp_path, monkeypatch, model_folder):
     """A folder with what the snippets speak of: a model, data, and the modules that begin with `# name.py`."""
     rows = [{"prompt": f"It is day {k}.", "reference": f"day {k}"} for k in range(60)]
     (tmp_path / "my_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": row["prompt"], "chosen": row["reference"], "rejected": "no"} for row in rows]
+    (tmp_path / "my_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (tmp_path / "facts.jsonl").write_text(json.dumps({"subject": "day 1", "relation": "after", "object": "day 0"}))
     (tmp_path / "relations.jsonl").write_text(json.dumps({"relation": "after", "patterns": ["[X] follows [Y]."]}))
     (tmp_path / "my_model").symlink_to(model_folder)

@@ -14,8 +14,8 @@ from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import ModelError, NumericsError, TaskError
 from pertoken.observe import observe
+from pertoken.prompts import prompt_ids
 from pertoken.rewards import Scene
-from pertoken.rollout.collect import prompt_ids
 from pertoken.testing import byte_tokenizer, episode, tiny_model
 from pertoken.types import Item
 

@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pertoken"
 
-MATHS = {"credit", "objectives"}
+MATHS = {"credit", "objectives", "preferences"}
 STAGES = {"policy", "rollout", "rewards", "batching"}
 
 MAY: dict[str, set[str]] = {
@@ -28,8 +28,12 @@ MAY: dict[str, set[str]] = {
     "workers": {"errors", "memory"},
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
+    "prompts": {"errors", "types"},
     # the stages of a step: each knows the types, none knows a sibling
-    **{stage: {"errors", "cache", "native", "background", "workers", "sampling", "types"} for stage in STAGES},
+    **{
+        stage: {"errors", "cache", "native", "background", "workers", "sampling", "types", "prompts"}
+        for stage in STAGES
+    },
     **{maths: {"types"} for maths in MATHS},
     # beside the stages
     "presets": set(),
@@ -41,6 +45,7 @@ MAY: dict[str, set[str]] = {
     # what joins them
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
     "guards": {"rewards"},
+    "examples": {"errors", "types", "prompts", "rollout"},
     "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
     "trainer": {
         *(
@@ -54,6 +59,8 @@ MAY: dict[str, set[str]] = {
             "tracking",
             "observe",
             "guards",
+            "examples",
+            "prompts",
             "evaluation",
         ),
         *(STAGES | MATHS),
@@ -61,7 +68,8 @@ MAY: dict[str, set[str]] = {
 }
 MAY["assignment"] = {"types", "config", "credit"}
 MAY["trainer"] |= {"assignment"}
-MAY["build"] = MAY["trainer"] | {"trainer", "text_metrics"}
+MAY["offline"] = MAY["trainer"] | {"trainer"}
+MAY["build"] = MAY["offline"] | {"offline", "text_metrics"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["run"] = MAY["build"] | {"build"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}

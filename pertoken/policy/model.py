@@ -190,8 +190,11 @@ class Reference:
         with self._frozen():
             return _score_in_parts(trunk, batch, policy.tokens_per_pass, hidden=hidden)
 
-    def against(self, scored: PolicyOutput) -> Against:
-        """What `Policy.score` compares a policy with, of a pass of this reference that has kept its hidden states."""
+    def against(self, scored: PolicyOutput, *, forward: bool = False) -> Against:
+        """What `Policy.score` compares a policy with, of a pass of this reference that has kept its hidden states.
+
+        KL(policy || reference); with `forward` KL(reference || policy).
+        """
         if scored.hidden is None:
             raise ValueError("the pass of the reference kept no hidden states: score(batch, hidden=True)")
 
@@ -199,7 +202,7 @@ class Reference:
             with self._frozen():
                 return head_logits(self._model, hidden)
 
-        return Against(logits, scored.hidden)
+        return Against(logits, scored.hidden, forward)
 
     @property
     def _model(self) -> PreTrainedModel:
@@ -233,7 +236,7 @@ def _score_in_parts(
                 trunk,
                 batch.rows(rows),
                 hidden=hidden,
-                against=None if against is None else Against(against.logits, against.hidden[rows]),
+                against=None if against is None else Against(against.logits, against.hidden[rows], against.forward),
             )
             for rows in parts
         ]

@@ -86,6 +86,8 @@ class Against:
     """Its head."""
     hidden: Float[Tensor, "B T H"]
     """Its hidden states, from a pass of its own (`hidden=True`)."""
+    forward: bool = False
+    """KL from the other policy to the scored one, in place of KL from the scored one to the other."""
 
 
 def score_batch(
@@ -317,6 +319,7 @@ def _head_in_chunks(
             batch.controls,
             entropy_grad,
             None if against is None or other is None else partial(against.logits, other[at]),
+            against is not None and against.forward,
         )
         needs_graph = torch.is_grad_enabled() and hidden.requires_grad
         found.append(checkpoint(_head_chunk, *inputs, use_reentrant=False) if needs_graph else _head_chunk(*inputs))
@@ -333,6 +336,7 @@ def _head_chunk(
     controls: Controls,
     entropy_grad: bool,
     other: Callable[[], Tensor] | None,
+    forward: bool,
 ) -> tuple[Tensor, ...]:
     def log_softmax(logits: Tensor) -> Tensor:
         z = processed_logits(logits, controls, generated, history)
@@ -349,6 +353,8 @@ def _head_chunk(
         return logprobs, entropy
     with torch.no_grad():
         reference = log_softmax(other()).masked_fill(~possible, 0.0)
+    if forward:
+        return logprobs, entropy, (reference.exp() * possible * (reference - finite)).sum(1)
     return logprobs, entropy, (probs * (finite - reference)).sum(1)
 
 

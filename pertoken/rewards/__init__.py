@@ -28,6 +28,7 @@ from pertoken.rewards.evaluate_metric import EvaluateMetric
 from pertoken.rewards.form import Banned, Format
 from pertoken.rewards.functions import CompletionsReward
 from pertoken.rewards.grammar import Harper, LanguageTool, RulePack
+from pertoken.rewards.implicit import Implicit
 from pertoken.rewards.isolation import Isolated
 from pertoken.rewards.judge import Judge
 from pertoken.rewards.kl import KLToReference
@@ -55,6 +56,7 @@ __all__ = [
     "Finding",
     "Format",
     "Harper",
+    "Implicit",
     "Isolated",
     "Judge",
     "KLToReference",

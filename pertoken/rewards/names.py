@@ -38,6 +38,7 @@ BUILT_IN = {
     "documents": "pertoken.rewards.knowledge:Documents",
     "judge": "pertoken.rewards.judge:Judge",
     "ensemble": "pertoken.rewards.ensemble:Ensemble",
+    "implicit": "pertoken.rewards.implicit:Implicit",
     "shaping": "pertoken.rewards.shaping:Shaping",
     "kl": "pertoken.rewards.kl:KLToReference",
 }

@@ -8,28 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from pertoken.errors import ModelError
+from pertoken.prompts import prompt_ids
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
 from pertoken.types import Completion, Episode, Item, Span
-
-
-def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
-    """The ids that the model is prompted with: text as it is, messages through the chat template.
-
-    A model without a chat template takes a single message as plain text; a conversation it cannot take.
-    """
-    if isinstance(item.prompt, str):
-        return list(tokenizer.encode(item.prompt))
-    if not tokenizer.chat_template:
-        if len(item.prompt) == 1:
-            return list(tokenizer.encode(item.prompt[0]["content"]))
-        raise ModelError(
-            f"item {item.id}: its prompt is a conversation of {len(item.prompt)} messages, but this tokenizer has no "
-            "chat template. Give the task a plain text prompt instead."
-        )
-    text = tokenizer.apply_chat_template([dict(m) for m in item.prompt], add_generation_prompt=True, tokenize=False)
-    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def sample_seed(run_seed: int, step: int, item_id: str, sample: int) -> int:

@@ -43,6 +43,8 @@ def load_file_task(
     answer: str | None = "reference",
     id: str | None = None,
     info: Sequence[str] = (),
+    rejected: str | None = None,
+    desirable: str | None = None,
     max_bad_rows: int = 0,
     limit: int | None = None,
     fractions: Sequence[float] = FRACTIONS,
@@ -55,7 +57,7 @@ def load_file_task(
     names columns to hand on as they are, `limit` bounds the items of each split. Where the data has no held-out
     split, the hash of each prompt with `seed` decides by `fractions`, so the order of the rows decides nothing.
     """
-    recipe = _Recipe(PromptTemplate(prompt), answer, id, tuple(info))
+    recipe = _Recipe(PromptTemplate(prompt), answer, id, tuple(info), rejected, desirable)
     sources = sources_of(path)
     undivided = all(source.split in (None, "train") for source in sources)
     pool: dict[Split, list[Item]] = {split: [] for split in SPLITS}
@@ -115,10 +117,12 @@ class _Recipe:
     answer: str | None
     id: str | None
     info: tuple[str, ...]
+    rejected: str | None
+    desirable: str | None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        optional = [name for name in (self.answer, self.id) if name is not None]
+        optional = [name for name in (self.answer, self.id, self.rejected, self.desirable) if name is not None]
         return tuple(dict.fromkeys((*self.prompt.columns, *optional, *self.info)))
 
     def item(self, row: Row | str, number: str) -> Item:
@@ -131,7 +135,13 @@ class _Recipe:
         info = {name: row[name] for name in self.info}
         if self.answer is not None and not isinstance(row[self.answer], str):
             info["references"] = answers
-        if sum(map(len, (*texts.values(), *answers))) > MAX_ROW_BYTES:
+        if self.rejected is not None:
+            info["rejected"] = _text(row[self.rejected], self.rejected)
+            if info["rejected"] in answers:
+                raise UnusableRowError(f"column {self.rejected!r} is the same text as the answer: nothing to prefer")
+        if self.desirable is not None:
+            info["desirable"] = _truth(row[self.desirable], self.desirable)
+        if sum(map(len, (*texts.values(), *answers, info.get("rejected", "")))) > MAX_ROW_BYTES:
             raise UnusableRowError(f"larger than {MAX_ROW_BYTES / 1e6:.0f} MB")
         name = number if self.id is None else _id(row[self.id], self.id)
         return Item(name, self.prompt.render(texts), answers[0] if answers else None, info)
@@ -158,6 +168,15 @@ def _texts(value: object, column: str) -> list[str]:
     if not value:
         raise UnusableRowError(f"column {column!r} is an empty list")
     return [_text(text, column) for text in value]
+
+
+def _truth(value: object, column: str) -> bool:
+    """True or false, as data have it: a boolean, 1 or 0, or one of these words."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    found = known.get(str(value).strip().casefold()) if isinstance(value, bool | int | str) else None
+    if found is None:
+        raise UnusableRowError(f"column {column!r}: expected true or false, got {str(value)[:40]!r}")
+    return found
 
 
 def _id(value: object, column: str) -> str:

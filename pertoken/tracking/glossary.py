@@ -75,7 +75,18 @@ METRICS: dict[str, Term] = {
         "1 − Var(return − V) / Var(return)",
         better="higher",
     ),
-    "completion/length": Term("Tokens that the policy wrote per completion.", "mean over e, tokens"),
+    "answer/nats": Term(
+        "How odd the policy finds the answers in the data that it learns (of pairs the chosen ones).",
+        "mean over their a of −log p, nats",
+        better="lower",
+    ),
+    "preference/chosen": Term(
+        "What chosen or desirable answers earn by the implicit reward.", "mean over them of Σ score"
+    ),
+    "preference/rejected": Term("What the other answers earn.", "mean over them of Σ score"),
+    "preference/margin": Term("How much more the chosen answer of a pair earns.", "mean over pairs", better="higher"),
+    "preference/accuracy": Term("Pairs whose chosen answer earns more.", "share of pairs, 0 to 1", better="higher"),
+    "completion/length": Term("Tokens per completion, sampled or given.", "mean over e, tokens"),
     "completion/terminated_share": Term(
         "Completions that ended by themselves; the others were cut off.", "share of e, 0 to 1"
     ),
@@ -91,7 +102,10 @@ METRICS: dict[str, Term] = {
     "grad/clipped_share": Term("Optimiser steps whose gradient was clipped.", "share of the step's updates, 0 to 1"),
     "learning_rate": Term("The optimiser's step size, after warm-up and schedule.", "per optimiser step"),
     "tokens/generated": Term("Tokens sampled in this step.", "count"),
-    "tokens/per_second": Term("Sampled tokens over the time of the whole step.", "tokens / s", better="higher"),
+    "tokens/learnt": Term("Tokens of the answers in the data that this step learnt from.", "count"),
+    "tokens/per_second": Term(
+        "Tokens of completions, sampled or given, over the time of the whole step.", "tokens / s", better="higher"
+    ),
     "time/rollout": Term("Time to sample the completions.", "s"),
     "time/score": Term("Time to score them with the old and the reference policy.", "s"),
     "time/reward": Term("Time to compute rewards and credit.", "s"),
@@ -115,6 +129,17 @@ HELD_OUT: dict[str, Term] = {
     "nats_per_token": Term("How odd the reference model finds each output.", "mean −log p_ref, nats", better="lower"),
     "repetition": Term("Repeated n-grams in the output.", "share, 0 to 1", better="lower"),
     "distinct_<n>": Term("Different n-grams over all n-grams of the outputs.", "share, 0 to 1", "distinct-<n>"),
+    "answer_logprob": Term(
+        "How likely the reference answer (of pairs the chosen one) is to the policy.",
+        "mean log p per token, nats",
+        "answer log-prob",
+        "higher",
+    ),
+    "preference_margin": Term("How much more the chosen answer earns.", "Σ score − Σ score", "margin", "higher"),
+    "preference_accuracy": Term("Pairs whose chosen answer earns more.", "share, 0 to 1", "right pairs", "higher"),
+    "preference_score": Term(
+        "What a desirable answer earns, and what an undesirable one loses.", "± Σ score", "score", "higher"
+    ),
     "perplexity": Term("How odd the reference model finds the outputs.", "exp of mean −log p_ref", better="lower"),
 }
 

@@ -8,7 +8,8 @@ import pytest
 
 from pertoken.errors import ModelError
 from pertoken.policy.scoring import head_logits
-from pertoken.rollout.collect import Draws, collect, draw_completions, prompt_ids, sample_seed, stem_from, to_episodes
+from pertoken.prompts import prompt_ids
+from pertoken.rollout.collect import Draws, collect, draw_completions, sample_seed, stem_from, to_episodes
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model

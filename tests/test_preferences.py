@@ -1,0 +1,135 @@
+"""Losses of supervised and preference training: hand numbers, identities, masks, exact gradients, TRL."""
+
+import math
+
+import pytest
+import torch
+
+from pertoken.preferences import (
+    bradley_terry,
+    ipo_loss,
+    kto_baseline,
+    kto_loss,
+    log_ratios,
+    negative_log_likelihood,
+    outcome_loss,
+    simpo_scores,
+    tdpo_scores,
+)
+
+LENGTHS = torch.tensor([5, 7])
+MASK = torch.arange(9)[None] - 1 < LENGTHS[:, None]
+MASK[:, 0] = False
+GOOD = torch.tensor([True, False])
+
+
+def spread(*sums: float) -> torch.Tensor:
+    """A chosen and a rejected answer of 5 and 7 tokens with these sums, and NaN where no action is."""
+    each = torch.tensor(sums, dtype=torch.float64) / LENGTHS
+    return torch.where(MASK, each[:, None], math.nan)
+
+
+# The published numbers of `preference_losses`: log-probs -10 and -14, of the reference -12 and -13.
+LP, REF = spread(-10.0, -14.0), spread(-12.0, -13.0)
+KL = spread(0.4, 0.7)
+
+
+def test_published_numbers():
+    chosen, rejected = (0.1 * log_ratios(LP, REF, MASK)).sum(1)[:, None]
+    assert bradley_terry(chosen, rejected).item() == pytest.approx(0.554355244469, abs=1e-9)
+    assert chosen.item() == pytest.approx(0.2, abs=1e-12)
+    assert ipo_loss(10 * chosen, 10 * rejected, beta=0.1).item() == pytest.approx(4.0, abs=1e-9)
+    for alpha, expected in ((None, 0.567232135122), (0.5, 0.560766128508)):
+        one, other = tdpo_scores(LP, REF, KL, MASK, GOOD, beta=0.1, alpha=alpha).sum(1)[:, None]
+        assert bradley_terry(one, other).item() == pytest.approx(expected, abs=1e-9)
+    one, other = simpo_scores(LP, MASK, beta=2.0).sum(1)[:, None]
+    assert bradley_terry(one, other, margin=1.0).item() == pytest.approx(1.31326168752, abs=1e-9)
+    z = torch.tensor(0.05, dtype=torch.float64)
+    each = kto_loss(torch.tensor([2.0, -1.0], dtype=torch.float64), GOOD, z, beta=0.1)
+    assert each.tolist() == pytest.approx([0.451403891417, 0.473774090628], abs=1e-9)
+
+
+def test_the_published_number_of_prime():
+    ratios = torch.tensor([[0.2, -0.1, 0.3, 0.0], [-0.4, 0.1, -0.3, 0.0]], dtype=torch.float64).sum(1)
+    loss = outcome_loss(ratios, torch.tensor([1.0, 0.0], dtype=torch.float64), beta=0.05).mean()
+    assert loss.item() == pytest.approx(0.680728428034, abs=1e-9)
+
+
+def test_where_policy_and_reference_agree_nothing_is_known_yet():
+    same = log_ratios(LP, LP, MASK).sum(1)
+    assert bradley_terry(same[:1], same[1:]).item() == pytest.approx(math.log(2), abs=1e-12)
+    assert bradley_terry(same[:1], same[1:], label_smoothing=0.3).item() == pytest.approx(math.log(2), abs=1e-12)
+    assert kto_loss(same, GOOD, kto_baseline(same), beta=0.1).tolist() == pytest.approx([0.5, 0.5])
+    assert outcome_loss(same, torch.tensor([1.0, 0.0]).double(), beta=0.05).tolist() == pytest.approx([math.log(2)] * 2)
+
+
+def test_tdpo_without_kl_is_dpo():
+    plain = 0.1 * log_ratios(LP, REF, MASK)
+    torch.testing.assert_close(tdpo_scores(LP, REF, 0 * KL, MASK, GOOD, beta=0.1, alpha=None), plain)
+    torch.testing.assert_close(tdpo_scores(LP, REF, KL, MASK, GOOD, beta=0.1, alpha=0.0), plain)
+
+
+def test_smoothing_is_a_mixture_of_both_labels():
+    one, other = torch.tensor([0.7]), torch.tensor([-0.4])
+    mixed = 0.8 * bradley_terry(one, other) + 0.2 * bradley_terry(other, one)
+    torch.testing.assert_close(bradley_terry(one, other, label_smoothing=0.2), mixed)
+
+
+def pair_loss(lp, name):
+    if name == "dpo":
+        s = (0.1 * log_ratios(lp, REF, MASK)).sum(1)
+        return bradley_terry(s[:1], s[1:]).sum()
+    if name == "ipo":
+        s = log_ratios(lp, REF, MASK).sum(1)
+        return ipo_loss(s[:1], s[1:], beta=0.1).sum()
+    if name == "simpo":
+        s = simpo_scores(lp, MASK, beta=2.0).sum(1)
+        return bradley_terry(s[:1], s[1:], margin=1.0).sum()
+    if name == "kto":
+        return kto_loss(log_ratios(lp, REF, MASK).sum(1), GOOD, torch.tensor(0.05).double(), beta=0.1).sum()
+    return negative_log_likelihood(lp, MASK).sum()
+
+
+# d loss / d lp of a chosen and of a rejected token, by hand; s is the sigmoid.
+S = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+GRADIENTS = {
+    "dpo": (-0.1 * S(-0.3), 0.1 * S(-0.3)),
+    "ipo": (2 * (3 - 5), -2 * (3 - 5)),
+    "simpo": (-2.0 / 5 * S(1.0), 2.0 / 7 * S(1.0)),  # margin: 2 (-2 + 2) - 1 = -1
+    "kto": (-0.1 * S(0.195) * S(-0.195), 0.1 * S(-0.105) * S(0.105)),
+    "sft": (-1.0, -1.0),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_those_by_hand_and_prompts_and_padding_have_none(name):
+    lp = LP.clone().requires_grad_()
+    pair_loss(lp, name).backward()
+    wanted = torch.where(MASK, torch.tensor(GRADIENTS[name], dtype=torch.float64)[:, None], 0.0)
+    torch.testing.assert_close(lp.grad, wanted)
+
+
+def test_the_kl_of_chosen_answers_has_a_gradient_in_tdpo1_alone():
+    for alpha, chosen in ((None, True), (0.5, False)):
+        kl = KL.clone().requires_grad_()
+        tdpo_scores(LP, REF, kl, MASK, GOOD, beta=0.1, alpha=alpha).sum().backward()
+        assert bool(kl.grad[0].any()) is chosen
+        assert bool(kl.grad[1].any())
+        assert not kl.grad[~MASK].any()
+
+
+def test_an_answer_without_tokens_costs_and_earns_nothing():
+    lp = torch.full((1, 3), math.nan, requires_grad=True)
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    total = simpo_scores(lp, nothing, beta=2.0).sum() + log_ratios(lp, lp, nothing).sum()
+    (total + negative_log_likelihood(lp, nothing).sum()).backward()
+    assert total.item() == 0
+    assert not lp.grad.any()
+
+
+def test_the_baseline_of_kto_is_a_mean_that_is_never_negative_and_has_no_gradient():
+    ratios = torch.tensor([0.5, -0.1], requires_grad=True)
+    assert kto_baseline(ratios).item() == pytest.approx(0.2)
+    assert not kto_baseline(ratios).requires_grad
+    assert kto_baseline(-ratios).item() == 0.0
+    assert kto_baseline(ratios[:0]).item() == 0.0
