@@ -42,6 +42,8 @@ ELSEWHERE = {
     "evaluate": "as its metric",
     "similarity": "an embedding for each sentence",
     "entailment": "as its model",
+    "classifier": "as its model",
+    "token_model": "as its model",
     "facts": "as its graph",
     "ensemble": "as its members",
     "judge": "as its model",

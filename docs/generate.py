@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from pertoken import cli, errors
 from pertoken.config import RunConfig, explain
+from pertoken.reward_models import RewardTraining
 
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -30,7 +31,7 @@ TABLE = "| field | type | default | meaning |\n|---|---|---|---|\n"
 
 def pages() -> dict[Path, str]:
     """Every page with generated parts, as it should be now."""
-    pages = {DOCS / name: marked(_read(DOCS / name)) for name in ("cli.md", "config.md")}
+    pages = {DOCS / name: marked(_read(DOCS / name)) for name in ("cli.md", "config.md", "reward-models.md")}
     return pages | {DOCS / "tour.md": tour(_read(DOCS / "tour.md"))}
 
 
@@ -39,7 +40,13 @@ def marked(text: str) -> str:
 
     def part(match: re.Match[str]) -> str:
         kind, _, name = match[2].partition(" ")
-        made = {"help": lambda: help_text(name), "exit-codes": exit_codes, "fields": fields}[kind]()
+        makers = {
+            "help": lambda: help_text(name),
+            "exit-codes": exit_codes,
+            "fields": fields,
+            "reward-fields": reward_fields,
+        }
+        made = makers[kind]()
         return match[1] + made.strip("\n") + "\n" + match[3]
 
     return MARKED.sub(part, text)
@@ -101,6 +108,16 @@ def fields() -> str:
             value = _default(name, defaults, default)
             lines.append(f"| `{name}` | {_cell(_kind(kind))} | {value} | {_cell(meaning)} |")
         seen.add(name)
+    return "\n".join(lines)
+
+
+def reward_fields() -> str:
+    """A table of the fields of `pertoken reward train`."""
+    lines = [TABLE.rstrip("\n")]
+    for name, kind, default, meaning in explain(RewardTraining):
+        shown = default.encode("unicode_escape").decode()
+        stated = "required" if default == "(required)" else f"`{shown}`" if default else ""
+        lines.append(f"| `{name}` | {_cell(_kind(kind))} | {stated} | {_cell(meaning)} |")
     return "\n".join(lines)
 
 
