@@ -43,6 +43,8 @@ ELSEWHERE = {
     "similarity": "an embedding for each sentence",
     "entailment": "as its model",
     "implicit": "a pass of each of its two models",
+    "classifier": "as its model",
+    "token_model": "as its model",
     "facts": "as its graph",
     "ensemble": "as its members",
     "judge": "as its model",

@@ -22,8 +22,10 @@ from typer.testing import CliRunner
 from pertoken import cli, errors
 from pertoken.config import RunConfig, explain
 from pertoken.presets import PRESETS
+from pertoken.reward_models import RewardTraining
 
 DOCS = Path(__file__).parent
+GENERATED = ("cli.md", "config.md", "algorithms.md", "reward-models.md")
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TOUR_BLOCK = re.compile(r"(```python\n(.*?)```\n)(?:\n```text\n.*?```\n)?", re.DOTALL)
 
@@ -32,7 +34,7 @@ TABLE = "| field | type | default | meaning |\n|---|---|---|---|\n"
 
 def pages() -> dict[Path, str]:
     """Every page with generated parts, as it should be now."""
-    pages = {DOCS / name: marked(_read(DOCS / name)) for name in ("cli.md", "config.md", "algorithms.md")}
+    pages = {DOCS / name: marked(_read(DOCS / name)) for name in GENERATED}
     return pages | {DOCS / "tour.md": tour(_read(DOCS / "tour.md"))}
 
 
@@ -41,12 +43,14 @@ def marked(text: str) -> str:
 
     def part(match: re.Match[str]) -> str:
         kind, _, name = match[2].partition(" ")
-        made = {
+        makers = {
             "help": lambda: help_text(name),
             "exit-codes": exit_codes,
             "fields": fields,
+            "reward-fields": reward_fields,
             "algorithms": algorithms,
-        }[kind]()
+        }
+        made = makers[kind]()
         return match[1] + made.strip("\n") + "\n" + match[3]
 
     return MARKED.sub(part, text)
@@ -135,6 +139,16 @@ def algorithms() -> str:
         lines += [f"- **Sets** {keys}.", f"- **Published with** {preset.published}."]
         lines += [f"- **Differs from the paper**: {preset.differs.rstrip('.')}."]
         lines += [f"- **Needs** {preset.needs}."] if preset.needs else []
+    return "\n".join(lines)
+
+
+def reward_fields() -> str:
+    """A table of the fields of `pertoken reward train`."""
+    lines = [TABLE.rstrip("\n")]
+    for name, kind, default, meaning in explain(RewardTraining):
+        shown = default.encode("unicode_escape").decode()
+        stated = "required" if default == "(required)" else f"`{shown}`" if default else ""
+        lines.append(f"| `{name}` | {_cell(_kind(kind))} | {stated} | {_cell(meaning)} |")
     return "\n".join(lines)
 
 

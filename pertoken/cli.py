@@ -26,7 +26,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from pertoken.config import RunConfig, explain, load_config
+from pertoken.config import RunConfig, explain, load_config, overrides_of
 from pertoken.errors import ConfigError, PertokenError, closest
 
 app = typer.Typer(
@@ -43,7 +43,7 @@ runs_app = typer.Typer(name="runs", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(runs_app, help="List, verify, prune and resume runs.")
 
 reward_app = typer.Typer(name="reward", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(reward_app, help="Look at a reward before training with it.")
+app.add_typer(reward_app, help="Look at a reward before training with it; train and measure learned ones.")
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells use it."""
@@ -385,6 +385,57 @@ def check_reward(
             out.print(Text(f"  {finding.value:+.4g} {harmless(finding.message)}", "yellow"))
     if not found.sound:
         raise typer.Exit(1)
+
+
+@reward_app.command(name="train")
+def train_reward(
+    config_files: Settings,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Train a reward from preferences, labelled spans, labelled steps, or labelled pairs of texts."""
+    from pertoken.reward_models import load_training
+    from pertoken.reward_models import train as run_training
+    from pertoken.reward_models.evaluation import table
+
+    files = [s for s in config_files or () if not _is_override(s)]
+    config = load_training(files, [s for s in config_files or () if _is_override(s)])
+    if dry_run:
+        out.print(config.to_yaml(), markup=False, end="")
+        return
+    result = run_training(config, on_note=lambda text: out.print(text, markup=False))
+    _print_figures(table(result.figures), f"{result.split} examples")
+    out.print(f"\nmodel: {result.folder}", markup=False)
+
+
+@reward_app.command(name="evaluate")
+def evaluate_reward(
+    folder: Annotated[Path, typer.Argument(help="Folder that `pertoken reward train` made.")],
+    data: Annotated[str, typer.Argument(help="File, folder or hub name with held-out examples.")],
+    fields: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the objective: columns, type.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="train, validation or test; default: test if there is one.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Where the figures go as JSON; default: evaluation.json there.")
+    ] = None,
+) -> None:
+    """Measure a learned reward: accuracy with its interval, calibration, length bias, what spans it finds."""
+    from pertoken.reward_models import evaluate as run_evaluation
+
+    found = run_evaluation(folder, data, overrides_of(fields or []), split=split)
+    for bad in found.bad_rows:
+        out.print(f"skipped {bad}", markup=False)
+    _print_figures(found.rows(), f"{found.split} of {found.data}")
+    place = to or folder / "evaluation.json"
+    found.write(place)
+    out.print(f"\nfigures: {place}", markup=False)
+
+
+def _print_figures(rows: Sequence[tuple[str, str]], heading: str) -> None:
+    table = Table("", heading, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    out.print(table)
 
 
 def _seconds(text: str | None) -> float:

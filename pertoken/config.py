@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -26,6 +26,10 @@ class Section(BaseModel):
     """A part of the configuration: frozen, unknown keys refused, fields documented by the text under them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def to_yaml(self) -> str:
+        """This configuration as YAML, all defaults written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 class LoraConfig(Section):
@@ -764,24 +768,46 @@ class RunConfig(Section):
             "kl.target adapts a penalty, but kl.place is none: set kl.place to reward or loss.",
         )
 
-    def to_yaml(self) -> str:
-        """This configuration as YAML, all defaults written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of YAML `files` (later over earlier) and `key.sub=value` overrides.
 
     Raises ConfigError naming the file or key, what was expected, and the nearest known name.
     """
-    merged: dict[str, Any] = RunConfig().model_dump(mode="json", exclude={"task"})
+    defaults = RunConfig().model_dump(mode="json", exclude={"task"})
+    return load_settings(RunConfig, files, overrides, defaults, _expand)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def overrides_of(texts: Sequence[str]) -> dict[str, Any]:
+    """The values of `key.sub=value` pairs, nested."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        _set(values, text)
+    return values
+
+
+def load_settings(
+    kind: type[S],
+    files: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    below: Mapping[str, Any] | None = None,
+    expand: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> S:
+    """Settings of any kind, of YAML `files` and overrides over the values `below`; errors as of `load_config`.
+
+    expand: what the values of a file stand for.
+    """
+    merged = dict(below or {})
     for file in files:
-        merged = _merge(merged, _expand(_read_yaml(Path(file))))
+        merged = _merge(merged, expand(_read_yaml(Path(file))))
     for override in sorted(overrides, key=lambda text: not text.startswith("algorithm=")):
         _set(merged, override)
         if override.startswith("algorithm="):
-            merged = _merge(merged, _expand({"algorithm": merged["algorithm"]}))
-    return validate(merged)
+            merged = _merge(merged, expand({"algorithm": merged["algorithm"]}))
+    return validate(merged, kind)
 
 
 def _expand(values: dict[str, Any]) -> dict[str, Any]:
@@ -794,12 +820,16 @@ def _expand(values: dict[str, Any]) -> dict[str, Any]:
     return _merge(copy.deepcopy(dict(PRESETS[name].settings)), values)
 
 
-def validate(values: Mapping[str, Any]) -> RunConfig:
-    """`RunConfig(**values)` with every error in plain words, one line each."""
+@overload
+def validate(values: Mapping[str, Any]) -> RunConfig: ...
+@overload
+def validate(values: Mapping[str, Any], kind: type[S]) -> S: ...
+def validate(values: Mapping[str, Any], kind: type[Section] = RunConfig) -> Section:
+    """`kind(**values)` with every error in plain words, one line each."""
     try:
-        return RunConfig.model_validate(dict(values))
+        return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(map(_in_words, error.errors())))) from None
+        raise ConfigError("\n".join(dict.fromkeys(_in_words(each, kind) for each in error.errors()))) from None
 
 
 MAX_VALUES = 100_000
@@ -916,10 +946,10 @@ def _index(target: list[Any], name: str, key: str) -> int:
     return int(name)
 
 
-def _in_words(error: Any) -> str:
+def _in_words(error: Any, kind: type[BaseModel]) -> str:
     """One pydantic error as `where: what, hint`."""
     location = [part for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
-    section, path = _walk(location)
+    section, path = _walk(location, kind)
     where = ".".join(path) or "config"
     if error["type"] == "extra_forbidden":
         known = section.model_fields if section is not None else {}
@@ -933,9 +963,9 @@ def _in_words(error: Any) -> str:
     return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"[:400]
 
 
-def _walk(location: Sequence[Any]) -> tuple[type[BaseModel] | None, list[str]]:
-    """The section that a pydantic location lies in, and the location without the tags of unions."""
-    section: type[BaseModel] | None = RunConfig
+def _walk(location: Sequence[Any], kind: type[BaseModel]) -> tuple[type[BaseModel] | None, list[str]]:
+    """The section of `kind` that a pydantic location lies in, and the location without the tags of unions."""
+    section: type[BaseModel] | None = kind
     path: list[str] = []
     options: list[type[BaseModel]] = []
     for k, part in enumerate(location):

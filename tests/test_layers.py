@@ -73,7 +73,8 @@ MAY["build"] = MAY["offline"] | {"offline", "text_metrics"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["run"] = MAY["build"] | {"build"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
-MAY["cli"] = MAY["run"] | {"presets", "run", "profiling", "reward_check", "testing"}
+MAY["reward_models"] = {"errors", "config", "tasks", "rewards", "text_metrics", "tracking"}
+MAY["cli"] = MAY["run"] | {"presets", "run", "profiling", "reward_check", "reward_models", "testing"}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
 OPTIONAL = {

@@ -21,6 +21,7 @@ from pertoken.rewards.base import (
     span_reward,
     token_reward,
 )
+from pertoken.rewards.classifier import Classifier
 from pertoken.rewards.composition import Multiplier, Normaliser, Schedule
 from pertoken.rewards.diversity import Distinct, SelfBleu
 from pertoken.rewards.ensemble import Ensemble
@@ -39,6 +40,7 @@ from pertoken.rewards.readability import Readability
 from pertoken.rewards.rules import Length, Repetition
 from pertoken.rewards.semantics import Entailment, Similarity
 from pertoken.rewards.shaping import Shaping
+from pertoken.rewards.token_model import TokenModel
 
 __all__ = [
     "NO_OPINION",
@@ -46,6 +48,7 @@ __all__ = [
     "Banned",
     "Bleu",
     "ChrF",
+    "Classifier",
     "CompletionsReward",
     "Distinct",
     "Documents",
@@ -86,6 +89,7 @@ __all__ = [
     "Similarity",
     "Stateful",
     "Ter",
+    "TokenModel",
     "Weighted",
     "episode_reward",
     "findings",

@@ -33,6 +33,8 @@ BUILT_IN = {
     "rule_pack": "pertoken.rewards.grammar:RulePack",
     "similarity": "pertoken.rewards.semantics:Similarity",
     "entailment": "pertoken.rewards.semantics:Entailment",
+    "classifier": "pertoken.rewards.classifier:Classifier",
+    "token_model": "pertoken.rewards.token_model:TokenModel",
     "facts": "pertoken.rewards.knowledge:Facts",
     "evaluate": "pertoken.rewards.evaluate_metric:EvaluateMetric",
     "documents": "pertoken.rewards.knowledge:Documents",

@@ -178,24 +178,77 @@ def minilm_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-class _Judge:
-    """A cross-encoder that says of a premise and a hypothesis: P(entailment), P(contradiction)."""
+class SequenceClassifier:
+    """A classifier of a text or of a pair of texts; texts are looked at one by one and remembered."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer, self._device = model, tokenizer, model.device
+        self._limit = window_of(self._tokenizer, self._model.config)
+        self.labels = [
+            str(label) for _, label in sorted(self._model.config.id2label.items(), key=lambda pair: int(pair[0]))
+        ]
+        """In the order of the outputs."""
+        self.independent = self._model.config.problem_type == "multi_label_classification"
+        """Whether each label is a question of its own: then each output is a log-odds."""
+        self.outputs = functools.lru_cache(maxsize=REMEMBERED)(self._outputs)
+        """(first text, second text or None) -> raw outputs, one per label; what does not fit is cut off, the longer
+        text first."""
+
+    @classmethod
+    def load(cls, name: str, where: str) -> "SequenceClassifier":
+        """The classifier of a folder or hub name; `where` is the setting that names it, for messages."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         source = str(Path(name).expanduser())
         try:
-            self._model = AutoModelForSequenceClassification.from_pretrained(source).eval()
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
+            model: Any = AutoModelForSequenceClassification.from_pretrained(source).eval()
+            tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"entailment.model: {name!r} is no folder of a classifier and no hub model that can be reached from "
+                f"{where}: {name!r} is no folder of a classifier and no hub model that can be reached from "
                 f"here ({str(error)[:200]})"
             ) from error
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model.to(self._device)
-        labels = {str(label).casefold(): int(k) for k, label in self._model.config.id2label.items()}
+        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+
+    def room(self, *, pair: bool) -> int:
+        """Tokens of text that fit, beside the special ones."""
+        return int(self._limit - self._tokenizer.num_special_tokens_to_add(pair=pair))
+
+    def length(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def parts(self, text: str, room: int) -> list[str]:
+        """The text in runs of whole sentences of at most `room` tokens; a longer sentence is a part of its own."""
+        parts: list[str] = []
+        start = end = None
+        for first, stop in sentence_spans(text):
+            if start is None or self.length(text[start:stop]) > room:
+                parts += [] if start is None else [text[start:end]]
+                start = first
+            end = stop
+        return [*parts, text[start:end]]
+
+    @torch.no_grad()
+    def _outputs(self, first: str, second: str | None) -> tuple[float, ...]:
+        inputs = self._tokenizer(first, second, truncation="longest_first", max_length=self._limit, return_tensors="pt")
+        return tuple(self._model(**inputs.to(self._device)).logits[0].double().tolist())
+
+
+def window_of(tokenizer: Any, config: Any) -> int:
+    """The most tokens that a model takes at once."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
+    # The first positions of RoBERTa and its kin are taken by the padding.
+    taken = (tokenizer.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+    return int(min(tokenizer.model_max_length, positions - taken))
+
+
+class _Judge:
+    """A cross-encoder that says of a premise and a hypothesis: P(entailment), P(contradiction)."""
+
+    def __init__(self, name: str) -> None:
+        self._classifier = SequenceClassifier.load(name, "entailment.model")
+        labels = {label.casefold(): k for k, label in enumerate(self._classifier.labels)}
         self._columns = [
             next((k for label, k in labels.items() if part in label), None) for part in ("entail", "contra")
         ]
@@ -204,36 +257,16 @@ class _Judge:
                 f"entailment.model: {name!r} has the labels {sorted(labels)}; expected one of entailment and one of "
                 "contradiction in its config (id2label)"
             )
-        self._limit = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 512))
-        self._room = self._limit - self._tokenizer.num_special_tokens_to_add(pair=True)
-        self._ask = functools.lru_cache(maxsize=REMEMBERED)(self._probabilities)
 
     def __call__(self, premise: str, hypothesis: str) -> tuple[float, float]:
-        return self._ask(premise, hypothesis)
+        logits = torch.tensor(self._classifier.outputs(premise, hypothesis), dtype=torch.float64)
+        entailed, contradicted = logits.softmax(0)[self._columns].tolist()
+        return entailed, contradicted
 
     def parts(self, premise: str, hypothesis: str) -> list[str]:
         """The premise in runs of whole sentences that fit beside the hypothesis; a longer one is cut by the model."""
-        room = self._room - self._length(hypothesis)
-        parts: list[str] = []
-        start = end = None
-        for first, stop in sentence_spans(premise):
-            if start is None or self._length(premise[start:stop]) > room:
-                parts += [] if start is None else [premise[start:end]]
-                start = first
-            end = stop
-        return [*parts, premise[start:end]]
-
-    def _length(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
-
-    @torch.no_grad()
-    def _probabilities(self, premise: str, hypothesis: str) -> tuple[float, float]:
-        inputs = self._tokenizer(
-            premise, hypothesis, truncation="longest_first", max_length=self._limit, return_tensors="pt"
-        )
-        logits = self._model(**inputs.to(self._device)).logits[0].double()
-        entailed, contradicted = logits.softmax(0)[self._columns].tolist()
-        return entailed, contradicted
+        room = self._classifier.room(pair=True) - self._classifier.length(hypothesis)
+        return self._classifier.parts(premise, room)
 
 
 judge_of = functools.cache(_Judge)

@@ -78,24 +78,34 @@ def load_file_task(
                 bad.append(BadRow(source.file, line, str(reason)))
             else:
                 pool[split].append(item)
-    _check(path, recipe, columns, bad, max_bad_rows, num_items=sum(map(len, pool.values())))
+    check_rows(path, recipe.columns, columns, bad, max_bad_rows, "task", num_items=sum(map(len, pool.values())))
     name = "files" if isinstance(path, Mapping) else Path(path).stem
     return FileTask(name, {split: tuple(items[:limit]) for split, items in pool.items()}, tuple(bad))
 
 
-def _check(
-    path: object, recipe: "_Recipe", columns: Iterable[str], bad: list[BadRow], max_bad_rows: int, *, num_items: int
+def check_rows(
+    path: object,
+    needed: Iterable[str],
+    columns: Iterable[str],
+    bad: list[BadRow],
+    max_bad_rows: int,
+    section: str,
+    *,
+    num_items: int,
 ) -> None:
-    """Raise TaskError, with the deepest cause first: no rows, a column that no row has, too many bad rows."""
+    """Raise TaskError, with the deepest cause first: no rows, a column that no row has, too many bad rows.
+
+    needed: the columns that are asked for; columns: those that rows have; section: of the configuration.
+    """
     shown = "\n  ".join(map(str, bad[:5])) + (f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else "")
     if not num_items and not bad:
         raise TaskError(f"{path}: there are no rows in it")
     known = list(columns)
-    if known and (missing := [name for name in recipe.columns if name not in known]):
+    if known and (missing := [name for name in needed if name not in known]):
         raise TaskError(f"{path}: no column {missing[0]!r}: {closest(missing[0], known)}; columns: {', '.join(known)}")
     if len(bad) > max_bad_rows:
         raise TaskError(
-            f"{path}: {len(bad)} unusable rows, task.max_bad_rows allows {max_bad_rows}; repair them or raise it:"
+            f"{path}: {len(bad)} unusable rows, {section}.max_bad_rows allows {max_bad_rows}; repair them or raise it:"
             f"\n  {shown}"
         )
     if not num_items:
@@ -130,7 +140,7 @@ class _Recipe:
             raise UnusableRowError(row)
         if missing := [name for name in self.columns if name not in row]:
             raise UnusableRowError(f"no column {missing[0]!r}")
-        texts = {name: _text(row[name], name) for name in self.prompt.columns}
+        texts = {name: text_in(row[name], name) for name in self.prompt.columns}
         answers = [] if self.answer is None else _texts(row[self.answer], self.answer)
         info = {name: row[name] for name in self.info}
         if self.answer is not None and not isinstance(row[self.answer], str):
@@ -147,7 +157,8 @@ class _Recipe:
         return Item(name, self.prompt.render(texts), answers[0] if answers else None, info)
 
 
-def _text(value: object, column: str) -> str:
+def text_in(value: object, column: str) -> str:
+    """The text of a cell; UnusableRowError if it is none, or none that can be written."""
     if not isinstance(value, str):
         kind = "empty" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
         raise UnusableRowError(f"column {column!r}: expected text, got {kind}")
@@ -164,10 +175,10 @@ def _text(value: object, column: str) -> str:
 
 def _texts(value: object, column: str) -> list[str]:
     if not isinstance(value, list | tuple):
-        return [_text(value, column)]
+        return [text_in(value, column)]
     if not value:
         raise UnusableRowError(f"column {column!r} is an empty list")
-    return [_text(text, column) for text in value]
+    return [text_in(text, column) for text in value]
 
 
 def _truth(value: object, column: str) -> bool:
@@ -180,7 +191,7 @@ def _truth(value: object, column: str) -> bool:
 
 
 def _id(value: object, column: str) -> str:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value, column)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_in(value, column)
 
 
 class _Seen:

@@ -176,7 +176,7 @@ def classifier(tmp_path_factory):
 def test_probabilities_are_those_of_the_model(classifier):
     folder, model = classifier(["CONTRADICTION", "neutral", "Entailment"])
     judge = semantics._Judge(folder)
-    inputs = judge._tokenizer("a b.", "c.", return_tensors="pt")
+    inputs = judge._classifier._tokenizer("a b.", "c.", return_tensors="pt")
     with torch.no_grad():
         wanted = model(**inputs).logits.double().softmax(1)[0]
     assert judge("a b.", "c.") == pytest.approx((wanted[2].item(), wanted[0].item()), abs=1e-6)
@@ -188,7 +188,7 @@ def test_a_long_premise_is_taken_in_parts_that_fit(classifier):
     parts = judge.parts(premise, hypothesis)
     assert parts == ["A b c. D e.", "F g h a b c. A."]
     for part in parts:
-        assert len(judge._tokenizer(part, hypothesis)["input_ids"]) <= 16
+        assert len(judge._classifier._tokenizer(part, hypothesis)["input_ids"]) <= 16
     judge(" ".join("abcdefgh" * 4), hypothesis)  # one sentence that is too long is cut
 
 
