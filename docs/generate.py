@@ -1,4 +1,5 @@
-"""Rewrites the generated parts of these pages: help texts, exit codes, configuration fields, the outputs of the tour.
+"""Rewrites the generated parts of these pages: help texts, exit codes, configuration fields, the doctor's checks, the
+outputs of the tour.
 
     python docs/generate.py            # writes what has changed, names it
     python docs/generate.py --check    # names it only, exit code 1
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from pertoken import cli, errors
 from pertoken.config import RunConfig, explain
+from pertoken.doctor import CHECKS
 
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -30,7 +32,7 @@ TABLE = "| field | type | default | meaning |\n|---|---|---|---|\n"
 
 def pages() -> dict[Path, str]:
     """Every page with generated parts, as it should be now."""
-    pages = {DOCS / name: marked(_read(DOCS / name)) for name in ("cli.md", "config.md")}
+    pages = {DOCS / name: marked(_read(DOCS / name)) for name in ("cli.md", "config.md", "doctor.md")}
     return pages | {DOCS / "tour.md": tour(_read(DOCS / "tour.md"))}
 
 
@@ -39,7 +41,7 @@ def marked(text: str) -> str:
 
     def part(match: re.Match[str]) -> str:
         kind, _, name = match[2].partition(" ")
-        made = {"help": lambda: help_text(name), "exit-codes": exit_codes, "fields": fields}[kind]()
+        made = {"help": lambda: help_text(name), "exit-codes": exit_codes, "fields": fields, "checks": checks}[kind]()
         return match[1] + made.strip("\n") + "\n" + match[3]
 
     return MARKED.sub(part, text)
@@ -72,6 +74,12 @@ def exit_codes() -> str:
         ),
     ]
     return "| code | when |\n|---|---|\n" + "\n".join(f"| {code} | {when} |" for code, when in rows)
+
+
+def checks() -> str:
+    """The table of the doctor's checks."""
+    rows = [f"| `{one.name}` | {one.title} | {_cell(one.ask.__doc__ or '')} | {'yes' * one.quick} |" for one in CHECKS]
+    return "| check | what holds | what is looked at | quick |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
 def named_errors() -> list[type[errors.PertokenError]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pertoken import build
+from pertoken import build, doctor
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, RewardConfig, RunConfig
@@ -23,6 +23,7 @@ from pertoken.rewards import Scene, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect, prompt_ids, sample_seed
 from pertoken.sampling import Controls
+from pertoken.tracking.certificate import read_certificate, write_certificate
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.comparison import Comparison, compare
 from pertoken.tracking.lock import RunLock
@@ -100,7 +101,13 @@ def _train(
     interrupted: Callable[[], bool],
     budget: "TimeBudget",
 ) -> RunResult:
+    certified = False
+
     def after_step(report: StepReport) -> None:
+        nonlocal certified
+        if not certified:
+            certified = True
+            _certify(run, log.folder, report)
         notes.tell()
         on_step(report, run.progress.seconds)
 
@@ -158,6 +165,15 @@ def evaluate(config: RunConfig, *, model: str | None = None, against: str | None
         result = evaluator(build.build_engine(policy, config.rollout), policy, judge)
         rows.append(result.logged(len(rows), config.evaluation.split))
     return rows
+
+
+def _certify(run: Run, folder: Path, report: StepReport) -> None:
+    """Keep the quick part of the certificate with the run, beside the rest if that is of the same configuration."""
+    found, kept = doctor.quick_certificate(run, report), None
+    with contextlib.suppress(RunFolderError):  # a damaged one is replaced
+        kept = read_certificate(folder)
+    write_certificate(kept.renewed(found) if kept is not None and kept.of_same(found) else found, folder)
+    run.notes += [f"certificate: {line.name}: {line.words}. {line.remedy}" for line in found.failed]
 
 
 class Speaker:

@@ -314,7 +314,7 @@ def update(
             part = replace(part, old=replace(part.old, logprobs=new.logprobs.detach()))  # noqa: PLW2901
             check_ratio(part.batch, part.old, exact=exact)
             first[part.rows] = part.old.logprobs
-        loss = _part_loss(run, part, new, sums, streams, batch)
+        loss = part_loss(run, part, new, sums, streams, batch)
         if math.isfinite(loss.item()):
             loss.backward()
         else:
@@ -352,7 +352,7 @@ def _without_effect(run: Run, credit: Credit) -> Tensor | None:
     return ~credit.advantages.any(1)
 
 
-def _part_loss(
+def part_loss(
     run: Run, part: Part, new: PolicyOutput, sums: dict[str, float], streams: dict[str, Tensor], batch: TokenBatch
 ) -> Tensor:
     """The part's share of the loss of its optimiser step: all denominators are those of the whole step."""

@@ -83,7 +83,7 @@ def test_files_and_tests_that_a_page_names_exist(page):
 # --- generated parts ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cli.md", "config.md"])
+@pytest.mark.parametrize("name", ["cli.md", "config.md", "doctor.md"])
 def test_generated_parts_are_fresh(name):
     text = read(f"docs/{name}")
     assert generate.marked(text) == text, f"docs/{name} is stale; run: python docs/generate.py"

@@ -60,9 +60,10 @@ MAY["assignment"] = {"types", "config", "credit"}
 MAY["trainer"] |= {"assignment"}
 MAY["build"] = MAY["trainer"] | {"trainer", "text_metrics"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
-MAY["run"] = MAY["build"] | {"build"}
+MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
+MAY["run"] = MAY["build"] | {"build", "doctor"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
-MAY["cli"] = MAY["run"] | {"run", "profiling", "reward_check", "testing"}
+MAY["cli"] = MAY["run"] | {"run", "doctor", "profiling", "reward_check", "testing"}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
 OPTIONAL = {
