@@ -1,5 +1,6 @@
 """Checks from rewards to the loss: what is paid is credited, the end counts, coefficients act. No pass of the model."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -164,7 +165,9 @@ def truncation(probe: Probe) -> Verdict:
     batch, config = made_up_batch(probe), changed(probe.config, "credit.normalize", "none").credit
     wrong = int((batch.terminated != torch.tensor([bool(row % 2) for row in range(8)])).sum())
     if wrong:
-        return Verdict("fail", float(wrong), 0.0, "rows", f"{wrong} of 8 rows do not know whether they ended or were cut off")
+        return Verdict(
+            "fail", float(wrong), 0.0, "rows", f"{wrong} of 8 rows do not know whether they ended or were cut off"
+        )
     values, rewards = numbers(batch.tokens, 1) * batch.action_mask, _numbers_as_rewards(batch)
     old = PolicyOutput(batch.sample_logprobs, values, values, bootstrap=1 + values.sum(1).abs())
     ended, cut = (
@@ -223,22 +226,26 @@ def _effects_of_weights(probe: Probe) -> Iterator[tuple[str, float | None]]:
         if name not in ("kl", "env") and (weight := probe.rewards.weights.get(name, 1.0)) and bool(cells.any())
     ]
     noisy, old = _with_noise(scene)
-    settled: Run = replace(run, rewards=parts)
     penalty = config.kl.place == "reward" and run.kl.coefficient > 0
-    alone = len(parts) + penalty < 2  # a normaliser takes the scale of a single part away, and rightly so
 
-    def outcome(of: Run) -> list[Tensor]:
-        paid = trainer.reward(of, noisy)
-        given = assign(config.credit, paid, noisy.batch, old)
-        return [paid.total] if alone else [given.advantages]
+    def outcome(rewards: list[Weighted], coefficient: float) -> tuple[Tensor, Tensor]:
+        settled: Run = replace(run, rewards=rewards, kl=FixedKL(coefficient))
+        paid = trainer.reward(settled, noisy)
+        return paid.total, assign(config.credit, paid, noisy.batch, old).advantages
 
-    before = outcome(settled)
+    # A baseline takes away what is the same in all rows, a normaliser the scale of what is alone; rightly so.
+    differs = [bool(outcome([part], 0.0)[1].any()) for part in parts]
+    alone = sum(differs) + penalty < 2
+    before = outcome(parts, run.kl.coefficient)
+
+    def effect(after: tuple[Tensor, Tensor], on_total: bool) -> float:
+        return _difference(before[:1], after[:1]) if on_total else _difference(before[1:], after[1:])
+
     for k, part in enumerate(parts):
         others = [*parts[:k], replace(part, weight=3 * part.weight_at(scene.step)), *parts[k + 1 :]]
-        yield f"weight of {part.name}", _difference(before, outcome(replace(settled, rewards=others)))
+        yield f"weight of {part.name}", effect(outcome(others, run.kl.coefficient), alone or not differs[k])
     if penalty:
-        stronger = replace(settled, kl=FixedKL(3 * run.kl.coefficient))
-        yield "kl.coefficient", _difference(before, outcome(stronger))
+        yield "kl.coefficient", effect(outcome(parts, 3 * run.kl.coefficient), alone)
 
 
 class _Said:
@@ -264,10 +271,10 @@ def _with_noise(scene: Scene) -> tuple[Scene, PolicyOutput]:
 def _other_settings(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """Settings of credit and loss that act, each with another value to compare."""
     objective, critic = config.objective, config.policy.value_head
-    if hasattr(config.credit, "gamma"):
-        yield "credit.gamma", 0.5 * config.credit.gamma + 0.1
-    if hasattr(config.credit, "lam"):
-        yield "credit.lam", 0.5 * config.credit.lam + 0.1
+    for name in ("gamma", "lam"):
+        value = getattr(config.credit, name, None)
+        if value is not None and getattr(config.credit, "by", "token") == "token":
+            yield f"credit.{name}", value - 0.5 if value > 0.5 else value + 0.25
     if hasattr(config.credit, "scale_by_std"):
         yield "credit.scale_by_std", not config.credit.scale_by_std
     if objective.surrogate == "clipped":
@@ -288,12 +295,16 @@ def _other_settings(config: RunConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _made_up_loss(probe: Probe, config: RunConfig, batch: TokenBatch) -> list[Tensor]:
-    """Advantages of made-up rewards, and the loss of a policy that has moved so far that every clip binds."""
+    """Advantages of made-up rewards, and the loss of a policy that has moved so far that every clip binds.
+
+    How far that is comes from the run's own configuration, so that only what reads `config` can tell the two apart.
+    """
+    objective, critic = probe.config.objective, probe.config.policy.value_head
     rewards, mask = _numbers_as_rewards(batch), batch.action_mask
     values = numbers(batch.tokens, 1) * mask
-    bounds = (1 + config.objective.clip_high, config.objective.dual_clip or 1, config.objective.importance_cap or 1)
-    size = max(torch.tensor(max(bounds)).log().item(), -torch.tensor(1 - config.objective.clip_low).log().item()) + 1
-    step = 1 + ((config.policy.value_head and config.policy.value_head.clip) or 0.0)
+    bounds = (1 + objective.clip_high, objective.dual_clip or 1, objective.importance_cap or 1)
+    size = max(math.log(max(bounds)), -math.log(1 - objective.clip_low)) + 1
+    step = 1 + ((critic and critic.clip) or 0.0)
     # Up and down, each with a good and a bad advantage: every bound is met by some row.
     rows = torch.tensor([1.0, -1.0, -1.0, 1.0] * 2, dtype=torch.float64)[:, None]
     old = PolicyOutput(batch.sample_logprobs + size * rows * mask, values.abs(), values, values.sum(1))

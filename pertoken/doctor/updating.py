@@ -67,7 +67,7 @@ def micro_batches(probe: Probe) -> Verdict:
 def gradient_reach(probe: Probe) -> Verdict:
     """One backward pass of the trainer's loss, on the first group."""
     policy, rows = probe.run.policy, torch.arange(len(probe.batch.group))
-    rows = rows[probe.batch.group == probe.batch.group[0]]
+    rows = rows[(probe.batch.group == probe.batch.group[0]).cpu()]
     trained = policy.trainable()
     with _no_zeros(policy):
         part = _part(probe, rows)
@@ -131,22 +131,21 @@ def resume(probe: Probe) -> Verdict:
 # --- gradients -------------------------------------------------------------------------------------------
 
 
-class _Held:
-    """In place of an optimiser: leaves weights and gradients as they are."""
+class _Held(torch.optim.Optimizer):
+    """Leaves weights and gradients as they are."""
 
-    def __init__(self) -> None:
-        self.param_groups: list[dict[str, Any]] = []
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(list(policy.trainable().values()), {"lr": 0.0, "peak_lr": 0.0})
 
-    def step(self) -> None: ...
+    def step(self, closure: Any = None) -> None: ...
 
-    def zero_grad(self, *, set_to_none: bool = True) -> None: ...
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
 
 
 def _accumulate(probe: Probe, rows: Tensor, credit: Credit, tokens: int) -> int:
     """Let the trainer's update add the gradient of `rows`, in that order, to `.grad`; in how many pieces it did."""
     config = changed(_plain(probe.config), "update.tokens_per_micro_batch", tokens)
-    held: Any = _Held()
-    run: Run = replace(probe.run, config=config, optimizer=held)
+    run: Run = replace(probe.run, config=config, optimizer=_Held(probe.run.policy))
     batch, old, ref = probe.batch.rows(rows), probe.scene.old, probe.scene.ref
     assert old is not None
     trainer.update(run, batch, old.rows(rows), None if ref is None else ref.rows(rows), credit.rows(rows), 1)

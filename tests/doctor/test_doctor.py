@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import time
 
 import pytest
 import torch
@@ -121,8 +122,8 @@ def patched(monkeypatch, owner, name, made):
     monkeypatch.setattr(owner, name, made(own))
 
 
-FORWARD = ["ratio", "padding", "order", "controls", "greedy", "seeds"]
-"""Checks that pass prompts through the model."""
+FORWARD = ["ratio", "padding", "order", "greedy", "seeds"]
+"""Checks that pass prompts through the model, the slow one apart."""
 
 
 def test_a_shift_by_one_fails_what_compares_log_probs(place, monkeypatch):
@@ -503,11 +504,12 @@ def test_the_quick_part_asks_no_reward_and_passes_nothing_through_the_model(plac
 
     monkeypatch.setattr(run.policy.hf_model, "forward", refuse)
     run.rewards = [dataclasses.replace(part, reward=refuse) for part in run.rewards]
+    begun = time.process_time()
     found = quick_certificate(run, reports[0])
+    assert time.process_time() - begun < 2
     assert found.passed, [(line.name, line.words) for line in found.failed]
     assert [line.name for line in found.lines] == QUICK
     assert found.kind == "quick"
-    assert found.seconds < 2
     assert found.lines[QUICK.index("coefficients")].words.startswith("changed one by one: weight of")
 
 
