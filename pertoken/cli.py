@@ -1,5 +1,6 @@
 """The command line: train, evaluate, generate, profile, doctor, report, show, export, config, runs, reward."""
 
+import hashlib
 import io
 import json
 import math
@@ -247,12 +248,13 @@ def _examine(config: RunConfig, only: Sequence[str], *, quiet: bool) -> tuple[An
 
 
 def _keep(found: Any, config: RunConfig) -> str:
-    from pertoken.tracking.certificate import read_certificate, write_certificate
+    from pertoken.tracking.certificate import write_certificate
+    from pertoken.tracking.runlog import read_run
 
     folder = config.run_folder
     if (folder / "run.json").is_file():
-        there = read_certificate(folder)
-        if there is None or not there.of_same(found):
+        made_with = hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest(), read_run(folder)["versions"]
+        if made_with != (found.config_sha256, found.versions):
             return f"not kept: {folder} is a run of another configuration, or of other versions"
     elif folder.is_dir() and any(path.name != "certificate.json" for path in folder.iterdir()):
         return f"not kept: {folder} is no run folder"
