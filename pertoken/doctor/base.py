@@ -1,7 +1,7 @@
 """What a check looks at, what it says, and how it is named."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +21,9 @@ LOGPROB_TOLERANCE = {None: trainer.RATIO_TOLERANCE, torch.bfloat16: 0.3}
 """Largest difference of one token's log-prob between two ways to compute it (nats), by the type of matrix products.
 That of bfloat16 is the bound that engines are chosen by."""
 
+DRIFT_TOLERANCE = {None: trainer.RATIO_TOLERANCE, torch.bfloat16: 0.1}
+"""Of `Probe.drift` (nats)."""
+
 GRADIENT_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.05}
 """Largest norm of the difference of two gradients, as a share of the gradient's own norm."""
 
@@ -34,7 +37,8 @@ class Probe:
     """The samples, with what the old policy and the reference say of them."""
     rewards: TokenRewards
     drift: float
-    """Largest |scored - sampled| log-prob of an action (nats)."""
+    """|scored - sampled| log-prob (nats): of the worst action, in bfloat16 the mean over all, since the worst of many
+    is far off there."""
     unpaid: str = ""
     """Why the rewards could not be had; they are 0 then."""
 
@@ -45,7 +49,7 @@ class Probe:
         batch = batching.to_batch(episodes, run.controls, device=str(run.policy.device))
         old = run.policy.score(batch)
         scene = Scene(batch, episodes, run.policy.tokenizer, old, trainer.score_reference(run, batch), 1)
-        drift = trainer.check_ratio(batch, old, exact=False)["drift/max"]
+        drift = _drift(run, trainer.check_ratio(batch, old, exact=False))
         try:
             return cls(run, scene, trainer.reward(run, scene), drift)
         except RewardError as error:
@@ -62,7 +66,7 @@ class Probe:
         old = PolicyOutput(streams["logprob"], streams["entropy"], streams.get("value"))
         ref = PolicyOutput(streams["ref_logprob"], streams["entropy"]) if "ref_logprob" in streams else None
         scene = Scene(batch, report.episodes, run.policy.tokenizer, old, ref, report.step)
-        return cls(run, scene, TokenRewards(total, parts, weights=weights), report.metrics["drift/max"])
+        return cls(run, scene, TokenRewards(total, parts, weights=weights), _drift(run, report.metrics))
 
     @property
     def config(self) -> RunConfig:
@@ -76,6 +80,10 @@ class Probe:
     def dtype(self) -> torch.dtype | None:
         """Type of the matrix products; None is float32."""
         return self.run.policy.autocast_dtype
+
+
+def _drift(run: Run, metrics: Mapping[str, float]) -> float:
+    return metrics["drift/max" if run.policy.autocast_dtype is None else "drift/mean"]
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def truncation(probe: Probe) -> Verdict:
 )
 def coefficients(probe: Probe) -> Verdict:
     """Each one changed by itself: weights and the KL penalty on the batch, the others on made-up rows."""
-    effects = {name: effect for name, effect in _effects(probe) if effect is not None}
+    effects = dict(_effects(probe))
     if not effects:
         return skipped("no coefficient is set to anything that acts")
     dead = [name for name, effect in effects.items() if not effect > EFFECT]
@@ -209,7 +209,7 @@ def coefficients(probe: Probe) -> Verdict:
     return Verdict("pass", min(effects.values()), words=seen)
 
 
-def _effects(probe: Probe) -> Iterator[tuple[str, float | None]]:
+def _effects(probe: Probe) -> Iterator[tuple[str, float]]:
     yield from _effects_of_weights(probe)
     config, batch = probe.config, made_up_batch(probe)
     before = _made_up_loss(probe, config, batch)
@@ -217,8 +217,8 @@ def _effects(probe: Probe) -> Iterator[tuple[str, float | None]]:
         yield path, _difference(before, _made_up_loss(probe, changed(config, path, value), batch))
 
 
-def _effects_of_weights(probe: Probe) -> Iterator[tuple[str, float | None]]:
-    """Of the weight of each part, and of the KL penalty in the reward; None for a part that said nothing here."""
+def _effects_of_weights(probe: Probe) -> Iterator[tuple[str, float]]:
+    """Of the weight of each part, and of the KL penalty in the reward; a part that said nothing here is left out."""
     run, scene, config = probe.run, probe.scene, probe.config
     parts = [
         Weighted(_Said(cells / weight), weight, name)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from pertoken import batching, trainer
 from pertoken.assignment import assign
 from pertoken.doctor.base import (
+    DRIFT_TOLERANCE,
     LOGPROB_TOLERANCE,
     Probe,
     Verdict,
@@ -51,13 +52,14 @@ CONTROL_TOKENS = 6
     quick=True,
 )
 def ratio(probe: Probe) -> Verdict:
-    """Largest |scored - sampled| log-prob of an action."""
-    tolerance, count = LOGPROB_TOLERANCE[probe.dtype], probe.batch.num_actions
+    """|scored - sampled| log-prob, of the worst action; in bfloat16 the mean over all of them."""
+    tolerance, count = DRIFT_TOLERANCE[probe.dtype], probe.batch.num_actions
+    which = "the worst" if probe.dtype is None else "the mean"
     if probe.run.staleness:
         return skipped("the samples are of older weights than the step (rollout.ahead)")
     return within(
         probe.drift, tolerance, "nats", seen=f"{count} sampled tokens",
-        wrong=f"one of {count} sampled tokens has a ratio of {_exp(probe.drift)} before any update",
+        wrong=f"{which} of {count} sampled tokens has a ratio {_exp(probe.drift)} times off 1 before any update",
     )  # fmt: skip
 
 
@@ -123,8 +125,9 @@ def order(probe: Probe) -> Verdict:
     "moves the policy by probabilities that its tokens were not drawn with.",
 )
 def controls(probe: Probe) -> Verdict:
-    """Each control of the library alone, and those of the configuration together (`ratio`)."""
-    run, gaps = probe.run, {"as configured": probe.drift}
+    """Each control of the library alone; `ratio` looks at those of the configuration together."""
+    run = probe.run
+    gaps: dict[str, float] = {}
     for name, settings in EACH_CONTROL.items():
         sampling = Sampling(max_new_tokens=CONTROL_TOKENS, **settings)
         resolved = Controls.resolve(sampling, run.policy.tokenizer, run.policy.eos_ids)
@@ -134,7 +137,7 @@ def controls(probe: Probe) -> Verdict:
     tolerance = LOGPROB_TOLERANCE[probe.dtype]
     bad = [name for name, gap in gaps.items() if not gap <= tolerance]
     return within(
-        max(gaps.values()), tolerance, "nats", seen=f"{', '.join(EACH_CONTROL)}; and as configured",
+        max(gaps.values()), tolerance, "nats", seen=", ".join(gaps),
         wrong=f"sampler and scorer disagree on {', '.join(f'{name} ({gaps[name]:.2g})' for name in bad)}",
     )  # fmt: skip
 

@@ -103,6 +103,7 @@ def gradient_reach(probe: Probe) -> Verdict:
 def resume(probe: Probe) -> Verdict:
     """Two steps of the real loop; then all is forgotten, loaded from behind the first, and the second made again."""
     run = _two_steps(probe)
+    run.policy.dropout = run.config.policy.dropout
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _go_on(run, folder / "whole", 1)
