@@ -1,5 +1,5 @@
-"""Rewrites the generated parts of these pages: help texts, exit codes, configuration fields, algorithms, and the
-outputs of the tour.
+"""Rewrites the generated parts of these pages: help texts, exit codes, configuration fields, algorithms, the doctor's
+checks, and the outputs of the tour.
 
     python docs/generate.py            # writes what has changed, names it
     python docs/generate.py --check    # names it only, exit code 1
@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 
 from pertoken import cli, errors
 from pertoken.config import RunConfig, explain
+from pertoken.doctor import CHECKS
 from pertoken.presets import PRESETS
 from pertoken.reward_models import RewardTraining
 
 DOCS = Path(__file__).parent
-GENERATED = ("cli.md", "config.md", "algorithms.md", "reward-models.md")
+GENERATED = ("cli.md", "config.md", "algorithms.md", "reward-models.md", "doctor.md")
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TOUR_BLOCK = re.compile(r"(```python\n(.*?)```\n)(?:\n```text\n.*?```\n)?", re.DOTALL)
 
@@ -49,6 +50,7 @@ def marked(text: str) -> str:
             "fields": fields,
             "reward-fields": reward_fields,
             "algorithms": algorithms,
+            "checks": checks,
         }
         made = makers[kind]()
         return match[1] + made.strip("\n") + "\n" + match[3]
@@ -83,6 +85,12 @@ def exit_codes() -> str:
         ),
     ]
     return "| code | when |\n|---|---|\n" + "\n".join(f"| {code} | {when} |" for code, when in rows)
+
+
+def checks() -> str:
+    """The table of the doctor's checks."""
+    rows = [f"| `{one.name}` | {one.title} | {_cell(one.ask.__doc__ or '')} | {'yes' * one.quick} |" for one in CHECKS]
+    return "| check | what holds | what is looked at | quick |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
 def named_errors() -> list[type[errors.PertokenError]]:

@@ -1,7 +1,7 @@
 """What a reward does to texts that training will bring: whether it keeps its contract, and what it gives each token.
 
 `pertoken reward check NAME` prints it. Nothing is sampled: the completions are made of reference answers, whole, cut
-off, repeated, empty, and of characters that span several tokens.
+off, repeated, empty, of one token, and of characters that span several tokens.
 """
 
 import json
@@ -32,6 +32,9 @@ ODD = "Naïve café,\t你好 🙂👩‍👩‍👧 — “x” ﷽ e\u0301\n\n3
 """Text whose characters and tokens do not go one to one."""
 
 TOLERANCE = 1e-9
+
+OPINION = "has an opinion"
+"""The one promise that depends on which texts are tried."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def check_reward(part: Weighted, tokenizer: Any, items: Sequence[Item] = ITEMS) 
             _same("does not depend on the order of the batch", part, backwards, rows[::-1]),
         ]
     if not any(row.any() for row in rows):
-        verdicts.append(Verdict("has an opinion", "0 for every token of every completion"))
+        verdicts.append(Verdict(OPINION, "0 for every token of every completion"))
     examples = [
         Example(kind, scene.samples[0].text, _pieces(scene), _own(row, scene), findings([part], scene)[0])
         for (kind, _), scene, row in zip(kinds, scenes, rows, strict=True)
@@ -113,13 +116,14 @@ def _completions(items: Sequence[Item], tokenizer: Any) -> tuple[list[tuple[str,
         answer = item.answer or "An answer."
         texts = {
             "good": answer, "repeated": f"{answer} {answer} {answer}", "empty": "", "odd": ODD,
-            "cut off": answer[: max(1, len(answer) // 2)],
+            "cut off": answer[: max(1, len(answer) // 2)], "one token": answer,
         }  # fmt: skip
         prompt = list(tokenizer.encode("?")) or [0]
         for kind, text in texts.items():
             ids = list(tokenizer.encode(text, add_special_tokens=False))
-            ended = kind != "cut off" and eos is not None
+            ended = kind not in ("cut off", "one token") and eos is not None
             ids += [eos] if ended or not ids else []
+            ids = ids[:1] if kind == "one token" else ids
             said = Completion(ids, [-1.0] * len(ids), "eos" if ended else "length")
             episode = to_episode(f"{item.id}/{kind}", item, 0, prompt, said, version=0)
             kinds.append((kind, item))

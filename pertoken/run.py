@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pertoken import build, offline
+from pertoken import build, doctor, offline
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, RewardConfig, RunConfig
@@ -24,13 +24,14 @@ from pertoken.rewards import Isolated, Scene, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect, sample_seed
 from pertoken.sampling import Controls
+from pertoken.tracking.certificate import read_certificate, write_certificate
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.comparison import Comparison, compare
 from pertoken.tracking.lock import RunLock
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import write_report
 from pertoken.tracking.runlog import RunLog, Status, read_run
-from pertoken.trainer import Run, checkpoint, loop
+from pertoken.trainer import Run, checkpoint, greedy_rewards, loop
 from pertoken.types import Item
 
 
@@ -111,7 +112,13 @@ def _train(
     interrupted: Callable[[], bool],
     budget: "TimeBudget",
 ) -> RunResult:
+    certified = False
+
     def after_step(report: StepReport) -> None:
+        nonlocal certified
+        if not certified:
+            certified = True
+            _certify(run, log.folder, report)
         notes.tell()
         on_step(report, run.progress.seconds)
 
@@ -172,6 +179,18 @@ def evaluate(config: RunConfig, *, model: str | None = None, against: str | None
     return rows
 
 
+def _certify(run: Run, folder: Path, report: StepReport) -> None:
+    """Keep the quick part of the certificate with the run, beside the rest if that is of the same configuration."""
+    found, kept = doctor.quick_certificate(run, report), None
+    with contextlib.suppress(RunFolderError):  # a damaged one is replaced
+        kept = read_certificate(folder)
+    try:
+        write_certificate(kept.renewed(found) if kept is not None and kept.of_same(found) else found, folder)
+    except RunFolderError as error:  # a run does not fail for want of it
+        run.notes.append(f"no certificate: {error}")
+    run.notes += [f"certificate: {line.name}: {line.words}. {line.remedy}" for line in found.failed]
+
+
 class Speaker:
     """A model to talk to: text in, pieces of text with figures out."""
 
@@ -212,8 +231,10 @@ class Speaker:
         )  # fmt: skip
         batch = to_batch(episodes, self.controls, device=str(policy.device))
         old = policy.score(batch)
-        rewards = score(build.build_rewards(config.rewards), Scene(batch, episodes, policy.tokenizer, old, None))
-        credit = assign(config.credit, rewards, batch, old)
+        parts, scene = build.build_rewards(config.rewards), Scene(batch, episodes, policy.tokenizer, old, None)
+        rewards = score(parts, scene)
+        greedy = greedy_rewards(scene, config, self.engine, policy, self.controls, parts)
+        credit = assign(config.credit, rewards, batch, old, greedy)
         totals = rewards.total.sum(1)
         for row in totals.argsort(descending=True).tolist():
             start = episodes[row].prompt_length

@@ -180,7 +180,8 @@ def loop(
         scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
         rewards = reward_and_draw_ahead(run, scene)
         run.notes += failure_notes(scene, rewards)
-        credit = assign(credit_of(run.config, step), rewards, batch, old, greedy_rewards(run, scene))
+        greedy = greedy_rewards(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
+        credit = assign(credit_of(run.config, step), rewards, batch, old, greedy)
         clock.lap("reward")
         run.before_step = None
         run.engine.release()  # the update needs the room, and makes its packed weights old
@@ -259,18 +260,23 @@ def _head_only(config: RunConfig, step: int) -> bool:
     return head is not None and step <= head.pretrain_steps
 
 
-def greedy_rewards(run: Run, scene: Scene) -> Tensor | None:
+def greedy_rewards(
+    scene: Scene,
+    config: RunConfig,
+    engine: RolloutEngine,
+    policy: Policy,
+    controls: Controls,
+    rewards: Sequence[Weighted],
+) -> Tensor | None:
     """What the greedy answer to each row's prompt earns, if credit is assigned against it; without the KL penalty."""
-    if run.config.credit.type != "self_critical":
+    if config.credit.type != "self_critical":
         return None
     of_group = {episode.group: episode.item for episode in scene.episodes}
-    sampling = run.config.rollout.sampling.model_copy(
-        update={"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    )
-    controls = replace(run.controls, sampling=sampling)
-    episodes = collect(run.engine, list(of_group.values()), run.policy.tokenizer, controls, step=scene.step)
-    batch = to_batch(episodes, controls, device=str(run.policy.device))
-    totals = score(run.rewards, Scene(batch, episodes, run.policy.tokenizer, step=scene.step)).total.sum(1)
+    sampling = config.rollout.sampling.model_copy(update={"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
+    greedily = replace(controls, sampling=sampling)
+    episodes = collect(engine, list(of_group.values()), policy.tokenizer, greedily, step=scene.step)
+    batch = to_batch(episodes, greedily, device=str(policy.device))
+    totals = score(rewards, Scene(batch, episodes, policy.tokenizer, step=scene.step)).total.sum(1)
     earned = dict(zip(of_group, totals.tolist(), strict=True))
     return torch.tensor([earned[group] for group in scene.batch.group.tolist()], device=scene.batch.group.device)
 
@@ -397,7 +403,7 @@ def update(
             part = replace(part, old=replace(part.old, logprobs=new.logprobs.detach()))  # noqa: PLW2901
             check_ratio(part.batch, part.old, exact=exact)
             first[part.rows] = part.old.logprobs
-        loss = _part_loss(run, part, new, sums, streams, batch, entropy_coefficient, head_only=head_only)
+        loss = part_loss(run, part, new, sums, streams, batch, entropy_coefficient, head_only=head_only)
         if math.isfinite(loss.item()):
             loss.backward()
         else:
@@ -484,7 +490,7 @@ def _entropy_coefficient(config: RunConfig, batch: TokenBatch, old: PolicyOutput
     return objective.entropy_coefficient if mean < objective.entropy_floor else 0.0
 
 
-def _part_loss(
+def part_loss(
     run: Run,
     part: Part,
     new: PolicyOutput,

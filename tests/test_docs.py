@@ -84,7 +84,7 @@ def test_files_and_tests_that_a_page_names_exist(page):
 # --- generated parts ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cli.md", "config.md", "reward-models.md"])
+@pytest.mark.parametrize("name", generate.GENERATED)
 def test_generated_parts_are_fresh(name):
     text = read(f"docs/{name}")
     assert generate.marked(text) == text, f"docs/{name} is stale; run: python docs/generate.py"

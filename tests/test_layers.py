@@ -71,10 +71,11 @@ MAY["trainer"] |= {"assignment"}
 MAY["offline"] = MAY["trainer"] | {"trainer"}
 MAY["build"] = MAY["offline"] | {"offline", "text_metrics"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
-MAY["run"] = MAY["build"] | {"build"}
+MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
+MAY["run"] = MAY["build"] | {"build", "doctor"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
 MAY["reward_models"] = {"errors", "config", "tasks", "rewards", "text_metrics", "tracking"}
-MAY["cli"] = MAY["run"] | {"presets", "run", "profiling", "reward_check", "reward_models", "testing"}
+MAY["cli"] = MAY["run"] | {"presets", "run", "doctor", "profiling", "reward_check", "reward_models", "testing"}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
 OPTIONAL = {

@@ -68,7 +68,7 @@ class TransformersEngine:
 
     def _generate(self, rows: Rows, batch: list[Row]) -> None:
         ids = torch.tensor([rows.prompts[row.index] for row in batch], device=self._model.device)
-        with _own_settings_aside(self._model):
+        with own_settings_aside(self._model):
             self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -79,7 +79,7 @@ class TransformersEngine:
 
 
 @contextlib.contextmanager
-def _own_settings_aside(model: Any) -> Iterator[None]:
+def own_settings_aside(model: Any) -> Iterator[None]:
     """`generate` would fill in penalties and end tokens from the model's own `generation_config`: not meanwhile."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = inner.generation_config

@@ -13,7 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from pertoken.errors import MissingExtraError
+from pertoken.errors import MissingExtraError, RunFolderError
+from pertoken.tracking.certificate import Certificate, read_certificate
 from pertoken.tracking.charts import Chart, Column, held_out_charts, training_charts
 from pertoken.tracking.comparison import Change, Comparison, Shift, compare, shifts
 from pertoken.tracking.files import Number, Row, write_whole
@@ -44,6 +45,7 @@ def render(reader: RunReader) -> str:
         "Result": _result(comparison, evaluations, metrics, charts),
         "Tokens": _resource("tokens.html"),
         "Curves": _curves(metrics, charts),
+        "Certificate": _certificate(reader.folder),
         "Configuration": _configuration(run, reader.config_text()),
     }
     samples = browse(reader, comparison)
@@ -255,6 +257,48 @@ def _figures(group: Sequence[Chart], charts: list[Chart], size: str = "") -> str
         )
         charts.append(chart)
     return f'<div class="charts {size}">{html}</div>'
+
+
+def _certificate(folder: Path) -> str:
+    """What was checked of the token maths of this run, or that nothing was."""
+    try:
+        found = read_certificate(folder)
+    except RunFolderError as error:
+        return f"<p>{escape(str(error))}</p>"
+    if found is None:
+        return (
+            "<p>No certificate: the token maths of this run was not checked. <code>pertoken doctor</code> checks it, "
+            "and <code>pertoken train</code> the quick part.</p>"
+        )
+    judgement = "better" if found.passed else "worse"
+    title = "Sound" if found.passed else "Not sound"
+    made = f"{found.kind} certificate of {found.date[:16].replace('T', ' ')}"
+    where = f"{found.machine['precision']} on {found.machine['device']}"
+    return (
+        f'<div class="verdict {judgement}"><strong>{title}</strong><p>{escape(found.verdict.capitalize())}: '
+        f"{escape(made)}, {escape(where)}.</p></div>"
+        f"{_checks(found)}"
+    )
+
+
+def _checks(found: Certificate) -> str:
+    rows = ""
+    for line in found.lines:
+        kind = {"pass": "better", "fail": "worse", "skipped": ""}[line.outcome]
+        measured = "" if line.figure is None else f"{line.figure:.2g} {line.unit}"
+        limit = "" if line.tolerance is None else f"{line.tolerance:g}"
+        said = (
+            "" if line.outcome == "pass" else f"<small>{escape(line.words)}</small><small>{escape(line.remedy)}</small>"
+        )
+        rows += (
+            f'<tr><th scope="row" title="{escape(line.words)}">{escape(line.title)}{said}</th>'
+            f'<td class="{kind}"><em>{line.outcome}</em></td><td>{escape(measured)}</td><td>{limit}</td></tr>'
+        )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Check", "Outcome", "Measured", "At most"))
+    return (
+        '<div class="scroll checks" tabindex="0" role="region" aria-label="Checks of the token maths"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
 
 
 def _configuration(run: Row, config_text: str) -> str:

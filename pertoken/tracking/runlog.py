@@ -36,8 +36,15 @@ FORMAT_VERSION = 1
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
-BEFORE_RUN_JSON = {LOCK, WRITER, "config.yaml", *(f"{name}.tmp" for name in (WRITER, "config.yaml", "run.json"))}
-"""What a run that was killed while it made its folder may have left there: no reason to refuse the folder."""
+CERTIFICATE = "certificate.json"
+
+BEFORE_RUN_JSON = {
+    LOCK,
+    WRITER,
+    *(name + end for name in (WRITER, "config.yaml", "run.json", CERTIFICATE) for end in ("", ".tmp")),
+}
+"""What may be in a folder before its run is: what a run that was killed while it made its folder left there, and the
+certificate of a check before training. No reason to refuse the folder."""
 
 
 class RunLog:
@@ -88,13 +95,13 @@ class RunLog:
                 "format_version": FORMAT_VERSION,
                 "status": "running",
                 "reason": "",
-                "started": _now(),
+                "started": now(),
                 "finished": None,
                 "resumed": [],
                 "about": dict(about or {}),
                 "seed": seed,
                 "command": shlex.join(sys.argv if command is None else command),
-                "versions": _versions(),
+                "versions": versions(),
                 "platform": platform.platform(),
             }
             write_whole(folder / "config.yaml", config_text.encode(), "the configuration")
@@ -125,7 +132,7 @@ class RunLog:
                     if step_of(path) > step:
                         with writing("the resumed run", path):
                             path.unlink()
-            run["resumed"].append({"time": _now(), "step": max(step, 0), "versions": _versions(), "notes": notes})
+            run["resumed"].append({"time": now(), "step": max(step, 0), "versions": versions(), "notes": notes})
             run |= {"status": "running", "reason": "", "finished": None}
             if config_text is not None:
                 write_whole(folder / "config.yaml", config_text.encode(), "the configuration")
@@ -177,7 +184,7 @@ class RunLog:
 
     def finish(self, status: Status, reason: str = "") -> None:
         """Writes down how the run ended; `reason` is one sentence."""
-        self._run |= {"status": status, "reason": reason, "finished": _now()}
+        self._run |= {"status": status, "reason": reason, "finished": now()}
         self._save_run()
 
     def close(self) -> None:
@@ -311,7 +318,8 @@ def _number(value: Number) -> Number:
     return value if isinstance(value, int) else float(value)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of python, and of the packages that figures depend on."""
     found = {"python": platform.python_version()}
     for package in ("pertoken", "torch", "transformers"):
         try:
@@ -321,5 +329,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, as run folders write it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

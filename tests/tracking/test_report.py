@@ -66,6 +66,7 @@ def test_the_page_of_a_300_step_run_is_small_and_has_every_section(html, page):
         "result",
         "tokens",
         "curves",
+        "certificate",
         "configuration",
     ]
     assert "SmolLM2-135M on documentation summaries" in html
