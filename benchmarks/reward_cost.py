@@ -32,6 +32,7 @@ SIZES = {128: (64, 20), 1024: (16, 100)}
 """Tokens per completion: number of completions, words per reference."""
 PARAMETERS: dict[str, dict[str, Any]] = {
     "length": {"max_words": 50},
+    "overlong": {"max_tokens": 128, "buffer": 32},
     "format": {"parts": ["[0-9]+"], "json": True},
     "banned": {"words": ["delve", "as an AI model"]},
     "readability": {"most": 8.0},

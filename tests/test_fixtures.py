@@ -1070,14 +1070,4 @@ CASES: dict[str, Any] = {
             "returns": [1.0275, 0.95],
         },
     },
-    "dapo_overlong_and_filter": {
-        "inputs": {
-            "L_max": 100,
-            "L_cache": 20,
-            "lengths": [70, 80, 90, 100, 101],
-        },
-        "outputs": {
-            "penalty": [0.0, 0.0, -0.5, -1.0, -1.0],
-        },
-    },
 }

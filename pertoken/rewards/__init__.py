@@ -37,7 +37,7 @@ from pertoken.rewards.knowledge import Documents, Facts
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.names import make, resolve
 from pertoken.rewards.readability import Readability
-from pertoken.rewards.rules import Length, Repetition
+from pertoken.rewards.rules import Length, Overlong, Repetition
 from pertoken.rewards.semantics import Entailment, Similarity
 from pertoken.rewards.shaping import Shaping
 from pertoken.rewards.token_model import TokenModel
@@ -71,6 +71,7 @@ __all__ = [
     "NoOpinion",
     "Normaliser",
     "Opinions",
+    "Overlong",
     "Readability",
     "Repetition",
     "Reward",

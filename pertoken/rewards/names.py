@@ -23,6 +23,7 @@ BUILT_IN = {
     "meteor": "pertoken.rewards.metrics:Meteor",
     "repetition": "pertoken.rewards.rules:Repetition",
     "length": "pertoken.rewards.rules:Length",
+    "overlong": "pertoken.rewards.rules:Overlong",
     "format": "pertoken.rewards.form:Format",
     "banned": "pertoken.rewards.form:Banned",
     "distinct": "pertoken.rewards.diversity:Distinct",

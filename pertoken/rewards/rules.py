@@ -77,3 +77,32 @@ class Length(SampleReward):
             values[last_action] -= self.cost * max(self.min_words - len(words), 0)
             values[last_action] -= self.unfinished_cost * (sample.stop in ("length", "context"))
         return values
+
+
+@dataclass(frozen=True)
+class Overlong(SampleReward):
+    """DAPO's soft cost of long completions, in tokens: nothing, then falling to -1, and -1 beyond `max_tokens`.
+
+        0 if L <= max_tokens - buffer          ((max_tokens - buffer) - L) / buffer up to max_tokens          then -1
+
+    L counts what the policy wrote, the token that ends it included. Each token of the buffer pays its own share (1 /
+    buffer), so the sum over the completion is the formula and the blame stays where the text grew too long.
+    Yu et al. 2025, https://arxiv.org/abs/2503.14476, eq. 13.
+    """
+
+    max_tokens: int
+    """Length at which the whole cost is paid; `rollout.sampling.max_new_tokens` or somewhat less."""
+    buffer: int
+    """Tokens below `max_tokens` over which the cost grows."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.buffer <= self.max_tokens:
+            raise ConfigError(f"overlong: expected 1 <= buffer <= max_tokens, got {self.buffer} and {self.max_tokens}")
+
+    def token_values(self, sample: Sample) -> list[float]:
+        values, written = [0.0] * len(sample.tokens), 0
+        for k, acts in enumerate(sample.action_mask):
+            written += acts
+            if acts and self.max_tokens - self.buffer < written <= self.max_tokens:
+                values[k] = -1.0 / self.buffer
+        return values

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pertoken.errors import ConfigError
-from pertoken.rewards import Length, Repetition
+from pertoken.rewards import Length, Overlong, Repetition
 
 # ---- repetition -------------------------------------------------------------------------------------------------
 
@@ -95,3 +95,27 @@ def test_the_cost_is_linear_in_the_words_outside_the_bounds(words, make_episode,
 def test_settings_that_cannot_work_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+# ---- overlong -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "cost"), [(70, 0.0), (80, 0.0), (90, -0.5), (100, -1.0), (101, -1.0)])
+def test_the_soft_cost_of_long_completions(length, cost, make_episode, make_scene):
+    """The published formula (shared/fixtures, dapo_overlong_and_filter)."""
+    said = make_episode("a" * (length - 1))  # and the token that ends it
+    assert sum(said.action_mask) == length
+    values = Overlong(max_tokens=100, buffer=20)(make_scene(said))
+    assert values.sum().item() == pytest.approx(cost, abs=1e-6)
+
+
+def test_the_tokens_of_the_buffer_pay_and_no_other(make_episode, make_scene, letters):
+    """Tokens that the policy did not choose are not counted: the third and fourth of its own pay."""
+    scene = make_scene(make_episode(letters("abcdef"), mask=[1, 0, 1, 1, 1, 1]))
+    assert Overlong(max_tokens=4, buffer=2)(scene)[0, 2:].tolist() == [0, 0, 0, -0.5, -0.5, 0]
+
+
+@pytest.mark.parametrize(("max_tokens", "buffer"), [(4, 0), (4, 5), (0, 0)])
+def test_an_overlong_without_a_buffer_is_refused(max_tokens, buffer):
+    with pytest.raises(ConfigError, match="overlong: expected 1 <= buffer <= max_tokens"):
+        Overlong(max_tokens=max_tokens, buffer=buffer)
