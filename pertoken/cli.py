@@ -1,4 +1,5 @@
-"""The command line: train, evaluate, generate, profile, doctor, report, show, export, config, algorithms, runs, reward."""
+"""The command line: train, evaluate, generate, profile, doctor, report, show, export, config, algorithms, runs,
+reward."""
 
 import hashlib
 import io
