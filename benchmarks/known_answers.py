@@ -127,8 +127,10 @@ def steps_until(curve: list[float], bound: float, window: int = 5) -> int | None
 TUNED: dict[str, dict[str, Any]] = {
     "vc_ppo": {"policy": {"value_head": {"pretrain_steps": 3}}},
     "vapo": {"policy": {"value_head": {"pretrain_steps": 3}}, "credit": {"length_adaptive": 0.5}},
+    "dapo": {"credit": {"truncated": "keep"}},
+    "high_entropy": {"credit": {"truncated": "keep"}},
 }
-"""What texts of 8 tokens want otherwise."""
+"""What texts of 8 tokens want otherwise; and here the best answer is one that is cut off."""
 
 
 def preset_arm(name: str) -> dict[str, Any]:

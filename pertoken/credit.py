@@ -31,6 +31,7 @@ Transforms `(advantages, action_mask, group) -> advantages` can be chained: `whi
 `redistribute`, `leave_one_token_out` and `shapley` make token rewards out of one number for the whole text.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -574,21 +575,24 @@ def leave_one_token_out(worth: Worth, num_tokens: int) -> Float[Tensor, " N"]:
 
 
 def shapley(
-    worth: Worth, num_tokens: int, *, num_orders: int, generator: torch.Generator | None = None
+    worth: Worth, num_tokens: int, *, num_orders: int | None, generator: torch.Generator | None = None
 ) -> Float[Tensor, " N"]:
-    """What each token adds when it joins, averaged over random orders of joining.
+    """What each token adds when it joins, averaged over random orders of joining; over all orders if None (N! of them).
 
         phi_t = mean over orders of v(those before t, and t) - v(those before t)
 
     Sums to v(all) - v(none) whatever `num_orders`; unbiased for the Shapley value. Each order is used forwards and
-    backwards, which only lowers the variance. 2 * num_orders * N + 1 evaluations at most.
+    backwards, which lowers the variance. 2 * num_orders * (N - 1) + 2 evaluations at most, equal ones once.
     Shapley 1953; sampling: Castro et al. 2009, https://doi.org/10.1016/j.cor.2008.04.004.
 
     >>> shapley(lambda kept: kept.all(1).double(), 2, num_orders=1)
     tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    orders = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(num_orders)])
-    orders = torch.cat([orders, orders.flip(1)])
+    if num_orders is None:
+        orders = torch.tensor(list(itertools.permutations(range(num_tokens))))
+    else:
+        orders = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(num_orders)])
+        orders = torch.cat([orders, orders.flip(1)])
     rank = orders.argsort(1)
     sizes = torch.arange(num_tokens + 1)[:, None]
     coalitions = (rank[:, None] < sizes).reshape(-1, num_tokens)  # of each order: none, the first, the first two ...

@@ -224,6 +224,10 @@ class Speaker:
     def group(self, text: str, answer: str | None, *, seed: int = 0) -> Iterator[tuple[list[str], list[float], float]]:
         """A group of samples, best first: pieces, advantages and total reward, by the configured rewards and credit."""
         config, policy = self.config, self.policy
+        if config.credit.type == "self_critical":
+            raise ConfigError(
+                "credit.type self_critical is assigned in training alone: choose another to look at a group"
+            )
         item = self._item(text, answer)
         episodes = collect(
             self.engine, [item], policy.tokenizer, self.controls,

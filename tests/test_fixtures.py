@@ -173,9 +173,10 @@ def test_shapley_and_leaving_one_out() -> None:
         return tensor([i["v"][",".join(map(str, row.nonzero()[:, 0].tolist()))] for row in kept])
 
     equal(credit.leave_one_token_out(worth, 3), o["leave_one_out"])
+    exact = credit.shapley(worth, 3, num_orders=None)
+    equal(exact, o["shapley"])
     generator = torch.Generator().manual_seed(0)
-    exact = credit.shapley(worth, 3, num_orders=20_000, generator=generator)
-    equal(exact, o["shapley"], atol=5e-3)
+    equal(credit.shapley(worth, 3, num_orders=5_000, generator=generator), exact.tolist(), atol=1e-2)
     assert float(exact.sum()) == pytest.approx(o["shapley_sum"], abs=1e-12)
     few = credit.shapley(worth, 3, num_orders=1, generator=generator)
     assert float(few.sum()) == pytest.approx(o["shapley_sum"], abs=1e-12)
