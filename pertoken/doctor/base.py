@@ -18,12 +18,12 @@ from pertoken.rollout.collect import to_episode
 from pertoken.trainer import Run
 from pertoken.types import Completion, Credit, Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
 
-LOGPROB_TOLERANCE = {None: trainer.RATIO_TOLERANCE, torch.bfloat16: 0.3}
-"""Largest difference of one token's log-prob between two ways to compute it (nats), by the type of matrix products.
-That of bfloat16 is the bound that engines are chosen by."""
+LOGPROB_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.3}
+"""Largest difference of one token's log-prob between two ways to compute it (nats), by the type of matrix products: the
+bounds that layouts and engines are chosen by."""
 
-DRIFT_TOLERANCE = {None: trainer.RATIO_TOLERANCE, torch.bfloat16: 0.1}
-"""Of `Probe.drift` (nats)."""
+RATIO_TOLERANCE = {None: trainer.RATIO_TOLERANCE, torch.bfloat16: 0.1}
+"""Of `Probe.drift` (nats); the loop of training ends at that of float32."""
 
 GRADIENT_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.05}
 """Largest norm of the difference of two gradients, as a share of the gradient's own norm."""

@@ -29,7 +29,7 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 """In the order in which they are made; the last one trains."""
 
-PROMPTS, SAMPLES, NEW_TOKENS = 2, 4, 12
+PROMPTS, SAMPLES, NEW_TOKENS = 2, 4, 8
 """At most so many prompts, samples of each and tokens of each are looked at."""
 
 ITEMS = 512

@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 
 from pertoken import batching, trainer
 from pertoken.doctor.base import (
-    DRIFT_TOLERANCE,
     LOGPROB_TOLERANCE,
+    RATIO_TOLERANCE,
     Probe,
     Verdict,
     check,
@@ -54,7 +54,7 @@ CONTROL_TOKENS = 6
 )
 def ratio(probe: Probe) -> Verdict:
     """|scored - sampled| log-prob, of the worst action; in bfloat16 the mean over all of them."""
-    tolerance, count = DRIFT_TOLERANCE[probe.dtype], probe.batch.num_actions
+    tolerance, count = RATIO_TOLERANCE[probe.dtype], probe.batch.num_actions
     which = "the worst" if probe.dtype is None else "the mean"
     if probe.run.staleness:
         return skipped("the samples are of older weights than the step (rollout.ahead)")
@@ -71,7 +71,8 @@ def ratio(probe: Probe) -> Verdict:
 )
 def padding(probe: Probe) -> Verdict:
     """The plain distribution of the model in each layout, with garbage in the padding."""
-    run, rows = probe.run, torch.arange(len(probe.batch.group))[: probe.config.rollout.samples_per_prompt + 1]
+    run, size = probe.run, probe.config.rollout.samples_per_prompt
+    rows = torch.tensor(sorted({0, min(1, size - 1), min(size, len(probe.batch.group) - 1)}))  # a group, and another
     batch = dataclasses.replace(probe.batch.rows(rows), controls=Controls(), support=None)
     wide, model, dtype = _widened(batch, (run.policy.eos_ids or (0,))[0]), run.policy.hf_model, probe.dtype
     found: dict[str, Tensor] = {}
@@ -135,7 +136,7 @@ def controls(probe: Probe) -> Verdict:
         episodes = collect(run.engine, _items(probe, 1), run.policy.tokenizer, resolved, samples_per_prompt=2)
         batch = batching.to_batch(episodes, resolved, device=str(run.policy.device))
         gaps[name] = largest((run.policy.score(batch).logprobs - batch.sample_logprobs)[batch.action_mask])
-    tolerance = LOGPROB_TOLERANCE[probe.dtype]
+    tolerance = RATIO_TOLERANCE[None] if probe.dtype is None else LOGPROB_TOLERANCE[probe.dtype]
     bad = [name for name, gap in gaps.items() if not gap <= tolerance]
     return within(
         max(gaps.values()), tolerance, "nats", seen=", ".join(gaps),

@@ -38,7 +38,7 @@ none, since the other half is 0."""
     "(`Part.num_actions`, `Part.num_rows`). Meanwhile set update.tokens_per_micro_batch so high that there is one.",
 )
 def micro_batches(probe: Probe) -> Verdict:
-    """The update's own gradient of the batch in one piece, against its rows shuffled and cut in several."""
+    """The update's own gradient of the batch in one piece, against its rows shuffled and cut two by two."""
     batch, parameters = probe.batch, list(probe.run.policy.trainable().values())
     rows = torch.arange(len(batch.group))
     credit = _made_up_credit(probe)
@@ -48,7 +48,8 @@ def micro_batches(probe: Probe) -> Verdict:
         if parameter.grad is not None:
             parameter.grad.neg_()
     shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
-    pieces = _accumulate(probe, shuffled, credit, max(1, int(batch.attention_mask.sum()) // 5))
+    two_of_a_group = max(batch.prompt_lengths()) + 2 * int(batch.action_mask.sum(1).max())
+    pieces = _accumulate(probe, shuffled, credit, two_of_a_group)
     difference = _norm(parameters)
     probe.run.policy.model.zero_grad(set_to_none=True)
     if not whole > 0:
@@ -205,8 +206,11 @@ def _some(names: list[str]) -> str:
 
 
 def _two_steps(probe: Probe) -> Run:
-    """The run, set to make two steps and then a third, each with something to learn."""
-    config = changed(changed(probe.config, "stop", type(probe.config.stop)(steps=3)), "guards.stop", False)
+    """The run, set to make short steps, two and then a third, each with something to learn."""
+    config = changed(probe.config, "rollout.prompts_per_step", 1)
+    config = changed(config, "rollout.samples_per_prompt", min(2, config.rollout.samples_per_prompt))
+    config = changed(config, "update.minibatches", min(config.update.minibatches, config.rollout.samples_per_prompt))
+    config = changed(changed(config, "stop", type(config.stop)(steps=3)), "guards.stop", False)
     config = changed(changed(config, "checkpoint.keep", 1), "log.episodes_per_step", 0)
     return replace(probe.run, config=config, rewards=[*probe.run.rewards, _uneven()], ahead=None, evaluator=None)
 
