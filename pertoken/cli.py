@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from pertoken.config import RunConfig, explain, load_config, overrides_of
+from pertoken.config import RunConfig, explain, load_config, load_stages, overrides_of
 from pertoken.errors import ConfigError, PertokenError, RunFolderError, closest
 
 app = typer.Typer(
@@ -85,17 +86,31 @@ def train(
     max_time: MaxTime = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
-    """Train a policy. Ctrl-C finishes the step, saves, and says how to resume."""
+    """Train a policy, or the stages of a chain. Ctrl-C finishes the step, saves, and says how to resume."""
     if resume is not None:
         if settings and any(not _is_override(s) for s in settings):
             raise ConfigError("--resume takes its configuration from the run folder; only KEY=VALUE may follow")
-        config = load_config([resume / "config.yaml"], settings or [])
+        stages = [load_config([resume / "config.yaml"], settings or [])]
     else:
-        config = _config(settings)
+        stages = load_stages(*_split(settings))
     if dry_run:
-        out.print(config.to_yaml(), markup=False, end="")
-        return
-    _train(config, resume, _seconds(max_time))
+        out.print("---\n".join(stage.to_yaml() for stage in stages), markup=False, end="")
+    elif len(stages) > 1:
+        _train_stages(stages, _seconds(max_time))
+    else:
+        _train(stages[0], resume, _seconds(max_time))
+
+
+def _train_stages(stages: Sequence[RunConfig], max_seconds: float) -> None:
+    from pertoken.run import stages_left
+
+    end = time.monotonic() + max_seconds
+    left = stages_left(stages)
+    for config, resume in left:
+        out.print(f"stage {stages.index(config) + 1} of {len(stages)}, {config.name}: {config.method.type}")
+        _train(config, resume, end - time.monotonic())
+    if not left:
+        out.print(f"all {len(stages)} stages have finished; model: {stages[-1].run_folder / 'model'}")
 
 
 def _train(config: RunConfig, resume: Path | None, max_seconds: float) -> None:
@@ -541,9 +556,14 @@ def _is_override(setting: str) -> bool:
     return "=" in setting and not Path(setting).exists()
 
 
-def _config(settings: Sequence[str] | None) -> RunConfig:
+def _split(settings: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Files, and overrides."""
     files = [s for s in settings or () if not _is_override(s)]
-    return load_config(files, [s for s in settings or () if _is_override(s)])
+    return files, [s for s in settings or () if _is_override(s)]
+
+
+def _config(settings: Sequence[str] | None) -> RunConfig:
+    return load_config(*_split(settings))
 
 
 @contextmanager

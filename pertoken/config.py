@@ -774,11 +774,53 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
 
     Raises ConfigError naming the file or key, what was expected, and the nearest known name.
     """
-    defaults = RunConfig().model_dump(mode="json", exclude={"task"})
-    return load_settings(RunConfig, files, overrides, defaults, _expand)
+    merged = _merged_run(files, overrides)
+    if "stages" in merged:
+        raise ConfigError(
+            "stages: only `pertoken train` takes a chain; for all else there is config.yaml in the folder of each stage"
+        )
+    return validate(merged)
+
+
+def load_stages(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[RunConfig]:
+    """The configurations of a chain, one per entry of `stages`; of a file without `stages` that of its one run.
+
+    An entry has a `name` and what differs from the rest of the file. Its run folder lies in that of the chain, and its
+    `policy.model` is what the stage before it has trained.
+    """
+    merged = _merged_run(files, overrides)
+    if "stages" not in merged:
+        return [validate(merged)]
+    stages = merged.pop("stages")
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise ConfigError("stages: expected a list of sections, each with a `name` and what differs in it")
+    folder, found = validate(merged).run_folder, list[RunConfig]()
+    for place, stage in enumerate(stages):
+        where = f"stages.{place}"
+        if not isinstance(stage.get("name"), str) or stage["name"] in (config.name for config in found):
+            raise ConfigError(f"{where}.name: each stage needs a name of its own, got {stage.get('name')!r}")
+        if "folder" in stage or "seed" in stage:
+            raise ConfigError(f"{where}: `folder` and `seed` are those of the chain; set them at the top of the file")
+        values = _merge(merged, _expand(stage)) | {"folder": str(folder / stage["name"])}
+        if found:
+            if "model" in (stage.get("policy") or {}):
+                raise ConfigError(
+                    f"{where}.policy.model: it is what stage {found[-1].name!r} has trained; leave it out"
+                )
+            values["policy"] = {**values["policy"], "model": str(found[-1].run_folder / "model")}
+        try:
+            found.append(validate(values))
+        except ConfigError as error:
+            raise ConfigError(f"{where} ({stage['name']}): {error}") from None
+    return found
 
 
 S = TypeVar("S", bound=Section)
+
+
+def load_settings(kind: type[S], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> S:
+    """Settings of another kind, with errors as of `load_config`."""
+    return validate(_merged({}, files, overrides), kind)
 
 
 def overrides_of(texts: Sequence[str]) -> dict[str, Any]:
@@ -789,25 +831,25 @@ def overrides_of(texts: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def load_settings(
-    kind: type[S],
-    files: Sequence[str | Path],
-    overrides: Sequence[str] = (),
-    below: Mapping[str, Any] | None = None,
-    expand: Callable[[dict[str, Any]], dict[str, Any]] = dict,
-) -> S:
-    """Settings of any kind, of YAML `files` and overrides over the values `below`; errors as of `load_config`.
+def _merged_run(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
+    """Of a run: the defaults, under the files from left to right, under the overrides."""
+    return _merged(RunConfig().model_dump(mode="json", exclude={"task"}), files, overrides, _expand)
 
-    expand: what the values of a file stand for.
-    """
-    merged = dict(below or {})
+
+def _merged(
+    merged: dict[str, Any],
+    files: Sequence[str | Path],
+    overrides: Sequence[str],
+    expand: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Files over `merged`, overrides over them; `expand` tells what the values of a file stand for."""
     for file in files:
         merged = _merge(merged, expand(_read_yaml(Path(file))))
     for override in sorted(overrides, key=lambda text: not text.startswith("algorithm=")):
         _set(merged, override)
         if override.startswith("algorithm="):
             merged = _merge(merged, expand({"algorithm": merged["algorithm"]}))
-    return validate(merged, kind)
+    return merged
 
 
 def _expand(values: dict[str, Any]) -> dict[str, Any]:

@@ -258,13 +258,18 @@ def preference_metrics(sums: Float[Tensor, " B"], desirable: Bool[Tensor, " B"],
         figures["preference/rejected"] = rejected.mean().item()
     if paired:
         figures["preference/margin"] = (chosen - rejected).mean().item()
-        figures["preference/accuracy"] = (chosen > rejected).float().mean().item()
+        figures["preference/accuracy"] = _right(chosen - rejected).mean().item()
     return figures
 
 
 def _mean_nats(logprobs: Float[Tensor, "B T"], rows: Rows) -> float:
     learnt = rows.batch.action_mask & rows.desirable[:, None]
     return -torch.where(learnt, logprobs, 0.0).sum().item() / max(int(learnt.sum()), 1)
+
+
+def _right(margins: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """1 for a pair whose chosen answer earns more, half for a tie, as where nothing was learnt yet."""
+    return (margins.sign() + 1) / 2
 
 
 def record(run: Run, log: RunLog, report: StepReport) -> None:
@@ -312,5 +317,5 @@ class HeldOutAnswers:
         return {
             "answer_logprob": means[desirable].tolist(),
             "preference_margin": margin.tolist(),
-            "preference_accuracy": (margin > 0).float().tolist(),
+            "preference_accuracy": _right(margin).tolist(),
         }

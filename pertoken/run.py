@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,30 @@ def _end_processes(run: Run) -> None:
     for part in run.rewards:
         if isinstance(part.reward, Isolated):
             part.reward.close()
+
+
+def stages_left(stages: Sequence[RunConfig]) -> list[tuple[RunConfig, Path | None]]:
+    """The stages of a chain that have not finished, in their order, each with the folder to go on in if it has begun.
+
+    Raises ConfigError if a stage has finished with another configuration than it has now.
+    """
+    left = list[tuple[RunConfig, Path | None]]()
+    for config in stages:
+        folder = config.run_folder
+        begun = (folder / "run.json").is_file()
+        if not begun or read_run(folder)["status"] != "finished":
+            left.append((config, folder if begun else None))
+        elif (folder / "config.yaml").read_text(encoding="utf-8") != config.to_yaml():
+            raise ConfigError(
+                f"{folder}: stage {config.name!r} has finished with another configuration than it has now (see "
+                "config.yaml there). Give the chain another name, seed or folder, or remove it and those behind."
+            )
+        elif left:
+            raise ConfigError(
+                f"{folder}: stage {config.name!r} has finished, but stage {left[0][0].name!r} before it has not: it "
+                "began with another model. Remove its folder."
+            )
+    return left
 
 
 def _train(

@@ -16,7 +16,7 @@ import yaml
 
 from pertoken import cli
 from pertoken.build import build_rewards
-from pertoken.config import RunConfig, explain, load_config
+from pertoken.config import RunConfig, explain, load_config, load_stages
 from pertoken.reward_models import load_training
 from pertoken.rewards import resolve
 from pertoken.rewards.names import BUILT_IN
@@ -169,9 +169,9 @@ def test_recipes_on_pages_are_valid(page, place):
         if "data" in yaml.safe_load(text):  # a learned reward and no run
             load_training([place / "recipe.yaml"])
             continue
-        config = load_config([place / "recipe.yaml"])
-        assert set(yaml.safe_load(text)) <= set(RunConfig.model_fields)
-        build_rewards(config.rewards)  # names lead somewhere, parameters exist
+        assert set(yaml.safe_load(text)) <= {*RunConfig.model_fields, "stages"}
+        for config in load_stages([place / "recipe.yaml"]):
+            build_rewards(config.rewards)  # names lead somewhere, parameters exist
 
 
 def test_recipes_of_the_project_are_valid():

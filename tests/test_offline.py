@@ -237,7 +237,7 @@ def test_it_learns_what_the_answers_say(place, model_folder, tmp_path):
         update={"learning_rate": 1e-3},
     )  # fmt: skip
     changes = run.train(config).comparison.changes
-    assert changes["preference_accuracy"].before == 0.0
+    assert changes["preference_accuracy"].before == 0.5  # nothing but ties: it is the reference
     assert changes["preference_accuracy"].after == 1.0
     assert changes["preference_margin"].low > 0.5
     curve = RunReader(tmp_path / "dpo").metrics()["preference/margin"]

@@ -1,6 +1,7 @@
 """Losses of supervised and preference training: hand numbers, identities, masks, exact gradients, TRL."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,3 +134,20 @@ def test_the_baseline_of_kto_is_a_mean_that_is_never_negative_and_has_no_gradien
     assert not kto_baseline(ratios).requires_grad
     assert kto_baseline(-ratios).item() == 0.0
     assert kto_baseline(ratios[:0]).item() == 0.0
+
+
+def test_links_are_those_of_trl():
+    """Its losses of pairs take sums; fed with log-ratios to the reference, they are those of DPO and IPO."""
+    cpo = pytest.importorskip("trl.experimental.cpo", reason="TRL is no dependency")
+    chosen, rejected = torch.randn(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(5)
+    plain = {"alpha": 0.0, "accelerator": SimpleNamespace(device="cpu"), "beta": 0.3, "simpo_gamma": 0.7}
+
+    def theirs(kind, smoothing=0.0):
+        it = SimpleNamespace(**plain, loss_type=kind, label_smoothing=smoothing)
+        return cpo.CPOTrainer.cpo_loss(it, chosen, rejected)[0]
+
+    scored = 0.3 * chosen, 0.3 * rejected
+    torch.testing.assert_close(bradley_terry(*scored), theirs("sigmoid"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(bradley_terry(*scored, label_smoothing=0.2), theirs("sigmoid", 0.2), rtol=0, atol=1e-12)
+    torch.testing.assert_close(bradley_terry(*scored, margin=0.7), theirs("simpo"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ipo_loss(chosen, rejected, beta=0.3), theirs("ipo"), rtol=0, atol=1e-12)

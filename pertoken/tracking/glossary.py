@@ -85,7 +85,9 @@ METRICS: dict[str, Term] = {
     ),
     "preference/rejected": Term("What the other answers earn.", "mean over them of Σ score"),
     "preference/margin": Term("How much more the chosen answer of a pair earns.", "mean over pairs", better="higher"),
-    "preference/accuracy": Term("Pairs whose chosen answer earns more.", "share of pairs, 0 to 1", better="higher"),
+    "preference/accuracy": Term(
+        "Pairs whose chosen answer earns more; a tie counts half.", "share of pairs, 0 to 1", better="higher"
+    ),
     "completion/length": Term("Tokens per completion, sampled or given.", "mean over e, tokens"),
     "completion/terminated_share": Term(
         "Completions that ended by themselves; the others were cut off.", "share of e, 0 to 1"
@@ -136,7 +138,9 @@ HELD_OUT: dict[str, Term] = {
         "higher",
     ),
     "preference_margin": Term("How much more the chosen answer earns.", "Σ score − Σ score", "margin", "higher"),
-    "preference_accuracy": Term("Pairs whose chosen answer earns more.", "share, 0 to 1", "right pairs", "higher"),
+    "preference_accuracy": Term(
+        "Pairs whose chosen answer earns more; a tie counts half.", "share, 0 to 1", "right pairs", "higher"
+    ),
     "preference_score": Term(
         "What a desirable answer earns, and what an undesirable one loses.", "± Σ score", "score", "higher"
     ),
