@@ -137,10 +137,10 @@ def _fit(
     for epoch in range(settings.epochs):
         for batch in batches(pool, settings.batch, seed, epoch):
             time_used = (time.monotonic() - begun) / settings.seconds if settings.seconds else 0.0
-            rate = _rate(settings, step, total, time_used)
+            rate = _rate(settings, max((step + 0.5) / total, min(time_used, 1.0)))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            learner.model.train()
+            learner.model.train(settings.dropout)
             loss = learner.loss(batch)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -179,13 +179,11 @@ def batches(pool: Sequence[Example], size: int, seed: int, epoch: int) -> list[l
     return [cut[k] for k in random.permutation(len(cut))]
 
 
-def _rate(settings: OptimiserSection, step: int, total: int, time_used: float) -> float:
-    """Linear up, then linear down to 0: over the steps, or over the time if that will be over first."""
-    warm = settings.warmup * total
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    gone = max((step - warm) / max(total - warm, 1), min(time_used, 1.0))
-    return settings.learning_rate * (1 - gone)
+def _rate(settings: OptimiserSection, gone: float) -> float:
+    """The learning rate when a share of the training is gone: linear up, then linear down to 0."""
+    if gone < settings.warmup:
+        return settings.learning_rate * gone / settings.warmup
+    return settings.learning_rate * (1 - gone) / (1 - settings.warmup)
 
 
 @torch.no_grad()
