@@ -38,7 +38,7 @@ from pertoken.reward_models.losses import (
     squared_error,
 )
 from pertoken.reward_models.settings import ModelSection, OptimiserSection, Pairs, Preferences, RewardTraining
-from pertoken.rewards.semantics import EMBEDDED, SequenceClassifier, minilm_folder, window_of
+from pertoken.rewards.semantics import EMBEDDED, SequenceClassifier, minilm_folder, window_of, without_bars
 from pertoken.rewards.token_model import Piece, TokenScorer, load_trunk, scored
 from pertoken.tasks.base import Split
 from pertoken.tasks.rows import READERS
@@ -366,12 +366,13 @@ class PairLearner:
         source = str(minilm_folder()) if settings.trunk == EMBEDDED else str(Path(settings.trunk).expanduser())
         self._columns = {label: k for k, label in enumerate(labels)}
         try:
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=self._columns,
-                dtype=torch.float32, use_safetensors=True, problem_type="single_label_classification",
-                ignore_mismatched_sizes=True,
-            )  # fmt: skip
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
+            with without_bars():
+                self.model: Any = AutoModelForSequenceClassification.from_pretrained(
+                    source, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=self._columns,
+                    dtype=torch.float32, use_safetensors=True, problem_type="single_label_classification",
+                    ignore_mismatched_sizes=True,
+                )  # fmt: skip
+                self._tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"model.trunk: {settings.trunk!r} is no model in safetensors that can be reached from here "
@@ -399,7 +400,8 @@ class PairLearner:
         return functional.cross_entropy(outputs, wanted)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        self.model.save_pretrained(folder)
+        with without_bars():
+            self.model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
         (folder / PAIR_ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
