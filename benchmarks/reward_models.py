@@ -8,7 +8,8 @@ planted: of a pair, the chosen text is a sentence of a story and the rejected on
 word said twice (the second is the error), a verb or article of the wrong form, two words swapped, a word of another
 language. Training sees the two texts and no label of a token. On sentences of other stories, a token's negative mass is
 what its score is below the mean score of the tokens of the clean sentences; reported is its share on the planted
-characters, per kind, beside the share that these tokens are of all tokens. It must reach 0.70, or the exit code is 1.
+characters, per kind, beside the share that these tokens are of all tokens. Over all texts and as the mean of the four
+kinds (one kind alone could have all the mass) it must reach 0.70, or the exit code is 1.
 
 pairs: of a pair, the chosen text is a sentence out of a positive film review and the rejected one out of a negative
 one, both as people wrote them, paired at random. The 95% interval of the accuracy must exclude 0.5.
@@ -56,14 +57,14 @@ def write(path: Path, rows: Sequence[Any]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def sentences(path: Path) -> list[str]:
-    """Sentences of 6 to 40 words out of the stories of a file, each once."""
+def sentences(path: Path, most: int) -> list[str]:
+    """Sentences of 6 to `most` words out of the stories of a file, each once."""
     found: dict[str, None] = {}
     for row in rows_of(path):
         story = row["reference"]
         for start, stop in sentence_spans(story):
             text = " ".join(story[start:stop].split())
-            if 6 <= len(text.split()) <= 40:
+            if 6 <= len(text.split()) <= most:
                 found[text] = None
     return list(found)
 
@@ -100,9 +101,10 @@ def plant(text: str, dice: random.Random) -> tuple[str, tuple[int, int], str]:
 
 
 def planted(place: Path, data: Path, arguments: argparse.Namespace) -> bool:
-    dice = random.Random(arguments.seed)
+    dice, seen = random.Random(arguments.seed), set[str]()
     for split in ("train", "validation", "test"):
-        texts = sentences(data / "stories" / f"{split}.jsonl")
+        texts = [t for t in sentences(data / "stories" / f"{split}.jsonl", arguments.words) if t not in seen]
+        seen.update(texts)  # stories share sentences, such as "She was very happy."
         dice.shuffle(texts)
         made = [(text, *plant(text, dice)) for text in texts[: arguments.limit if split == "train" else 400]]
         rows = [{"chosen": t, "rejected": bad, "span": span, "kind": kind} for t, bad, span, kind in made]
@@ -139,7 +141,9 @@ def planted(place: Path, data: Path, arguments: argparse.Namespace) -> bool:
             f"| {kind} | {len(chosen)} | {share.mean:.3f} [{share.low:.3f}, {share.high:.3f}] | {inside:.3f} | "
             f"{found.precision:.2f} | {found.recall:.2f} |"
         )
-    return shares["all"] >= BAR
+    shares["kinds"] = sum(shares[kind] for kind in KINDS) / len(KINDS)
+    print(f"\nmean of the four kinds: {shares['kinds']:.3f}")
+    return min(shares["all"], shares["kinds"]) >= BAR
 
 
 def pairs(place: Path, data: Path, arguments: argparse.Namespace) -> bool:
@@ -225,6 +229,7 @@ def main() -> None:
     parser.add_argument("--sign", default="cost")
     parser.add_argument("--shared", type=float, default=0.5)
     parser.add_argument("--sparsity", type=float, default=0.003)
+    parser.add_argument("--words", type=int, default=40, help="planted: most words of a sentence")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", default=None, help="keep the model in this folder")
     arguments = parser.parse_args()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from pertoken.errors import ConfigError, ModelError, TaskError
+from pertoken.errors import ConfigError, ModelError, NumericsError, TaskError
 from pertoken.reward_models import evaluate, load_training, train
 from pertoken.reward_models.evaluation import (
     binary_figures,
@@ -18,10 +18,18 @@ from pertoken.reward_models.evaluation import (
     span_figures,
     temperature,
 )
-from pertoken.reward_models.examples import read_examples
+from pertoken.reward_models.examples import Pair, read_examples
 from pertoken.reward_models.losses import bradley_terry, centring, length_correlation, segment_sums
-from pertoken.reward_models.settings import DataSection, Pairs, Preferences, RewardTraining, Spans, Steps
-from pertoken.reward_models.training import batches, shared_tokens
+from pertoken.reward_models.settings import (
+    DataSection,
+    OptimiserSection,
+    Pairs,
+    Preferences,
+    RewardTraining,
+    Spans,
+    Steps,
+)
+from pertoken.reward_models.training import _fit, _rate, batches, shared_tokens
 from pertoken.rewards import Classifier, Entailment, Sample
 from pertoken.rewards.align import align
 from pertoken.rewards.token_model import TokenScorer
@@ -84,7 +92,14 @@ def settings(trunk, tmp_path):
                 "objective": objective,
                 "data": {"path": write(tmp_path / "data.jsonl", rows), **changes.pop("data", {})},
                 "model": {"trunk": str(trunk), "trained": "all", **changes.pop("model", {})},
-                "optimiser": {"learning_rate": 5e-3, "epochs": 3, "batch": 16, "patience": 99, **changes},
+                "optimiser": {
+                    "learning_rate": 5e-3,
+                    "epochs": 3,
+                    "batch": 16,
+                    "patience": 99,
+                    "evaluate_every": 30,
+                    **changes,
+                },
             }
         )
 
@@ -257,9 +272,49 @@ def test_batches_have_every_example_once_and_follow_the_seed(tmp_path):
 # --- training ---------------------------------------------------------------------------------------------
 
 
+def test_the_learning_rate_rises_and_falls():
+    settings = OptimiserSection(learning_rate=1.0, warmup=0.2)
+    assert [_rate(settings, gone) for gone in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+class Climber:
+    """Each training step moves its weight up by about the learning rate; held out, 0.5 is best."""
+
+    def __init__(self):
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.model.weight)
+
+    def loss(self, examples):
+        weight = self.model.weight.sum()
+        return -weight if examples[0].second == "train" else (weight - 0.5).square()
+
+    def save(self, folder, about): ...
+
+    def figures(self, examples):
+        return {}
+
+
+def test_it_ends_when_held_out_examples_get_no_better_and_keeps_the_best_weights():
+    learner = Climber()
+    pool, held_out = ([Pair(str(k), split, "x") for k in range(100)] for split in ("train", "held out"))
+    settings = OptimiserSection(batch=1, learning_rate=0.1, warmup=0.0, weight_decay=0.0, evaluate_every=1, patience=3)
+    steps = _fit(learner, pool, held_out, settings, 0, lambda text: None)
+    assert steps == 8  # 0.1, 0.2, ... and three looks past 0.5
+    assert learner.model.weight.item() == pytest.approx(0.5, abs=0.05)
+    settings = settings.model_copy(update={"seconds": 1e-9})
+    assert _fit(Climber(), pool, held_out, settings, 0, lambda text: None) == 1  # the time is up
+
+
+def test_a_loss_that_is_no_number_ends_it_with_a_sentence():
+    learner = Climber()
+    torch.nn.init.constant_(learner.model.weight, float("nan"))
+    with pytest.raises(NumericsError, match=r"step 1: the loss is nan.*lower optimiser\.learning_rate"):
+        _fit(learner, [Pair("a", "train", "x")], [Pair("a", "held out", "x")], OptimiserSection(), 0, lambda text: None)
+
+
 def test_preferences_alone_find_the_planted_word(settings, tmp_path):
     dice = random.Random(0)
-    texts = [sentence(dice) for _ in range(300)]
+    texts = [sentence(dice) for _ in range(200)]
     planted = [with_bad(text, dice) for text in texts]
     rows = [{"chosen": text, "rejected": bad} for text, (bad, _) in zip(texts, planted, strict=True)]
     trained = train(
@@ -283,7 +338,7 @@ def test_preferences_alone_find_the_planted_word(settings, tmp_path):
 def test_spans_are_learned_with_their_value(settings):
     dice = random.Random(1)
     rows = []
-    for _ in range(300):
+    for _ in range(240):
         text, span = with_bad(sentence(dice), dice)
         rows.append({"text": text, "spans": [[*span, "wrong"]]})
     trained = train(settings({"type": "spans", "values": {"wrong": -2.0}}, rows, epochs=8))
@@ -295,7 +350,7 @@ def test_spans_are_learned_with_their_value(settings):
 def test_steps_are_learned_as_log_odds(settings, tmp_path):
     dice = random.Random(2)
     rows = []
-    for k in range(300):
+    for k in range(240):
         steps = [sentence(dice, 3) for _ in range(3)]
         wrong = dice.randrange(3)
         steps[wrong] = with_bad(steps[wrong], dice)[0]

@@ -119,11 +119,13 @@ class OptimiserSection(Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW; it falls linearly to 0."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps in which it rises."""
+    """Share of the training, in steps or in `seconds`, in which it rises."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay on matrices."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Clip the global gradient norm."""
+    dropout: bool = False
+    """Keep the trunk's dropout while training. Its noise hides what `objective.shared` compares."""
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between looks at the held-out loss; null looks four times an epoch."""
     patience: int = Field(default=4, ge=1)

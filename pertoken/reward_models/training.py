@@ -38,7 +38,7 @@ from pertoken.reward_models.losses import (
     squared_error,
 )
 from pertoken.reward_models.settings import ModelSection, OptimiserSection, Pairs, Preferences, RewardTraining
-from pertoken.rewards.semantics import EMBEDDED, SequenceClassifier, minilm_folder, window_of
+from pertoken.rewards.semantics import EMBEDDED, SequenceClassifier, minilm_folder, window_of, without_bars
 from pertoken.rewards.token_model import Piece, TokenScorer, load_trunk, scored
 from pertoken.tasks.base import Split
 from pertoken.tasks.rows import READERS
@@ -137,10 +137,10 @@ def _fit(
     for epoch in range(settings.epochs):
         for batch in batches(pool, settings.batch, seed, epoch):
             time_used = (time.monotonic() - begun) / settings.seconds if settings.seconds else 0.0
-            rate = _rate(settings, step, total, time_used)
+            rate = _rate(settings, max((step + 0.5) / total, min(time_used, 1.0)))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            learner.model.train()
+            learner.model.train(settings.dropout)
             loss = learner.loss(batch)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -179,13 +179,11 @@ def batches(pool: Sequence[Example], size: int, seed: int, epoch: int) -> list[l
     return [cut[k] for k in random.permutation(len(cut))]
 
 
-def _rate(settings: OptimiserSection, step: int, total: int, time_used: float) -> float:
-    """Linear up, then linear down to 0: over the steps, or over the time if that will be over first."""
-    warm = settings.warmup * total
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    gone = max((step - warm) / max(total - warm, 1), min(time_used, 1.0))
-    return settings.learning_rate * (1 - gone)
+def _rate(settings: OptimiserSection, gone: float) -> float:
+    """The learning rate when a share of the training is gone: linear up, then linear down to 0."""
+    if gone < settings.warmup:
+        return settings.learning_rate * gone / settings.warmup
+    return settings.learning_rate * (1 - gone) / (1 - settings.warmup)
 
 
 @torch.no_grad()
@@ -368,12 +366,13 @@ class PairLearner:
         source = str(minilm_folder()) if settings.trunk == EMBEDDED else str(Path(settings.trunk).expanduser())
         self._columns = {label: k for k, label in enumerate(labels)}
         try:
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=self._columns,
-                dtype=torch.float32, use_safetensors=True, problem_type="single_label_classification",
-                ignore_mismatched_sizes=True,
-            )  # fmt: skip
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
+            with without_bars():
+                self.model: Any = AutoModelForSequenceClassification.from_pretrained(
+                    source, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=self._columns,
+                    dtype=torch.float32, use_safetensors=True, problem_type="single_label_classification",
+                    ignore_mismatched_sizes=True,
+                )  # fmt: skip
+                self._tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"model.trunk: {settings.trunk!r} is no model in safetensors that can be reached from here "
@@ -401,7 +400,8 @@ class PairLearner:
         return functional.cross_entropy(outputs, wanted)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        self.model.save_pretrained(folder)
+        with without_bars():
+            self.model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
         (folder / PAIR_ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

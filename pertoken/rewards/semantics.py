@@ -7,6 +7,7 @@ last digits, on what else is in the batch.
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -201,8 +202,9 @@ class SequenceClassifier:
 
         source = str(Path(name).expanduser())
         try:
-            model: Any = AutoModelForSequenceClassification.from_pretrained(source).eval()
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            with without_bars():
+                model: Any = AutoModelForSequenceClassification.from_pretrained(source).eval()
+                tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{where}: {name!r} is no folder of a classifier and no hub model that can be reached from "
@@ -233,6 +235,20 @@ class SequenceClassifier:
     def _outputs(self, first: str, second: str | None) -> tuple[float, ...]:
         inputs = self._tokenizer(first, second, truncation="longest_first", max_length=self._limit, return_tensors="pt")
         return tuple(self._model(**inputs.to(self._device)).logits[0].double().tolist())
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Loads and saves models without the bars that transformers draws across other output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def window_of(tokenizer: Any, config: Any) -> int:

@@ -25,7 +25,7 @@ from torch.nn import functional
 from pertoken.errors import ModelError
 from pertoken.rewards.align import CharSpan, spread
 from pertoken.rewards.base import Sample, SampleReward
-from pertoken.rewards.semantics import EMBEDDED, REMEMBERED, minilm_folder, other_texts, window_of
+from pertoken.rewards.semantics import EMBEDDED, REMEMBERED, minilm_folder, other_texts, window_of, without_bars
 
 FORMAT = "pertoken-token-reward"
 FORMAT_VERSION = 1
@@ -147,7 +147,8 @@ class TokenScorer(nn.Module):
         """Write the model to `folder`, which exists, with `about` beside what loading needs."""
         how = {"sign": self.sign, "total": self.total, "context": self.context, "max_tokens": self.max_tokens}
         content = {"format": FORMAT, "version": FORMAT_VERSION, **how, **about}
-        self.trunk.save_pretrained(folder / "trunk")
+        with without_bars():
+            self.trunk.save_pretrained(folder / "trunk")
         self.tokenizer.save_pretrained(folder / "trunk")
         save_file({name: each.detach().cpu().contiguous() for name, each in self.head.state_dict().items()},
                   folder / "head.safetensors")  # fmt: skip
@@ -197,8 +198,9 @@ def load_trunk(name: str, where: str, layers: int | None = None) -> tuple[Any, A
     source = str(minilm_folder()) if name == EMBEDDED else str(Path(name).expanduser())
     cut = {} if layers is None else {"num_hidden_layers": layers}
     try:
-        model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **cut)
-        return model.eval(), AutoTokenizer.from_pretrained(source)
+        with without_bars():
+            model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **cut)
+            return model.eval(), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{where}: {name!r} is no model in safetensors that can be reached from here ({str(error)[:200]}); "
