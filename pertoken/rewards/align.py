@@ -119,7 +119,7 @@ def sentence_spans(text: str) -> list[CharSpan]:
 def align(ids: Sequence[int], tokenizer: Any) -> AlignedText:
     """The text of `ids` without special tokens, and the characters of each token."""
     try:
-        text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = _decode(ids, tokenizer)
     except Exception as error:
         raise AlignmentError(f"{type(tokenizer).__name__} cannot decode the ids {list(ids)[:20]}: {error}") from error
     decoder = _DECODERS.get(tokenizer)
@@ -293,29 +293,44 @@ def _from_prefixes(ids: Sequence[int], tokenizer: Any, text: str) -> AlignedText
 
     After k tokens the first `settled[k]` characters of the text stand for good. Token k produced those that
     it settled; while the end of a prefix is still going to change, a character is being built out of several
-    tokens, and each of them takes part in it.
+    tokens, and each of them takes part in it. A tokenizer may also show nothing of a character before its last
+    byte: then tokens before it that added nothing take part, as many as the character has more bytes.
     """
     special = _special_ids(tokenizer)
     kept = [k for k, token_id in enumerate(ids) if token_id not in special]
     if text and not kept:
         raise AlignmentError(f"{type(tokenizer).__name__} decodes special tokens only, {list(ids)[:20]}, to {text!r}")
-    prefixes = [
-        tokenizer.decode([ids[k] for k in kept[:n]], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for n in range(1, len(kept))
-    ] + [text] * bool(kept)
+    shown = {k: _decode([ids[k]], tokenizer) for k in kept}
+    if "".join(shown.values()) == text:  # nothing is made out of several tokens
+        ends = list(accumulate(len(shown.get(k, "")) for k in range(len(ids))))
+        return AlignedText(text, tuple((end - len(shown.get(k, "")), end) for k, end in enumerate(ends)))
+    prefixes = [_decode([ids[k] for k in kept[:n]], tokenizer) for n in range(1, len(kept))] + [text] * bool(kept)
     agreed = [_common_length(prefix, text) for prefix in prefixes]
     settled = list(accumulate(reversed(agreed), min))[::-1]
     spans: list[CharSpan] = []
+    unseen: list[int] = []  # tokens since the last character that showed nothing
     start = before = 0
     steps = dict(zip(kept, zip(prefixes, settled, strict=True), strict=True))
     for k in range(len(ids)):
         prefix, stop = steps.get(k, (text[:start], start))
         shared = stop + (len(prefix) > stop)  # the next character is begun, but not finished
-        if k in steps and shared == start and text[:start].endswith("\ufffd"):
+        if k in steps and shared == start and text[:start].endswith("\ufffd") and shown[k]:
             start -= 1  # one more byte of a character that never was finished
         spans.append((start, min(shared, len(text))) if start < shared else (before, before))
+        if start < shared:
+            seen = shown[k] and shown[k][0] in (text[start], "\ufffd")
+            earlier = 0 if seen else len(text[start].encode(errors="surrogatepass")) - 1
+            for j in unseen[max(len(unseen) - earlier, 0) :]:
+                spans[j] = (start, start + 1)
+            unseen = []
+        elif k in steps:
+            unseen.append(k)
         start, before = stop, spans[-1][1]
     return AlignedText(text, tuple(spans))
+
+
+def _decode(ids: Sequence[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _common_length(one: str, other: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from pertoken.rewards import Scene
 from pertoken.types import Episode, Item, Span, TokenBatch
@@ -89,7 +89,7 @@ def characters(*, decoder: Any = decoders.Fuse()) -> PreTrainedTokenizerFast:  #
 
 
 STORIES = Path("/work/shared/models/stories260k")
-TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+TOKENIZERS: dict[str, Callable[[], Any]] = {
     "byte_level": byte_level,
     "byte_level_no_merges": lambda: byte_level(vocab_size=1),
     "sentencepiece_bpe": sentencepiece_bpe,
@@ -98,6 +98,8 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "characters": characters,
     "joined": lambda: characters(decoder=None),
     "bpe_decoder": lambda: characters(decoder=decoders.BPEDecoder()),  # a kind that align.py does not know
+    "code_points": CanineTokenizer,  # written in Python, without a decoder to read
+    "bytes": ByT5Tokenizer,
 }
 if STORIES.is_dir():
     TOKENIZERS["stories260k"] = lambda: AutoTokenizer.from_pretrained(STORIES)

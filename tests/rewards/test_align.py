@@ -5,6 +5,7 @@ from typing import ClassVar
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
 
 from pertoken.errors import AlignmentError
 from pertoken.rewards.align import (
@@ -171,6 +172,27 @@ def test_prefixes_give_every_byte_of_a_broken_character_its_share():
             return bytes(ids).decode(errors="replace")
 
     assert align([*"猫".encode()[:2], *b"ab"], Bytes()) == AlignedText("\ufffdab", ((0, 1), (0, 1), (1, 2), (2, 3)))
+
+
+def byt5_ids(text):
+    return [byte + 3 for byte in text.encode()]
+
+
+def test_bytes_that_show_nothing_share_the_character_that_they_make():
+    """ByT5 shows no part of a character: it comes whole, with its last byte."""
+    bytes_only = ByT5Tokenizer()
+    assert align(byt5_ids("a猫"), bytes_only) == AlignedText("a猫", ((0, 1), (1, 2), (1, 2), (1, 2)))
+    cut, end = byt5_ids("猫")[:2], bytes_only.eos_token_id
+    assert align([*cut, *byt5_ids("b")], bytes_only) == AlignedText("b", ((0, 0), (0, 0), (0, 1)))  # never finished
+    first, *rest = byt5_ids("猫")
+    assert align([*cut, first, end, *rest], bytes_only) == AlignedText(
+        "猫", ((0, 0), (0, 0), (0, 1), (0, 0), (0, 1), (0, 1))
+    )
+
+
+def test_a_replacement_character_that_was_written_takes_no_bytes_of_the_next_one():
+    aligned = align(byt5_ids("\ufffd👩"), ByT5Tokenizer())
+    assert aligned == AlignedText("\ufffd👩", (*[(0, 1)] * 3, *[(1, 2)] * 4))
 
 
 def test_ids_that_cannot_be_decoded_are_refused(tokenizer):
