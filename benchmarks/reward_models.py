@@ -195,7 +195,7 @@ def training(
             "seed": arguments.seed,
             "objective": objective,
             "data": {"path": str(path), "limit": arguments.limit, "held_out": arguments.held_out},
-            "model": model or {},
+            "model": (model or {}) | ({"trunk": arguments.trunk} if arguments.trunk else {}),
             "optimiser": {
                 "learning_rate": arguments.learning_rate,
                 "epochs": arguments.epochs,
@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--shared", type=float, default=0.5)
     parser.add_argument("--sparsity", type=float, default=0.003)
     parser.add_argument("--words", type=int, default=40, help="planted: most words of a sentence")
+    parser.add_argument("--trunk", default=None, help="start from another trunk, such as that of a model made before")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", default=None, help="keep the model in this folder")
     arguments = parser.parse_args()
