@@ -40,6 +40,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 ELSEWHERE = {
     "language_tool": "the work is done by a server",
     "evaluate": "as its metric",
+    "bertscore": "an embedding of the text so far for each word",
     "similarity": "an embedding for each sentence",
     "entailment": "as its model",
     "facts": "as its graph",

@@ -20,6 +20,7 @@ BUILT_IN = {
     "chrf": "pertoken.rewards.metrics:ChrF",
     "ter": "pertoken.rewards.metrics:Ter",
     "meteor": "pertoken.rewards.metrics:Meteor",
+    "bertscore": "pertoken.rewards.bertscore:BertScore",
     "repetition": "pertoken.rewards.rules:Repetition",
     "length": "pertoken.rewards.rules:Length",
     "format": "pertoken.rewards.form:Format",
