@@ -75,6 +75,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         kl=build_kl(config),
         optimizer=optimizer,
         guards=Guards(config.guards.window),
+        beside=[part.fixed() for part in build_rewards(config.guards.beside, "guards.beside")],
         evaluator=build_evaluator(config.evaluation, task, policy),
         memory_estimate=estimate,
         notes=notes,
@@ -146,8 +147,11 @@ def build_task(config: TaskConfig) -> ItemTask:
     return load_file_task(**config.model_dump(exclude={"type"}))
 
 
-def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
-    """The weighted parts; parameters are checked against the fields of the reward."""
+def build_rewards(configs: Sequence[RewardConfig], where: str = "rewards") -> list[Weighted]:
+    """The weighted parts; parameters are checked against the fields of the reward.
+
+    where: what the configuration calls them.
+    """
     parts: list[Weighted] = []
     for index, config in enumerate(configs):
         factory: Any = resolve(config.fn or config.name or "")
@@ -157,15 +161,15 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
             for name in parameters:
                 if name not in known:
                     raise ConfigError(
-                        f"rewards.{index}.{name}: {config.name or config.fn} has no such field; {closest(name, known)}"
+                        f"{where}.{index}.{name}: {config.name or config.fn} has no such field; {closest(name, known)}"
                     )
         name = config.name or str(config.fn).rpartition(":")[2]
         if name in (part.name for part in parts):
-            raise ConfigError(f"rewards.{index}: a second part named {name!r}; give `fn` parts a `name` of their own")
+            raise ConfigError(f"{where}.{index}: a second part named {name!r}; give `fn` parts a `name` of their own")
         try:
             reward = factory(**parameters)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"rewards.{index} ({name}): {error}") from error
+            raise ConfigError(f"{where}.{index} ({name}): {error}") from error
         parts.append(
             Weighted(
                 reward,
