@@ -41,6 +41,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 ELSEWHERE = {
     "language_tool": "the work is done by a server",
     "evaluate": "as its metric",
+    "bertscore": "an embedding of the text so far for each word",
     "similarity": "an embedding for each sentence",
     "entailment": "as its model",
     "implicit": "a pass of each of its two models",

@@ -88,6 +88,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         kl=build_kl(config),
         optimizer=optimizer,
         guards=Guards(config.guards.window),
+        beside=[part.fixed() for part in build_rewards(config.guards.beside, "guards.beside")],
         evaluator=evaluator,
         examples=examples,
         memory_estimate=estimate,
@@ -173,16 +174,19 @@ def build_task(config: TaskConfig) -> ItemTask:
     return load_file_task(**config.model_dump(exclude={"type"}))
 
 
-def build_rewards(configs: Sequence[RewardConfig]) -> list[Weighted]:
-    """The weighted parts; parameters are checked against the fields of the reward."""
+def build_rewards(configs: Sequence[RewardConfig], where: str = "rewards") -> list[Weighted]:
+    """The weighted parts; parameters are checked against the fields of the reward.
+
+    where: what the configuration calls them.
+    """
     parts: list[Weighted] = []
     for index, config in enumerate(configs):
         name = config.name or str(config.fn).rpartition(":")[2]
         if name in (part.name for part in parts):
-            raise ConfigError(f"rewards.{index}: a second part named {name!r}; give `fn` parts a `name` of their own")
+            raise ConfigError(f"{where}.{index}: a second part named {name!r}; give `fn` parts a `name` of their own")
         parts.append(
             Weighted(
-                _reward(config, f"rewards.{index}"),
+                _reward(config, f"{where}.{index}"),
                 _weight(config),
                 name,
                 None if config.processes else config.time_limit,  # which its processes keep

@@ -583,6 +583,9 @@ class GuardConfig(Section):
     """Steps over which a part of the reward that rises is compared with one that falls."""
     stop: bool = False
     """End the run at the first alarm, saved."""
+    beside: tuple[RewardConfig, ...] = ()
+    """Rewards that are measured on the samples of every step and paid for never, written as those in `rewards`; if one
+    falls while the reward rises, `over_optimised` sounds."""
 
 
 class LogConfig(Section):
@@ -650,6 +653,8 @@ class RunConfig(Section):
         group_credit = credit.type not in ("reward_to_go", "gae", "self_critical")
         objective = self.objective
         named = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.rewards]
+        beside = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.guards.beside]
+        both = [part for part in beside if part in named]
         strangers = [part for part in getattr(credit, "parts", {}) if part not in (*named, "kl", "env")]
         rows = rollout.prompts_per_step * rollout.samples_per_prompt
         needs_evaluation = stop.metric is not None or stop.patience is not None
@@ -717,6 +722,10 @@ class RunConfig(Section):
         yield (
             bool(strangers),
             f"credit.parts.{''.join(strangers[:1])}: no reward has that name; there are {', '.join(named)}.",
+        )
+        yield (
+            bool(both),
+            f"guards.beside: {''.join(both[:1])} is in the reward already; what is measured beside it must not be.",
         )
         yield (
             self.update.minibatches > rows,

@@ -92,16 +92,19 @@ def train(
             log = RunLog.open(folder, step=step, config_text=config.to_yaml(), lock=lock)
             run.notes += [*notes, *log.notes, f"resumed after step {run.progress.step}"]
         stack.enter_context(log)
-        for part in run.rewards:
-            if isinstance(part.reward, Isolated):
-                part.reward.log_to(folder / "rewards.log")
+        for reward in _isolated(run):
+            reward.log_to(folder / "rewards.log")
         return _train(run, log, on_step, _Notes(run, on_note), interrupted, budget)
 
 
+def _isolated(run: Run) -> list[Isolated]:
+    """The rewards that have processes of their own."""
+    return [part.reward for part in (*run.rewards, *run.beside) if isinstance(part.reward, Isolated)]
+
+
 def _end_processes(run: Run) -> None:
-    for part in run.rewards:
-        if isinstance(part.reward, Isolated):
-            part.reward.close()
+    for reward in _isolated(run):
+        reward.close()
 
 
 def stages_left(stages: Sequence[RunConfig]) -> list[tuple[RunConfig, Path | None]]:

@@ -21,7 +21,7 @@ from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation, Evaluator
 from pertoken.examples import Examples
-from pertoken.guards import Guards, writing_figures
+from pertoken.guards import Guards, beside_figures, writing_figures
 from pertoken.memory import Heap, peak_memory
 from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, kl_per_token, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
@@ -78,6 +78,8 @@ class Run:
     """What the run was expected to take at its height, before it began (GB)."""
     guards: Guards
     """What looks for signs that the reward is gamed."""
+    beside: list[Weighted] = field(default_factory=list)
+    """Rewards that are measured on the samples of each step and paid for never."""
     task_name: str = ""
     examples: Examples | None = None
     """How items become rows, where the run learns from answers in the data."""
@@ -111,7 +113,8 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything beside weights, optimiser and random states that the next step depends on, as JSON."""
-        rewards = {part.name: part.state() for part in self.rewards if isinstance(part.reward, Stateful)}
+        everyone = (*self.rewards, *self.beside)
+        rewards = {part.name: part.state() for part in everyone if isinstance(part.reward, Stateful)}
         normalisers = {part.name: part.normaliser.get_state() for part in self.rewards if part.normaliser}
         found = {part.name: part.weight.get_state() for part in self.rewards if isinstance(part.weight, Multiplier)}
         ahead = None if self.ahead is None else self.ahead.state()
@@ -132,7 +135,7 @@ class Run:
             self.kl.load_state_dict(state["kl"])
         else:
             self.notes.append("kl: the checkpoint is from a run with another controller; its coefficient starts anew")
-        for part in self.rewards:
+        for part in (*self.rewards, *self.beside):
             self.notes += _go_on(part, state)
         if "guards" in state:
             self.guards.load_state_dict(state["guards"])
@@ -190,7 +193,7 @@ def loop(
         heap.after_update()
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
-        measured = clock.seconds | memory(run) | writing_figures(scene)
+        measured = clock.seconds | memory(run) | writing_figures(scene) | beside_figures(run.beside, scene)
         report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured))
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)

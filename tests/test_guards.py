@@ -1,14 +1,17 @@
 """Alarms: each sign trips the one that is named for it, noise trips none, and a planted hack is found by a real run."""
 
 import importlib.util
+import json
 import math
 import random
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pertoken import run
 from pertoken.batching import to_batch
+from pertoken.config import RunConfig
 from pertoken.guards import NAMES, Guards, trend, writing_figures
 from pertoken.rewards import Scene
 from pertoken.sampling import Controls
@@ -189,3 +192,79 @@ def test_a_run_that_asked_for_it_ends_at_the_first_alarm(place):
     assert result.reason.startswith("alarm ")
     assert result.reason.endswith(f" in step {steps} (guards.stop)")
     assert read_run(config.run_folder)["status"] == "finished"
+
+
+# --- the gauge of over-optimisation ------------------------------------------------------------------------
+
+
+def paid_and_meant(steps, *, peak, noise=0.02, fall=0.02, seed=0):
+    """A reward that rises with the KL all along, and a metric beside it that falls after step `peak`."""
+    drawn = random.Random(seed)
+    return [
+        {
+            "kl/sequence": 0.1 * k,
+            "reward/rouge_l": 0.02 * k + drawn.gauss(0, noise),
+            "reward/harper": 0.0,
+            "beside/chrf": 0.02 * min(k, peak) - fall * max(k - peak, 0) + drawn.gauss(0, noise),
+        }
+        for k in range(steps)
+    ]
+
+
+def test_a_metric_beside_the_reward_that_falls_while_it_rises_is_over_optimised():
+    guards = Guards(10)
+    rows = paid_and_meant(60, peak=25)
+    told = [(step, alarm) for step, row in enumerate(rows, 1) for alarm in guards.look(QUIET | row)]
+    ((step, alarm),) = told
+    assert alarm.name == "over_optimised"
+    assert 30 <= step <= 45
+    assert "chrf, which is not in it, fell from" in alarm.sentence
+    assert "nats from the reference" in alarm.sentence
+
+
+def test_no_over_optimisation_without_all_of_its_signs():
+    rows = paid_and_meant(60, peak=25)
+    assert heard(paid_and_meant(60, peak=60)) == []  # both rise
+    assert heard(paid_and_meant(60, peak=25, noise=0.5)) == []  # within the noise
+    assert heard([row | {"reward/rouge_l": 0.5} for row in rows]) == []  # all of it fell
+    assert heard([row | {"kl/sequence": 10 - row["kl/sequence"]} for row in rows]) == []  # on the way back
+    unmeasured = [{k: v for k, v in row.items() if not k.startswith("beside/")} for row in rows]
+    assert heard(unmeasured) == []
+    # A KL penalty falls as the KL rises: it is no part of what is paid for.
+    assert heard([row | {"reward/kl": -10 * row["kl/sequence"]} for row in rows]) != []
+
+
+def test_noise_beside_a_rising_reward_is_no_over_optimisation():
+    for seed in range(30):
+        assert heard(paid_and_meant(100, peak=0, fall=0.0, seed=seed)) == []
+
+
+def test_the_gauge_goes_on_after_a_checkpoint():
+    rows = [QUIET | row for row in paid_and_meant(50, peak=20)]
+    whole = Guards(10)
+    told = [whole.look(row) for row in rows]
+    for cut in (5, 19, 33):
+        before, after = Guards(10), Guards(10)
+        for row in rows[:cut]:
+            before.look(row)
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        assert [after.look(row) for row in rows[cut:]] == told[cut:]
+
+
+def test_what_is_measured_beside_the_reward_is_logged_and_not_paid(place):
+    config = hacks.configuration(place, "says nothing", steps=2, seed=7)
+    guards = {"beside": [{"name": "length", "max_words": 0}, {"fn": "hacks:thorough", "name": "tokens", "weight": 10}]}
+    config = RunConfig.model_validate(config.model_dump() | {"guards": guards})
+    run.train(config)
+    columns = RunReader(config.run_folder).metrics()
+    assert columns["beside/tokens"] == pytest.approx(columns["completion/length"], rel=1e-4)
+    assert all(value <= 0 for value in columns["beside/length"])
+    assert columns["reward/total"] == pytest.approx(
+        [a + b for a, b in zip(columns["reward/brief"], columns["reward/repetition"], strict=True)], abs=1e-4
+    )
+
+
+def test_a_metric_cannot_be_paid_and_stand_beside(place):
+    config = hacks.configuration(place, "says nothing", steps=2)
+    with pytest.raises(ValidationError, match=r"guards\.beside: repetition is in the reward already"):
+        RunConfig.model_validate(config.model_dump() | {"guards": {"beside": [{"name": "repetition"}]}})

@@ -21,6 +21,7 @@ from pertoken.rewards.base import (
     span_reward,
     token_reward,
 )
+from pertoken.rewards.bertscore import BertScore
 from pertoken.rewards.classifier import Classifier
 from pertoken.rewards.composition import Multiplier, Normaliser, Schedule
 from pertoken.rewards.diversity import Distinct, SelfBleu
@@ -46,6 +47,7 @@ __all__ = [
     "NO_OPINION",
     "AlignedText",
     "Banned",
+    "BertScore",
     "Bleu",
     "ChrF",
     "Classifier",

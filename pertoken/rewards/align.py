@@ -320,8 +320,9 @@ def _from_prefixes(ids: Sequence[int], tokenizer: Any, text: str) -> AlignedText
         if start < shared:
             seen = shown[k] and shown[k][0] in (text[start], "\ufffd")
             earlier = 0 if seen else len(text[start].encode(errors="surrogatepass")) - 1
-            for j in unseen[max(len(unseen) - earlier, 0) :]:
-                spans[j] = (start, start + 1)
+            parts = unseen[max(len(unseen) - earlier, 0) :]
+            for j in range(parts[0], k) if parts else ():
+                spans[j] = (start, start + 1) if j in parts else (start + 1, start + 1)  # a special token inside
             unseen = []
         elif k in steps:
             unseen.append(k)

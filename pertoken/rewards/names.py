@@ -21,6 +21,7 @@ BUILT_IN = {
     "chrf": "pertoken.rewards.metrics:ChrF",
     "ter": "pertoken.rewards.metrics:Ter",
     "meteor": "pertoken.rewards.metrics:Meteor",
+    "bertscore": "pertoken.rewards.bertscore:BertScore",
     "repetition": "pertoken.rewards.rules:Repetition",
     "length": "pertoken.rewards.rules:Length",
     "overlong": "pertoken.rewards.rules:Overlong",

@@ -1,6 +1,7 @@
 """The curves of a run as plotly figures: small multiples in a few groups, only what the run has logged."""
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ PLAN: dict[str, dict[str, str]] = {
     "Reward": {
         "Reward": r"reward/total",
         "Parts of the reward": r"reward/(?!total$).*",
+        "Beside the reward": r"beside/.*",
     },
     "How far the policy has moved": {
         "KL to the reference": r"kl/reference",
@@ -71,6 +73,8 @@ def training_charts(metrics: Mapping[str, Column]) -> dict[str, list[Chart]]:
             if names := [name for name in left if re.fullmatch(pattern, name)]:
                 groups.setdefault(group, []).append(_training_chart(title, names, metrics))
                 left = [name for name in left if name not in names]
+    if gauge := _gauge_chart(metrics):
+        groups.setdefault("Reward", []).append(gauge)
     if left:
         groups["Other"] = [_training_chart(name, [name], metrics) for name in left]
     return groups
@@ -99,6 +103,41 @@ def _training_chart(title: str, names: Sequence[str], metrics: Mapping[str, Colu
             values = _moving_mean(values)
         traces.append(curve | {"y": values, "mode": mode})
     return Chart(title, _note([find(name, METRICS) for name in names]), _figure(traces, legend=len(names) > 1))
+
+
+def _gauge_chart(metrics: Mapping[str, Column]) -> Chart | None:
+    """The reward and the metrics beside it over the square root of the KL, each between its own lowest and highest."""
+    names = ["reward/total", *(name for name in metrics if name.startswith("beside/"))]
+    distances = [
+        math.sqrt(max(value, 0.0)) if value is not None else None
+        for value in _moving_mean(metrics.get("kl/sequence", []))
+    ]
+    traces: list[Row] = []
+    for name, color in zip(names, itertools.cycle(PALETTE), strict=False):
+        values = _moving_mean(metrics.get(name, []))
+        points = [(x, y) for x, y in zip(distances, values, strict=False) if x is not None and y is not None]
+        per_point = max(1, -(-len(points) // MAX_POINTS))
+        points = points[::per_point]
+        low, high = min((y for _, y in points), default=0.0), max((y for _, y in points), default=0.0)
+        if high > low:
+            traces.append(
+                {
+                    "name": "reward" if name == "reward/total" else name.partition("/")[2],
+                    "x": [x for x, _ in points],
+                    "y": [float(f"{(y - low) / (high - low):.4g}") for _, y in points],
+                    "customdata": [y for _, y in points],
+                    "hovertemplate": "%{customdata}",
+                    "mode": "lines",
+                    "line": {"color": color, "width": 2},
+                }
+            )
+    if len(traces) < 2:
+        return None
+    note = (
+        "Each curve between its own lowest (0) and highest (1), over the square root of the KL per completion. While "
+        "both rise, the reward pays for quality; where it goes on and the other falls, it pays for something else."
+    )
+    return Chart("Reward and what is beside it, over √KL", note, _figure(traces, legend=True))
 
 
 def _held_out_chart(name: str, rows: Sequence[Row], baselines: Mapping[str, Mapping[str, Number]]) -> Chart:

@@ -46,6 +46,10 @@ METRICS: dict[str, Term] = {
         "Values of the part that lay outside of its `clip`.", "share of values other than 0, or of e, 0 to 1"
     ),
     "abstained/<part>": Term("Completions that the part has no opinion on; absent if it has one on all.", "share of e"),
+    "beside/<name>": Term(
+        "A metric that is measured on the samples of the step and never paid (`guards.beside`).",
+        "mean over the e with an opinion of Σ metric",
+    ),
     "kl/reference": Term("How far the policy is from the reference model.", "mean over a, nats per token"),
     "kl/sequence": Term("The same distance for whole completions.", "mean over e of Σ KL, nats"),
     "kl/coefficient": Term("Weight of the KL penalty in this step.", "per nat"),
@@ -97,7 +101,8 @@ METRICS: dict[str, Term] = {
     ),
     "completion/empty_share": Term("Completions without text.", "share of e, 0 to 1"),
     "alarm/<name>": Term(
-        "A sign that the reward is gamed: length_drift, empty, endless, repetition, entropy_collapse or part_trade.",
+        "A sign that the reward is gamed: length_drift, empty, endless, repetition, entropy_collapse, part_trade or "
+        "over_optimised.",
         "1 while it lasts, else 0",
     ),
     "grad/norm": Term("Length of the gradient before it is clipped.", "√ Σ g²"),

@@ -3,6 +3,8 @@
 import json
 import math
 
+import pytest
+
 from pertoken.tracking.charts import _is_noisy, _means, _moving_mean, training_charts
 
 
@@ -47,3 +49,24 @@ def test_a_noisy_curve_gets_a_mean_and_a_schedule_does_not():
     drawn = traces(training_charts({"step": list(range(80)), "entropy": noisy, "learning_rate": schedule}))
     assert [len(trace["y"]) for trace in drawn] == [80, 80, 80]
     assert [trace.get("opacity") for trace in drawn] == [0.3, None, None]
+
+
+def test_what_is_beside_the_reward_is_drawn_over_the_root_of_the_kl():
+    metrics = {
+        "step": [1, 2, 3],
+        "reward/total": [1.0, 2.0, 4.0],
+        "kl/sequence": [0.0, 1.0, 4.0],
+        "beside/chrf": [3.0, 5.0, 1.0],
+    }
+    (group,) = [charts for name, charts in training_charts(metrics).items() if name == "Reward"]
+    gauge = group[-1]
+    assert "√KL" in gauge.title
+    reward, chrf = json.loads(gauge.figure)["data"]
+    # each place is the mean of itself and its neighbours: KL 0.5, 5 / 3, 2.5
+    assert reward["x"] == chrf["x"] == pytest.approx([0.5**0.5, (5 / 3) ** 0.5, 2.5**0.5], abs=1e-4)
+    assert (reward["name"], chrf["name"]) == ("reward", "chrf")
+    assert reward["y"] == pytest.approx([0.0, (7 / 3 - 1.5) / 1.5, 1.0], abs=1e-3)
+    assert chrf["y"][0] == 1.0
+    assert min(chrf["y"]) == 0.0
+    alone = {name: column for name, column in metrics.items() if name != "beside/chrf"}
+    assert all("√KL" not in chart.title for charts in training_charts(alone).values() for chart in charts)
