@@ -46,6 +46,9 @@ METRICS: dict[str, Term] = {
         "Values of the part that lay outside of its `clip`.", "share of values other than 0, or of e, 0 to 1"
     ),
     "abstained/<part>": Term("Completions that the part has no opinion on; absent if it has one on all.", "share of e"),
+    "errors/<part>": Term(
+        "Completions that the part failed on, within its `max_failed_share`; absent if there is none.", "count"
+    ),
     "kl/reference": Term("How far the policy is from the reference model.", "mean over a, nats per token"),
     "kl/sequence": Term("The same distance for whole completions.", "mean over e of Σ KL, nats"),
     "kl/coefficient": Term("Weight of the KL penalty in this step.", "per nat"),
