@@ -94,7 +94,8 @@ class Isolated:
 
     time_limit: seconds for one sample (for the scene, if it looks at it as a whole). A process that takes longer, or
     dies, is replaced, and has failed on what it was at.
-    memory_limit: GB that one process may take. One that has grown beyond is replaced; on Linux it gets no more, either.
+    memory_limit: GB that one process may take. One that has grown beyond is replaced; far more at once it does not get
+    (on Linux).
     """
 
     def __init__(
