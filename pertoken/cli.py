@@ -453,6 +453,10 @@ def check_reward(
         Path | None,
         typer.Option(help="YAML file whose task and tokenizer are taken; default: made-up texts, bytes."),
     ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Try it in a process of its own, ended after so many seconds for one completion."),
+    ] = None,
 ) -> None:
     """Try a reward on texts good and odd: does it keep its contract, what does it cost, whom does it pay?"""
     from pertoken import build
@@ -463,6 +467,8 @@ def check_reward(
 
     one = json.dumps([{"fn" if ":" in name else "name": name}])
     overrides = [f"rewards={one}", *(f"rewards.0.{parameter}" for parameter in parameters or ())]
+    if time_limit is not None:
+        overrides += ["rewards.0.processes=1", f"rewards.0.time_limit={time_limit}"]
     config = load_config([recipe] if recipe else [], overrides)
     (part,) = build.build_rewards(config.rewards)
     tokenizer: Any = byte_tokenizer()

@@ -75,16 +75,14 @@ def check_reward(part: Weighted, tokenizer: Any, items: Sequence[Item] = ITEMS) 
     kinds, scenes = _completions(items, tokenizer)
     fresh = _forgetting(part)
     rows: list[torch.Tensor] = []
-    faults = []
     for (kind, item), scene in zip(kinds, scenes, strict=True):
         try:
             fresh()
             rows.append(score([part], scene).total[0])
-        except RewardError as error:
-            faults.append(f"{kind} completion of item {item.id!r}: {error}")
-    verdicts = [Verdict("answers every completion", faults[0] if faults else "")]
-    if faults:
-        return RewardCheck(verdicts, [], None)
+        except RewardError as error:  # the first is enough: one that hangs would hang on the others, too
+            fault = f"{kind} completion of item {item.id!r}: {error}"
+            return RewardCheck([Verdict("answers every completion", fault)], [], None)
+    verdicts = [Verdict("answers every completion")]
     together = _joined(scenes)
     fresh()
     begun = time.perf_counter()

@@ -80,7 +80,7 @@ class Workers:
     entry: `module:function`, which makes a pair (greeting, handle) of `argument`; `handle(job)` answers a job.
     What crosses the border is pickled.
     time_limit: seconds for one job, after which the worker is ended.
-    memory_limit: GB above which a worker is replaced after its job, and (on Linux) gets no more within one.
+    memory_limit: GB above which a worker is replaced after its job; one that asks for far more gets nothing (Linux).
 
     What a worker prints goes to the log. There is one, which is ready when this returns; `enlarge` makes it several.
     Raises ConfigError if `entry` does, and WorkerError if no worker can be started.

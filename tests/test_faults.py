@@ -12,10 +12,10 @@ from pertoken import build, run, trainer
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
-from pertoken.errors import ModelError, NumericsError, TaskError
+from pertoken.errors import ModelError, NumericsError, RewardError, TaskError
 from pertoken.observe import observe
 from pertoken.prompts import prompt_ids
-from pertoken.rewards import Scene
+from pertoken.rewards import Scene, token_reward
 from pertoken.testing import byte_tokenizer, episode, tiny_model
 from pertoken.types import Item
 
@@ -270,3 +270,122 @@ def test_ids_of_items_name_no_files(settle, tmp_path):
     run.train(config)
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "modules", "run"}
     assert sorted(path.name for path in (config.run_folder / "episodes").iterdir()) == ["000001.jsonl", "000002.jsonl"]
+
+
+# --- rewards that fail on some completions --------------------------------------------------------------------
+
+
+@token_reward
+def picky(sample):
+    """A number for each token; raises on completions that begin with token 9, and says NaN on those with token 8."""
+    if sample.tokens[:1] == [9]:
+        raise KeyError("colour")
+    return [math.nan if sample.tokens[0] == 8 else token % 7 / 7 for token in sample.tokens]
+
+
+def whole(scene):
+    """The same of all at once: what raises is that of nobody."""
+    values = scene.batch.tokens % 7 / 7 * scene.batch.action_mask
+    return torch.where((scene.batch.tokens == 8).any(1, keepdim=True), torch.nan, values)
+
+
+ROWS = [[1, 2, 3], [9, 2], [4, 5, 6], [3], [8, 1], [2, 2]]
+
+
+def rows(answers=ROWS):
+    return [episode([1, 2], a, id=str(k), group=k // 3) for k, a in enumerate(answers)]
+
+
+@pytest.mark.parametrize("credit", GROUP_CREDITS)
+def test_trap_29_a_tolerated_failure_counts_nothing_and_is_compared_with_nothing(settle, credit):
+    """The others get the advantages that they get without the rows that failed, which get none."""
+    settings = {"type": credit, "normalize": "none"} | ({"scale_by_std": False} if credit == "group_relative" else {})
+    built = build.build_run(settle(credit=settings))
+    built.rewards = [trainer.Weighted(picky, 1.0, "picky", max_failed_share=0.34)]
+    report = a_step(built, rows())
+    assert report.metrics["errors/picky"] == 2
+    assert "abstained/picky" not in report.metrics
+    advantages = report.streams["advantage"]
+    assert not advantages[[1, 4]].any()
+    assert not report.streams["reward/picky"][[1, 4]].any()
+    if credit != "group_process":  # takes 0 for "not scored" in any case, and divides by the spread of all that is
+        kept = [e for e in rows() if e.id not in "14"]
+        built = build.build_run(settle(credit=settings))
+        built.rewards = [trainer.Weighted(picky, 1.0, "picky")]
+        alone = a_step(built, kept).streams["advantage"]
+        assert alone.any()
+        torch.testing.assert_close(advantages[[0, 2, 3, 5]], alone)
+
+
+def test_one_failure_more_than_the_share_ends_the_run(settle):
+    built = build.build_run(settle())
+    for share, words in (
+        (0.0, "reward 'picky': picky, episode '1'"),
+        (0.3, "'picky' failed on more than 1 of 6 compl"),
+    ):
+        built.rewards = [trainer.Weighted(picky, 1.0, "picky", max_failed_share=share)]
+        with pytest.raises(RewardError, match=words):
+            a_step(built, rows())
+
+
+def test_a_reward_of_the_whole_scene_fails_by_rows_or_as_a_whole(settle):
+    built = build.build_run(settle())
+    built.rewards = [trainer.Weighted(whole, 1.0, "whole", max_failed_share=0.2)]
+    report = a_step(built, rows())
+    assert report.metrics["errors/whole"] == 1
+    assert not report.streams["reward/whole"][4].any()
+    assert report.streams["reward/whole"][1].any()
+    for share in (0.9, 1.0):
+        built.rewards = [trainer.Weighted(lambda scene: 1 / 0, 1.0, "none", max_failed_share=share)]
+        if share < 1:
+            with pytest.raises(RewardError, match="'none' failed on more than 5 of 6 completions: raised ZeroDivision"):
+                a_step(built, rows())
+        else:
+            report = a_step(built, rows())
+            assert report.metrics["errors/none"] == 6
+            assert not report.streams["advantage"].any()
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 3])
+@pytest.mark.parametrize("of_samples", [True, False])
+def test_what_fails_is_tried_again_as_often_as_asked(settle, attempts, of_samples):
+    built, tried = build.build_run(settle()), []
+
+    def twice(what):
+        name = getattr(what, "text", "all")
+        tried.append(name)
+        if tried.count(name) < 3:
+            raise OSError("no connection")
+        return [1.0] * len(what.tokens) if of_samples else whole(what)
+
+    reward = token_reward(twice) if of_samples else twice
+    built.rewards = [trainer.Weighted(reward, 1.0, "twice", attempts=attempts)]
+    episodes = rows([[1], [2], [3], [4], [5], [6]])
+    if attempts < 3:
+        with pytest.raises(RewardError, match="no connection"):
+            a_step(built, episodes)
+        assert len(tried) == attempts
+    else:
+        assert "errors/twice" not in a_step(built, episodes).metrics
+        assert len(tried) == (18 if of_samples else 3)
+
+
+def test_a_run_tells_what_failed_and_goes_on(settle, monkeypatch):
+    monkeypatch.setattr(build, "make", lambda *order: often)
+
+    @token_reward
+    def often(sample):
+        if sample.tokens[0] % 3 == 0:
+            raise KeyError("colour")
+        return [token % 7 / 7 for token in sample.tokens]
+
+    config = settle(stop={"steps": 4}, log={"episodes_every": 1})
+    config = config.model_copy(update={"rewards": (config.rewards[0].model_copy(update={"max_failed_share": 1.0}),)})
+    notes = []
+    run.train(config, on_note=notes.append)
+    failed = sum(row.get("errors/varied", 0) for row in metrics(config))
+    assert failed > 0
+    told = [note for note in notes if "reward 'varied' failed on" in note]
+    assert sum(int(note.split(" failed on ")[1].split()[0]) for note in told) == failed
+    assert "of 6 completions: often, episode '" in told[0]
+    assert "raised KeyError: 'colour'" in told[0]

@@ -100,3 +100,15 @@ def test_by_the_command_line(pertoken, tmp_path, monkeypatch):
     code, _, wrong = pertoken("reward", "check", "no_such_reward")
     assert code
     assert "unknown reward 'no_such_reward'" in wrong
+
+
+def test_one_that_hangs_is_ended_and_named(pertoken, tmp_path, monkeypatch):
+    (tmp_path / "waits.py").write_text(
+        "def on(completions):\n    while not all(completions):\n        pass\n    return [1.0] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, shown, _ = pertoken("reward", "check", "waits:on", "--time-limit", "1")
+    assert code == 1
+    assert "broken  answers every completion: empty completion of item 'rain'" in shown
+    assert "no answer within 1 s; it was at" in shown
+    assert "waits.py:2, in on" in shown

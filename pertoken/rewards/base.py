@@ -172,6 +172,15 @@ class Explains(Protocol):
         ...
 
 
+@runtime_checkable
+class WarmsUp(Protocol):
+    """A reward whose first sample would have to wait for something, such as a model that is loaded."""
+
+    def warm_up(self) -> None:
+        """Load it now. Called where each sample has its time."""
+        ...
+
+
 class SampleReward(ABC):
     """A reward that looks at one sample at a time, so that it cannot depend on batch order or batch size."""
 

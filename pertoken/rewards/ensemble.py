@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pertoken.errors import ConfigError
-from pertoken.rewards.base import Opinions, Reward, Scene, move_to_actions
+from pertoken.rewards.base import Opinions, Reward, Scene, WarmsUp, move_to_actions
 from pertoken.rewards.metrics.base import check_choice
 from pertoken.rewards.names import make
 
@@ -43,6 +43,12 @@ class Ensemble:
     @cached_property
     def _members(self) -> list[tuple[Reward, float]]:
         return [_member(entry, f"ensemble.members.{k}") for k, entry in enumerate(self.members)]
+
+    def warm_up(self) -> None:
+        """Have the members load what they need."""
+        for member, _ in self._members:
+            if isinstance(member, WarmsUp):
+                member.warm_up()
 
     def __call__(self, scene: Scene) -> Float[Tensor, "B T"] | Opinions:
         """The combined values, in float64."""

@@ -5,6 +5,7 @@ samples (text, ids, item), whose values, findings, figures and state come back.
 """
 
 import contextlib
+import functools
 import hashlib
 import pickle
 import random
@@ -31,6 +32,7 @@ from pertoken.rewards.base import (
     Scene,
     ScoredSpan,
     Stateful,
+    WarmsUp,
     in_rows,
     where,
 )
@@ -92,7 +94,8 @@ class Isolated:
 
     time_limit: seconds for one sample (for the scene, if it looks at it as a whole). A process that takes longer, or
     dies, is replaced, and has failed on what it was at.
-    memory_limit: GB that one process may take. One that has grown beyond is replaced; on Linux it gets no more, either.
+    memory_limit: GB that one process may take. One that has grown beyond is replaced; far more at once it does not get
+    (on Linux).
     """
 
     def __init__(
@@ -286,6 +289,8 @@ def serve(argument: tuple[str, dict[str, Any], str, tuple[Any] | None]) -> tuple
     name, parameters, place, known = argument
     reward: Any = make(name, parameters, place)
     remembers, measures = isinstance(reward, Stateful), isinstance(reward, Measured)
+    if isinstance(reward, WarmsUp):
+        reward.warm_up()
     if known is not None:
         reward.set_state(known[0])
     manner: Manner = "scene"
@@ -300,7 +305,6 @@ def serve(argument: tuple[str, dict[str, Any], str, tuple[Any] | None]) -> tuple
         state=reward.get_state() if remembers else None,
         measures=measures,
     )
-    tokenizers: dict[bytes, Any] = {}
 
     def answer(job: _Job | _NewState) -> _Answer:
         said: Any = None
@@ -309,9 +313,7 @@ def serve(argument: tuple[str, dict[str, Any], str, tuple[Any] | None]) -> tuple
         else:
             _draw_from(job.seed)
             if isinstance(job.what, Scene):
-                if job.tokenizer not in tokenizers:
-                    tokenizers[job.tokenizer] = pickle.loads(job.tokenizer)
-                said = reward(_with_tokenizer(job.what, tokenizers[job.tokenizer]))
+                said = reward(_Arrived.of(job.what, job.tokenizer))
                 said = said.detach().cpu() if isinstance(said, Tensor) else said
             elif job.findings:
                 said = list(reward.findings(job.what))
@@ -330,10 +332,24 @@ def _explains(reward: Any) -> bool:
     return isinstance(reward, Explains) and getattr(type(reward), "findings", None) is not SampleReward.findings
 
 
-def _with_tokenizer(scene: Scene, tokenizer: Any) -> Scene:
-    complete = replace(scene, tokenizer=tokenizer)
-    complete.__dict__["samples"] = scene.samples
-    return complete
+class _Arrived(Scene):
+    """A scene whose tokenizer is made when it is asked for: few rewards do, and to import it takes seconds."""
+
+    @classmethod
+    def of(cls, scene: Scene, pickled: bytes) -> "_Arrived":
+        arrived = object.__new__(cls)
+        arrived.__dict__.update({name: value for name, value in vars(scene).items() if name != "tokenizer"})
+        arrived.__dict__["_pickled"] = pickled
+        return arrived
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return _unpickled(self.__dict__["_pickled"])
+
+
+@functools.lru_cache(1)
+def _unpickled(raw: bytes) -> Any:
+    return pickle.loads(raw)
 
 
 def _draw_from(seed: int) -> None:

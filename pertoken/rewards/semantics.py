@@ -49,6 +49,9 @@ class Similarity(SampleReward):
     def __post_init__(self) -> None:
         check_choice("similarity.granularity", self.granularity, get_args(Part))
 
+    def warm_up(self) -> None:
+        encoder(self.model)
+
     def token_values(self, sample: Sample) -> list[float]:
         values, parts = [0.0] * len(sample.tokens), self._parts(sample)
         if not values:
@@ -102,6 +105,9 @@ class Entailment(SampleReward):
     def __post_init__(self) -> None:
         if self.contradiction < 0:
             raise ConfigError(f"entailment.contradiction: expected a number >= 0, got {self.contradiction}")
+
+    def warm_up(self) -> None:
+        judge_of(self.model)
 
     def findings(self, sample: Sample) -> list[ScoredSpan]:
         """One per sentence, with the two probabilities."""

@@ -50,6 +50,9 @@ METRICS: dict[str, Term] = {
         "A metric that is measured on the samples of the step and never paid (`guards.beside`).",
         "mean over the e with an opinion of Σ metric",
     ),
+    "errors/<part>": Term(
+        "Completions that the part failed on, within its `max_failed_share`; absent if there is none.", "count"
+    ),
     "kl/reference": Term("How far the policy is from the reference model.", "mean over a, nats per token"),
     "kl/sequence": Term("The same distance for whole completions.", "mean over e of Σ KL, nats"),
     "kl/coefficient": Term("Weight of the KL penalty in this step.", "per nat"),

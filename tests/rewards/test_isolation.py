@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pertoken import run
 from pertoken.build import build_rewards
 from pertoken.config import RewardConfig
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import Isolated, Measured, Stateful, Weighted, findings, isolation, make, score
 from pertoken.types import PolicyOutput
 from pertoken.workers import Fault
+from tests.test_trainer import data, metrics_of, settings  # noqa: F401
 
 TEXTS = {
     "0": ("the cat sat on the mat. the cat sat on the mat.", "the cat sat on a mat"),
@@ -112,6 +114,16 @@ class Here:
 
     def enlarge(self, count):
         self.count = count
+
+    def close(self):
+        pass
+
+    @property
+    def log(self):
+        return self
+
+    def to(self, path):
+        pass
 
     def ask(self, jobs, *, together):
         order = range(len(jobs)) if self.count == 1 else reversed(range(len(jobs)))  # any order, if there are several
@@ -255,3 +267,26 @@ def test_each_fault_is_that_of_its_completion(make_episode, make_scene, tmp_path
     isolated.close()
     assert "[their_rewards:does] a word well." in (tmp_path / "rewards.log").read_text()
     assert capfd.readouterr() == ("", "")
+
+
+# ---- in a run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_one_that_remembers_is_resumed_to_the_bit(here, model_folder, data, tmp_path):  # noqa: F811
+    def trained(name, stops=None):
+        rewards = [{"fn": "their_rewards:Remembers", "name": "seen", "processes": 2, "weight": 0.1},
+                   {"fn": "their_rewards:dice", "name": "dice", "processes": 2}]  # fmt: skip
+        config = settings(
+            model_folder, data, tmp_path, folder=str(tmp_path / name), rewards=rewards, stop__steps=3,
+            evaluation__items=0,
+        )  # fmt: skip
+        made = []
+        run.train(config, on_step=lambda report, _: made.append(1), interrupted=lambda: len(made) == stops)
+        if stops is not None:
+            run.train(config, resume=config.run_folder)
+        return metrics_of(config.run_folder)
+
+    whole, resumed = trained("whole"), trained("parts", stops=1)
+    kept = ("reward/seen", "reward/dice", "seen/seen", "grad/norm", "kl/sequence")
+    assert [[row[name] for name in kept] for row in resumed] == [[row[name] for name in kept] for row in whole]
+    assert [row["seen/seen"] for row in whole] == [16, 32, 48]

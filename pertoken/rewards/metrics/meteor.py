@@ -36,6 +36,9 @@ class Meteor(MetricDelta):
         if not 0 <= self.alpha <= 1 or not 0 <= self.gamma <= 1:
             raise ConfigError(f"meteor: expected alpha and gamma from 0 to 1, got {self.alpha} and {self.gamma}")
 
+    def warm_up(self) -> None:
+        _stem("warm")
+
     def chunks(self, text: str) -> list[CharSpan]:
         return word_spans(text, marks=True)
 

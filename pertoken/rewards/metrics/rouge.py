@@ -35,6 +35,9 @@ class _Rouge(MetricDelta):
     stemmer: bool = False
     """Compare Porter stems, as `use_stemmer` of rouge-score."""
 
+    def warm_up(self) -> None:
+        _stem("warm", self.stemmer)
+
     def word_spans(self, text: str) -> list[CharSpan]:
         return [match.span() for match in _WORD.finditer(text)]
 
