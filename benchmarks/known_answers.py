@@ -6,9 +6,9 @@
 
 The model is a random two-layer Llama over bytes (`pertoken.testing`), everything on the CPU. `presets`: each token that
 is a small letter earns 1, each other costs 0.25, so the best return of 8 tokens is 8. `credit`: 12 tokens, each small
-letter earns 1, and the last token 4 more or 4 less by whether its id is even: best return 16, most of whose variance
-early tokens have no part in. Paid where it is earned (token), or all of it at the end (terminal): same returns, same
-optimum, same update. Prints Markdown tables for RESULTS.md.
+letter earns 1, and the first token 8 more or 8 less by whether its id is even: best return 20, most of whose variance
+the later tokens have no part in. Paid where it is earned (token), or all of it at the end (terminal), where it misleads
+them: same returns, same optimum, same update. Prints Markdown tables for RESULTS.md.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pertoken.tracking.runlog import RunLog
 from pertoken.trainer import loop
 
 LENGTH, LONG = 8, 12
-LURE = 4.0
+LURE = 8.0
 ENOUGH = 0.95
 """Share of the best return that counts as solved."""
 
@@ -50,9 +50,9 @@ def letters(sample):  # type: ignore[no-untyped-def]
 
 @token_reward
 def lured(sample):  # type: ignore[no-untyped-def]
-    """1 for each small letter; the last token earns 4 more if its id is even, 4 less if it is odd."""
+    """1 for each small letter; the first token earns 8 more if its id is even, 8 less if it is odd."""
     values = [1.0 if _byte(piece) else 0.0 for piece in _pieces(sample)]
-    return [*values[:-1], values[-1] + (LURE if sample.tokens[-1] % 2 == 0 else -LURE)] if values else []
+    return [values[0] + (LURE if sample.tokens[0] % 2 == 0 else -LURE), *values[1:]] if values else []
 
 
 @episode_reward
