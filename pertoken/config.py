@@ -208,6 +208,8 @@ class Kto(GivenAnswers):
     """Answers that are desirable or not, by themselves (`task.desirable`), or both of each pair (`task.rejected`)."""
 
     type: Literal["kto"] = "kto"
+    batch: int = Field(default=8, ge=2)
+    """Items per step, at least two: the baseline takes prompts with the answers of other items."""
     beta: float = Field(default=0.1, gt=0)
     """Implicit reward per nat of log-ratio to the reference."""
     desirable_weight: float = Field(default=1.0, gt=0)

@@ -19,6 +19,7 @@ from torch import nn
 
 from pertoken import build, trainer
 from pertoken.config import RunConfig
+from pertoken.errors import ConfigError
 from pertoken.memory import installed_memory, peak_memory
 from pertoken.observe import StepReport
 from pertoken.policy.model import Policy, fast_in_bfloat16
@@ -97,6 +98,8 @@ def profile(config: RunConfig, *, steps: int = 3, trace: Path | None = None) -> 
 
     trace: one more step is recorded in there, for chrome://tracing or https://ui.perfetto.dev.
     """
+    if config.offline is not None:
+        raise ConfigError(f"profile measures rollouts and updates of method rl; this is method {config.offline.type}")
     last = 1 + steps + (trace is not None)
     config = config.model_copy(
         update={

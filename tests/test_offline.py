@@ -312,6 +312,7 @@ def test_a_loss_that_is_not_finite_skips_its_step(place, model_folder, tmp_path)
         (["method.type=sft", "update.epochs=2"], "one update of each batch"),
         (["method.type=sft", "stop.kl=1"], "no KL to look at"),
         (["method.type=sft", "credit.type=gae", "policy.value_head={}"], "trains no critic"),
+        (["method.type=kto", "method.batch=1"], "method.batch: Input should be greater than or equal to 2"),
         (["method.type=dop"], "unknown type 'dop'"),
         (["method.type=sft", "method.beta=1"], "unknown key in method"),
     ],
