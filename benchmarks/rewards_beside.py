@@ -44,7 +44,7 @@ def steps(model: str, folder: Path, rounds: int, *, ahead: bool = False, process
             "folder": str(folder / "run"),
             "policy": {"model": model, "precision": "float32", "device": "cpu", "compile": False},
             "task": {"type": "file", "path": str(data), "prompt": "{prompt}"},
-            "rollout": {"samples_per_prompt": 4, "sampling": {"max_new_tokens": 128}, "ahead": ahead},
+            "rollout": {"samples_per_prompt": 4, "sampling": {"max_new_tokens": 64}, "ahead": ahead},
             "rewards": [{"fn": "rewards_beside:slow", "rounds": rounds, "processes": processes}],
             "evaluation": {"items": 0},
             "stop": {"steps": 6},
