@@ -1,6 +1,8 @@
 """Learned rewards, measured: do they put blame on the right tokens, beat chance on real pairs, and judge inference?
 
-    python benchmarks/reward_models.py planted --data PATH     # PATH/stories: errors planted into real sentences
+    # PATH/stories: errors planted into real sentences; small penalties first, then from that trunk larger ones
+    python benchmarks/reward_models.py planted --data PATH --to A
+    python benchmarks/reward_models.py planted --data PATH --trunk A/trunk --seed 1 --shared 0.2 --sparsity 0.08
     python benchmarks/reward_models.py pairs --data PATH       # PATH/sentiment_classification: real sentences in pairs
     python benchmarks/reward_models.py nli --data PATH --seconds 1200      # PATH/nli: SNLI
 
@@ -219,17 +221,17 @@ def main() -> None:
     parser.add_argument("what", choices=["planted", "pairs", "nli"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=None, help="training examples")
+    parser.add_argument("--limit", type=int, default=3200, help="training examples")
     parser.add_argument("--held-out", type=int, default=400)
     parser.add_argument("--seconds", type=float, default=None)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--sign", default="cost")
-    parser.add_argument("--shared", type=float, default=0.5)
-    parser.add_argument("--sparsity", type=float, default=0.003)
-    parser.add_argument("--words", type=int, default=40, help="planted: most words of a sentence")
+    parser.add_argument("--shared", type=float, default=0.1)
+    parser.add_argument("--sparsity", type=float, default=0.002)
+    parser.add_argument("--words", type=int, default=14, help="planted: most words of a sentence")
     parser.add_argument("--trunk", default=None, help="start from another trunk, such as that of a model made before")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", default=None, help="keep the model in this folder")
