@@ -146,7 +146,7 @@ class _Recipe:
         if self.answer is not None and not isinstance(row[self.answer], str):
             info["references"] = answers
         if self.rejected is not None:
-            info["rejected"] = _text(row[self.rejected], self.rejected)
+            info["rejected"] = text_in(row[self.rejected], self.rejected)
             if info["rejected"] in answers:
                 raise UnusableRowError(f"column {self.rejected!r} is the same text as the answer: nothing to prefer")
         if self.desirable is not None:
