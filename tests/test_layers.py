@@ -26,12 +26,13 @@ MAY: dict[str, set[str]] = {
     "stopwatch": set(),
     "background": set(),
     "workers": {"errors", "memory"},
+    "rows": {"errors"},
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
     "prompts": {"errors", "types"},
     # the stages of a step: each knows the types, none knows a sibling
     **{
-        stage: {"errors", "cache", "native", "background", "workers", "sampling", "types", "prompts"}
+        stage: {"errors", "cache", "native", "background", "workers", "rows", "sampling", "types", "prompts"}
         for stage in STAGES
     },
     **{maths: {"types"} for maths in MATHS},
@@ -39,7 +40,7 @@ MAY: dict[str, set[str]] = {
     "presets": set(),
     "config": {"errors", "sampling", "presets"},
     "text_metrics": {"errors", "types"},
-    "tasks": {"errors", "sampling", "types"},
+    "tasks": {"errors", "sampling", "types", "rows"},
     "tracking": {"errors", "types", "text_metrics"},
     "testing": {"errors", "types"},
     # what joins them
@@ -74,7 +75,7 @@ MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
 MAY["run"] = MAY["build"] | {"build", "doctor"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
-MAY["reward_models"] = {"errors", "config", "tasks", "rewards", "text_metrics", "tracking"}
+MAY["reward_models"] = {"errors", "config", "rows", "tasks", "rewards", "text_metrics", "tracking"}
 MAY["cli"] = MAY["run"] | {"presets", "run", "doctor", "profiling", "reward_check", "reward_models", "testing"}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 

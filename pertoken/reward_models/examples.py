@@ -8,9 +8,10 @@ from typing import Any
 from pertoken.errors import closest
 from pertoken.reward_models.settings import DataSection, ObjectiveSection, Pairs, Preferences, Spans, Steps
 from pertoken.rewards.align import CharSpan
+from pertoken.rows import Row
 from pertoken.tasks.base import SPLITS, Split, sample_order, split_by
 from pertoken.tasks.files import BadRow, UnusableRowError, check_rows, text_in
-from pertoken.tasks.rows import Row, sources_of
+from pertoken.tasks.sources import sources_of
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ from pertoken.reward_models.losses import (
 from pertoken.reward_models.settings import ModelSection, OptimiserSection, Pairs, Preferences, RewardTraining
 from pertoken.rewards.semantics import EMBEDDED, SequenceClassifier, minilm_folder, window_of, without_bars
 from pertoken.rewards.token_model import Piece, TokenScorer, load_trunk, scored
+from pertoken.rows import READERS
 from pertoken.tasks.base import Split
-from pertoken.tasks.rows import READERS
 
 Note = Callable[[str], None]
 

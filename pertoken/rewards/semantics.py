@@ -118,7 +118,7 @@ class Entailment(SampleReward):
         judge, found = judge_of(self.model), []
         for start, stop in sentences:
             sentence = sample.text[start:stop]
-            says = [judge(part, sentence) for premise in premises for part in judge.parts(premise, sentence)]
+            says = [judge(premise, sentence) for premise in premises]
             entailed, contradicted = max(e for e, _ in says), max(c for _, c in says)
             value = (entailed - self.contradiction * contradicted) / len(sentences)
             message = f"entailed {entailed:.2f}, contradicted {contradicted:.2f}"
@@ -281,6 +281,11 @@ class _Judge:
             )
 
     def __call__(self, premise: str, hypothesis: str) -> tuple[float, float]:
+        """Of a premise that is too long, the largest of each over its parts."""
+        says = [self._of_part(part, hypothesis) for part in self.parts(premise, hypothesis)]
+        return max(entailed for entailed, _ in says), max(contradicted for _, contradicted in says)
+
+    def _of_part(self, premise: str, hypothesis: str) -> tuple[float, float]:
         logits = torch.tensor(self._classifier.outputs(premise, hypothesis), dtype=torch.float64)
         entailed, contradicted = logits.softmax(0)[self._columns].tolist()
         return entailed, contradicted

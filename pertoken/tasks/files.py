@@ -12,8 +12,9 @@ from itertools import count
 from pathlib import Path
 
 from pertoken.errors import TaskError, closest
+from pertoken.rows import MAX_ROW_BYTES, Row
 from pertoken.tasks.base import FRACTIONS, SPLITS, ItemTask, PromptTemplate, Split, Template, split_by
-from pertoken.tasks.rows import MAX_ROW_BYTES, Row, sources_of
+from pertoken.tasks.sources import sources_of
 from pertoken.types import Item
 
 

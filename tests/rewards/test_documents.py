@@ -125,9 +125,9 @@ def test_neither_order_nor_size_of_the_batch_matters(place, make_episode, make_s
         ({"sure": 0.0}, "0 < sure <= 1"),
         ({"contradicted": 1.0}, "contradicted <= 0"),
         ({"search": "magic"}, r"documents\.search: unknown value 'magic'"),
-        ({"column": "words"}, r"texts\.jsonl, row 1: expected a text in the column 'words'"),
+        ({"column": "words"}, r"texts\.jsonl:1: expected a text in the column 'words'"),
         ({"path": "none.jsonl"}, r"documents\.path: cannot read 'none.jsonl'"),
-        ({"path": "none.doc"}, "expected a folder, .jsonl"),
+        ({"path": "none.doc"}, r"expected a folder, \.txt, or \.jsonl"),
     ],
 )
 def test_settings_that_cannot_be(settings, message, place, monkeypatch):

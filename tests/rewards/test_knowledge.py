@@ -223,7 +223,7 @@ def test_an_end_point_that_is_down(facts, make_episode, make_scene):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        ("{", "a.jsonl", r"a\.jsonl:1: expected a JSON object"),
+        ("{", "a.jsonl", r"a\.jsonl:1: not valid JSON"),
         ('{"subject": "a"}', "a.jsonl", r"a\.jsonl:1: expected the texts subject, relation and object"),
         ("subject,relation\na,b", "a.csv", r"a\.csv:2: expected the texts"),
         ("", "a.txt", r"ends in '\.txt'; expected \.jsonl"),

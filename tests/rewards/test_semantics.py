@@ -116,16 +116,15 @@ def test_a_model_that_is_none():
 
 
 class Canned:
-    """A judge that knows some sentences, and takes premises sentence by sentence."""
+    """A judge that knows some sentences; of a longer premise the largest numbers count."""
 
     def __init__(self, table):
         self.table = table
 
-    def parts(self, premise, hypothesis):
-        return [premise[start:stop] for start, stop in sentence_spans(premise)]
-
     def __call__(self, premise, hypothesis):
-        return self.table.get((premise, hypothesis), (0.1, 0.05))
+        parts = [premise[start:stop] for start, stop in sentence_spans(premise)]
+        said = [self.table.get((part, hypothesis), (0.1, 0.05)) for part in parts]
+        return max(entailed for entailed, _ in said), max(contradicted for _, contradicted in said)
 
 
 @pytest.fixture
@@ -189,6 +188,8 @@ def test_a_long_premise_is_taken_in_parts_that_fit(classifier):
     assert parts == ["A b c. D e.", "F g h a b c. A."]
     for part in parts:
         assert len(judge._classifier._tokenizer(part, hypothesis)["input_ids"]) <= 16
+    entailed, contradicted = zip(*(judge(part, hypothesis) for part in parts), strict=True)
+    assert judge(premise, hypothesis) == (max(entailed), max(contradicted))
     judge(" ".join("abcdefgh" * 4), hypothesis)  # one sentence that is too long is cut
 
 

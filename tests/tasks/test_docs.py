@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from pertoken.config import FileTask, validate
+from pertoken.rows import READERS
 from pertoken.tasks.base import SPLITS
 from pertoken.tasks.docstrings import LARGE_PACKAGES
-from pertoken.tasks.rows import READERS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 

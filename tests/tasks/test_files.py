@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pertoken import rows as rows_module
 from pertoken.errors import MissingExtraError, TaskError
-from pertoken.tasks import rows as rows_module
 from pertoken.tasks.base import SPLITS, check_task
 from pertoken.tasks.files import BadRow, FileTask, load_file_task
 

@@ -1,6 +1,5 @@
 """Sentences against a collection of documents: found by words and by meaning, then held against what was found."""
 
-import csv
 import functools
 import hashlib
 import json
@@ -16,11 +15,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pertoken.cache import cache_folder
-from pertoken.errors import ConfigError
+from pertoken.errors import ConfigError, TaskError
 from pertoken.rewards.align import sentence_spans, word_spans
 from pertoken.rewards.base import Sample, SampleReward, ScoredSpan, place_spans
 from pertoken.rewards.metrics.base import check_choice
 from pertoken.rewards.semantics import EMBEDDED, encoder, judge_of
+from pertoken.rows import READERS, rows_of
 
 Search = Literal["words", "meaning", "both"]
 
@@ -41,7 +41,7 @@ class Documents(SampleReward):
     """
 
     path: str
-    """The documents: a .jsonl, .csv, .tsv or .txt file (a paragraph each), or a folder of .txt and .md files."""
+    """The documents: a .txt file (a paragraph each), a table (.jsonl, .csv ...), or a folder of .txt and .md files."""
     column: str = "text"
     """Of a table: the column with the text."""
     search: Search = "words"
@@ -210,31 +210,18 @@ def _texts(path: Path, column: str) -> Iterator[str]:
                 yield from file.read_text(encoding="utf-8").split("\n\n")
         elif path.suffix == ".txt":
             yield from path.read_text(encoding="utf-8").split("\n\n")
-        elif path.suffix in (".jsonl", ".csv", ".tsv"):
+        elif path.suffix in READERS:
             yield from _column(path, column)
         else:
-            raise ConfigError(f"documents.path: {str(path)!r}: expected a folder, .jsonl, .csv, .tsv or .txt")
-    except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"documents.path: {str(path)!r}: expected a folder, .txt, or {', '.join(READERS)}")
+    except (OSError, UnicodeDecodeError, TaskError) as error:
         raise ConfigError(f"documents.path: cannot read {str(path)!r}: {error}") from error
 
 
 def _column(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".jsonl":
-            rows: Iterator[Any] = (_parsed(line, f"{path}:{k}") for k, line in enumerate(file, 1) if line.strip())
-        else:
-            rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        for number, row in enumerate(rows, 1):
-            text = row.get(column) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                raise ConfigError(
-                    f"{path}, row {number}: expected a text in the column {column!r}, got {str(row)[:120]}"
-                )
-            yield text
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: expected a JSON object: {error}") from error
+    for line, row in rows_of(path):
+        text = row.get(column) if not isinstance(row, str) else row
+        if isinstance(row, str) or not isinstance(text, str):
+            wrong = row if isinstance(row, str) else f"expected a text in the column {column!r}, got {str(row)[:120]}"
+            raise ConfigError(f"{path}:{line}: {wrong}")
+        yield text

@@ -29,7 +29,7 @@ class Facts(SampleReward):
     """
 
     graph: str
-    """Path of the triples (.jsonl, .csv, .tsv, .sqlite, .db), or address of a SPARQL end point."""
+    """Path of the triples (.jsonl, .json, .csv, .tsv, .parquet, .sqlite, .db), or address of a SPARQL end point."""
     patterns: str
     """Path of JSON lines: a relation, and sentences with [X] (subject) and [Y] (object) that state it."""
     supported: float = 1.0

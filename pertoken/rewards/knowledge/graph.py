@@ -4,7 +4,6 @@ A graph answers questions about names, whatever it is kept in: a file (JSON line
 a SPARQL end point.
 """
 
-import csv
 import functools
 import json
 import sqlite3
@@ -13,13 +12,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import regex
 
 from pertoken.errors import ConfigError, RewardError
+from pertoken.rows import READERS, Row, rows_of
 
 Triple = tuple[str, str, str]
 """Subject, relation, object."""
@@ -205,48 +205,30 @@ def _escaped(value: str) -> str:
 def load_graph(source: str, *, queries: Mapping[str, str] = {}, language: str = "en") -> Graph:
     """The graph at `source`: the path of a file, or the address of a SPARQL end point.
 
-    A file is JSON lines, CSV or TSV, with the columns subject, relation and object (in JSON they may lie under `meta`),
-    or an SQLite database with a table of that shape.
+    A file is JSON lines, JSON, CSV, TSV or Parquet, with the columns subject, relation and object (which may lie under
+    `meta`), or an SQLite database with a table of that shape.
     """
     if source.startswith(("http://", "https://")):
         return Endpoint(source, queries=queries, language=language)
     path = Path(source).expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"facts.graph: no file {source!r}; expected .jsonl, .csv, .tsv, .sqlite or .db, or an address"
+            f"facts.graph: no file {source!r}; expected {', '.join(READERS)}, .sqlite or .db, or an address"
         )
     if path.suffix in (".sqlite", ".sqlite3", ".db"):
         return Database(path)
-    readers = {".jsonl": _json_rows, ".csv": _table_rows, ".tsv": _table_rows}
-    if path.suffix not in readers:
+    if path.suffix not in READERS:
         raise ConfigError(
-            f"facts.graph: {source!r} ends in {path.suffix!r}; expected {', '.join(readers)}, .sqlite or .db"
+            f"facts.graph: {source!r} ends in {path.suffix!r}; expected {', '.join(READERS)}, .sqlite or .db"
         )
-    return Triples(_triple(row, f"{path}:{line}") for line, row in readers[path.suffix](path))
+    return Triples(_triple(row, f"{path}:{line}") for line, row in rows_of(path))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise ConfigError(f"{path}:{line}: expected a JSON object: {error}") from error
-            inside = row.get("meta") if isinstance(row, dict) and "subject" not in row else row
-            yield line, inside
-
-
-def _table_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        for row in rows:
-            yield rows.line_num, row
-
-
-def _triple(row: Any, where: str) -> Triple:
-    found = [row.get(key) for key in ("subject", "relation", "object")] if isinstance(row, dict) else []
+def _triple(row: Row | str, where: str) -> Triple:
+    if isinstance(row, str):
+        raise ConfigError(f"{where}: {row}")
+    fields = row if "subject" in row else row.get("meta") or {}
+    found = [fields.get(key) for key in ("subject", "relation", "object")] if isinstance(fields, dict) else []
     parts = [part for part in found if isinstance(part, str) and part.strip()]
     if len(parts) != 3:
         raise ConfigError(f"{where}: expected the texts subject, relation and object, got {str(row)[:120]}")
