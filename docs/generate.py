@@ -101,7 +101,7 @@ def named_errors() -> list[type[errors.PertokenError]]:
 
 def fields() -> str:
     """A heading per section and a table row per field, out of `pertoken.config.explain`."""
-    rows, seen = explain(), set[str]()
+    rows, seen = explain(RunConfig), set[str]()
     typed = {name.partition(" ")[0] for name, *_ in rows if " (type: " in name}
     defaults = RunConfig().model_dump(mode="json", exclude=typed)
     lines = ["## At the top", "", TABLE.rstrip("\n")]

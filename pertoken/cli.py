@@ -356,7 +356,7 @@ def show_config(
         out.print(_config(settings).to_yaml(), markup=False, end="")
         return
     table = Table("field", "type", "default", "meaning", box=None, pad_edge=False)
-    for name, kind, default, meaning in explain():
+    for name, kind, default, meaning in explain(RunConfig):
         style = "bold" if kind == "section" else ""
         table.add_row(*(Text(cell, style=style) for cell in (name, kind, default, " ".join(meaning.split()))))
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)

@@ -171,7 +171,7 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 
 
 def test_every_field_is_explained():
-    rows = explain()
+    rows = explain(RunConfig)
     assert {"policy.model", "rollout.sampling.top_p", "task.max_bad_rows", "stop.kl", "rewards.0.weight"} <= {
         row[0] for row in rows
     }
@@ -181,4 +181,4 @@ def test_every_field_is_explained():
 def test_the_configuration_cannot_be_changed_under_a_run():
     with pytest.raises(Exception, match="frozen"):
         RunConfig().seed = 2
-    assert validate(yaml.safe_load(RunConfig().to_yaml())) == RunConfig()
+    assert validate(yaml.safe_load(RunConfig().to_yaml()), RunConfig) == RunConfig()

@@ -92,7 +92,7 @@ def test_generated_parts_are_fresh(name):
 
 def test_every_field_is_on_the_configuration_page():
     page = read("docs/config.md")
-    for name, kind, _, meaning in explain():
+    for name, kind, _, meaning in explain(RunConfig):
         if kind != "section":
             assert f"| `{name}` |" in page or f"## {name}\n" in page
             assert " ".join(meaning.split()).replace("|", "\\|") in page

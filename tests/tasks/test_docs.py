@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pertoken.config import FileTask, validate
+from pertoken.config import FileTask, RunConfig, validate
 from pertoken.rows import READERS
 from pertoken.tasks.base import SPLITS
 from pertoken.tasks.docstrings import LARGE_PACKAGES
@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_the_recipes_are_valid_configurations(text: str):
-    validate(yaml.safe_load(text))
+    validate(yaml.safe_load(text), RunConfig)
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

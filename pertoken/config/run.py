@@ -1,0 +1,276 @@
+"""A run as a whole: its sections, what cannot work together, and chains of runs."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from pertoken.config.reading import Section, merge, merge_settings, validate
+from pertoken.config.sections import (
+    CheckpointConfig,
+    CreditConfig,
+    DocstringsTask,
+    EvaluationConfig,
+    FileTask,
+    GuardConfig,
+    KLConfig,
+    LeaveOneOutProcess,
+    LogConfig,
+    MethodConfig,
+    ObjectiveConfig,
+    OfflineConfig,
+    Pairs,
+    PolicyConfig,
+    Reinforcement,
+    RewardConfig,
+    RolloutConfig,
+    StopConfig,
+    TaskConfig,
+    UpdateConfig,
+)
+from pertoken.errors import ConfigError, closest
+from pertoken.presets import PRESETS
+
+
+class RunConfig(Section):
+    """Everything that a run depends on."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run folder."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides items, samples and minibatches."""
+    folder: str | None = None
+    """Run folder; null makes runs/<name>-<seed>."""
+    algorithm: str | None = None
+    """A published method by its name (`pertoken algorithms` lists them): stands for the settings of its table, over
+    which keys beside it and in later files or overrides win; null is the settings below."""
+    policy: PolicyConfig = PolicyConfig()
+    method: MethodConfig = Reinforcement()
+    """Learn from samples and rewards (rl), or from answers in the data; sections that a method does not use are named
+    when the run begins."""
+    task: TaskConfig = DocstringsTask()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: tuple[RewardConfig, ...] = Field(default=(RewardConfig(name="rouge_l"),), min_length=1)
+    """Parts of the reward; each scores the tokens that it is about, and they add up."""
+    kl: KLConfig = KLConfig()
+    credit: CreditConfig = LeaveOneOutProcess()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    update: UpdateConfig = UpdateConfig()
+    stop: StopConfig = StopConfig(steps=100)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardConfig = GuardConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.folder or f"runs/{self.name}-{self.seed}")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        return _expand(values) if isinstance(values, dict) else values
+
+    @property
+    def offline(self) -> OfflineConfig | None:
+        """The method, if it learns from answers in the data."""
+        return None if isinstance(self.method, Reinforcement) else self.method
+
+    @model_validator(mode="after")
+    def _can_work(self) -> "RunConfig":
+        for impossible, sentence in self._impossible():
+            if impossible:
+                raise ValueError(sentence)
+        return self
+
+    def _impossible(self) -> Iterable[tuple[bool, str]]:
+        rollout, credit, stop = self.rollout, self.credit, self.stop
+        group_credit = credit.type not in ("reward_to_go", "gae", "self_critical")
+        objective = self.objective
+        named = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.rewards]
+        beside = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.guards.beside]
+        both = [part for part in beside if part in named]
+        strangers = [part for part in getattr(credit, "parts", {}) if part not in (*named, "kl", "env")]
+        rows = rollout.prompts_per_step * rollout.samples_per_prompt
+        needs_evaluation = stop.metric is not None or stop.patience is not None
+        yield (
+            rollout.ahead and self.objective.importance_cap is None,
+            "rollout.ahead samples with the weights of one update before, and objective.importance_cap null does not "
+            "correct for it. Set a cap (2.0), or rollout.ahead=false.",
+        )
+        yield (
+            rollout.sampling.greedy,
+            "rollout.sampling.temperature is 0: a greedy token has no probability to learn from. Use a temperature "
+            "above 0 for training; evaluation.sampling may be greedy.",
+        )
+        yield (
+            credit.type == "gae" and self.policy.value_head is None,
+            "credit.type gae needs a critic: set policy.value_head (for its defaults: policy.value_head={}).",
+        )
+        yield (
+            credit.type != "gae" and self.policy.value_head is not None,
+            f"policy.value_head is set, but credit.type {credit.type} never asks it: use credit.type gae or drop it.",
+        )
+        yield (
+            group_credit and rollout.samples_per_prompt < 2,
+            f"credit.type {credit.type} compares the samples of a prompt: rollout.samples_per_prompt must be at least "
+            "2 (or use credit.type reward_to_go).",
+        )
+        yield (
+            objective.importance_outside == "truncate"
+            and (objective.importance_level == "geometric" or objective.importance_floor > 0),
+            "objective.importance_level geometric and objective.importance_floor say what is left out: set "
+            "objective.importance_outside=mask.",
+        )
+        yield (
+            objective.importance_cap is not None and objective.importance_floor >= objective.importance_cap,
+            f"objective.importance_floor {objective.importance_floor} is not below objective.importance_cap "
+            f"{objective.importance_cap}: every weight would be left out.",
+        )
+        yield (
+            objective.entropy_floor is not None and not objective.entropy_coefficient,
+            "objective.entropy_floor is set, but nothing is paid below it: set objective.entropy_coefficient (0.01).",
+        )
+        yield (
+            rollout.redraws > 0 and rollout.ahead,
+            "rollout.redraws needs the rewards of a step before its samples are complete, and rollout.ahead draws "
+            "without them: leave one of them out.",
+        )
+        yield (
+            rollout.redraws > 0 and not group_credit,
+            f"rollout.redraws leaves out groups without a difference; credit.type {credit.type} learns from them too.",
+        )
+        yield (
+            rollout.redraws > 0 and any(r.constraint or r.normalise == "running" for r in self.rewards),
+            "rollout.redraws scores samples that are then left out; a reward with a constraint or normalise: running "
+            "would remember them. Leave one of them out.",
+        )
+        yield (
+            credit.type == "self_critical" and any(r.constraint or r.normalise != "none" for r in self.rewards),
+            "credit.type self_critical compares a sample with the greedy answer in the same units; a reward with a "
+            "constraint or normalise has others for each batch. Leave them out.",
+        )
+        yield (
+            credit.type == "gae" and credit.macro_size > 1 and credit.length_adaptive is not None,
+            "credit.length_adaptive counts tokens, credit.macro_size makes actions of several: leave one of them out.",
+        )
+        yield (
+            bool(strangers),
+            f"credit.parts.{''.join(strangers[:1])}: no reward has that name; there are {', '.join(named)}.",
+        )
+        yield (
+            bool(both),
+            f"guards.beside: {''.join(both[:1])} is in the reward already; what is measured beside it must not be.",
+        )
+        yield (
+            self.update.minibatches > rows,
+            f"update.minibatches {self.update.minibatches} exceeds the {rows} samples of a step.",
+        )
+        offline, method = self.offline is not None, f"method.type {self.method.type}"
+        yield (
+            offline and (self.update.minibatches > 1 or self.update.epochs > 1),
+            f"{method} makes one update of each batch: update.minibatches and update.epochs must be 1; method.batch "
+            "and stop.steps say how much is seen in an update, and how often.",
+        )
+        yield (
+            offline and self.policy.value_head is not None,
+            f"policy.value_head is set, but {method} trains no critic: drop it.",
+        )
+        yield (
+            offline and (stop.kl is not None or self.kl.target is not None),
+            f"{method} samples nothing, so there is no KL to look at: leave out stop.kl and kl.target.",
+        )
+        pairs_of = self.task if isinstance(self.task, FileTask) else None
+        yield (
+            isinstance(self.method, Pairs) and (pairs_of is None or pairs_of.rejected is None),
+            f"{method} compares two answers: name the column of the worse one in task.rejected.",
+        )
+        yield (
+            self.method.type == "kto"
+            and (pairs_of is None or (pairs_of.rejected is None) == (pairs_of.desirable is None)),
+            f"{method} needs to know which answers are good: name a column of true and false in task.desirable, or one "
+            "of worse answers in task.rejected (and not both).",
+        )
+        yield (
+            all(value is None for value in stop.model_dump().values()),
+            "stop: nothing would end this run; set at least one of " + ", ".join(StopConfig.model_fields) + ".",
+        )
+        yield (
+            self.update.schedule != "constant" and stop.steps is None,
+            f"update.schedule {self.update.schedule} falls towards the last step: set stop.steps.",
+        )
+        yield (
+            needs_evaluation and (self.evaluation.items == 0 or self.evaluation.every is None),
+            "stop.metric and stop.patience need evaluations while training: set evaluation.items and evaluation.every.",
+        )
+        yield (
+            stop.kl is not None and self.kl.place == "none" and not self.kl.measure,
+            "stop.kl needs the KL to be measured: set kl.measure=true.",
+        )
+        yield (
+            self.kl.target is not None and self.kl.place == "none",
+            "kl.target adapts a penalty, but kl.place is none: set kl.place to reward or loss.",
+        )
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of YAML `files` (later over earlier) and `key.sub=value` overrides.
+
+    Raises ConfigError naming the file or key, what was expected, and the nearest known name.
+    """
+    merged = _merged_run(files, overrides)
+    if "stages" in merged:
+        raise ConfigError(
+            "stages: only `pertoken train` takes a chain; for all else there is config.yaml in the folder of each stage"
+        )
+    return validate(merged, RunConfig)
+
+
+def load_stages(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[RunConfig]:
+    """The configurations of a chain, one per entry of `stages`; of a file without `stages` that of its one run.
+
+    An entry has a `name` and what differs from the rest of the file. Its run folder lies in that of the chain, and its
+    `policy.model` is what the stage before it has trained.
+    """
+    merged = _merged_run(files, overrides)
+    if "stages" not in merged:
+        return [validate(merged, RunConfig)]
+    stages = merged.pop("stages")
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise ConfigError("stages: expected a list of sections, each with a `name` and what differs in it")
+    folder, found = validate(merged, RunConfig).run_folder, list[RunConfig]()
+    for place, stage in enumerate(stages):
+        where = f"stages.{place}"
+        if not isinstance(stage.get("name"), str) or stage["name"] in (config.name for config in found):
+            raise ConfigError(f"{where}.name: each stage needs a name of its own, got {stage.get('name')!r}")
+        if "folder" in stage or "seed" in stage:
+            raise ConfigError(f"{where}: `folder` and `seed` are those of the chain; set them at the top of the file")
+        values = merge(merged, _expand(stage)) | {"folder": str(folder / stage["name"])}
+        if found:
+            if "model" in (stage.get("policy") or {}):
+                raise ConfigError(
+                    f"{where}.policy.model: it is what stage {found[-1].name!r} has trained; leave it out"
+                )
+            values["policy"] = {**values["policy"], "model": str(found[-1].run_folder / "model")}
+        try:
+            found.append(validate(values, RunConfig))
+        except ConfigError as error:
+            raise ConfigError(f"{where} ({stage['name']}): {error}") from None
+    return found
+
+
+def _merged_run(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
+    """Of a run: the defaults, under the files from left to right, under the overrides."""
+    return merge_settings(RunConfig().model_dump(mode="json", exclude={"task"}), files, overrides, _expand)
+
+
+def _expand(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` over the settings that their `algorithm` stands for."""
+    name = values.get("algorithm")
+    if name is None:
+        return values
+    if name not in PRESETS:
+        raise ConfigError(f"algorithm: unknown name {str(name)[:60]!r}; {closest(str(name), PRESETS)}")
+    return merge(copy.deepcopy(dict(PRESETS[name].settings)), values)
