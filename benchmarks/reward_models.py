@@ -1,10 +1,12 @@
 """Learned rewards, measured: do they put blame on the right tokens, beat chance on real pairs, and judge inference?
 
-    # PATH/stories: errors planted into real sentences; small penalties first, then from that trunk larger ones
+    # small penalties first, then from that trunk larger ones
     python benchmarks/reward_models.py planted --data PATH --to A
     python benchmarks/reward_models.py planted --data PATH --trunk A/trunk --seed 1 --shared 0.2 --sparsity 0.08
-    python benchmarks/reward_models.py pairs --data PATH       # PATH/sentiment_classification: real sentences in pairs
-    python benchmarks/reward_models.py nli --data PATH --seconds 1200      # PATH/nli: SNLI
+    python benchmarks/reward_models.py pairs --data PATH --learning-rate 2e-4 --layers 3
+    python benchmarks/reward_models.py nli --data PATH --learning-rate 1e-4 --limit 9000
+
+PATH holds stories, sentiment_classification and nli.
 
 planted: of a pair, the chosen text is a sentence of a story and the rejected one the same with one planted error: a
 word said twice (the second is the error), a verb or article of the wrong form, two words swapped, a word of another
