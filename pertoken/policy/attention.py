@@ -64,7 +64,7 @@ def packed_attention(
         if options.get(name) is not None:
             raise NotImplementedError(f"packed attention without {name}")
     packs = _packs.get()
-    if dropout == 0.0 and native.takes(query, key, value) and native.attends():
+    if dropout == 0.0 and native.takes(query, key, value) and native.attends(value.dtype):
         return compiled.attend(query, key, value, packs, sliding_window, scaling), None
     common = torch.float32 if query.device.type == "cpu" else value.dtype  # on CPUs bfloat16 attention is no faster
     settings: dict[str, Any] = {"scale": scaling, "dropout_p": dropout}

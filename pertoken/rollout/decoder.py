@@ -222,7 +222,7 @@ class _Prompts:
         by_prompt = [x.split(list(self.lengths), 2) for x in (query, key, value)]
         for slots, n, k, v in zip(self.slots, self.lengths, *by_prompt[1:], strict=True):
             keys[slots, :, :n], values[slots, :, :n] = k, v
-        if native.takes(query, key, value) and native.attends():
+        if native.takes(query, key, value) and native.attends(value.dtype):
             q, k, v = (x[0].transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
             rows = [[end - n, n, -1] for end, n in zip(self.ends, self.lengths, strict=True)]
             out: Tensor = torch.ops.pertoken.attend(q, k, v, torch.tensor(rows), window, scale)[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pertoken import native
 from pertoken.rollout.decoder import agrees, in_passes
-from pertoken.rollout.packing import multiply, pack
+from pertoken.rollout.packing import multiply, pack, packs
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s whose layers have the shape that the code computes."""
@@ -32,7 +32,7 @@ _NO_ROWS = (torch.empty(0), torch.empty(0, 0, 0, 0, 0, 0))
 def fused_decoder(model: Any) -> "FusedDecoder | None":
     """A decoder that reads the weights of `model` (adapters included), or None where it does not apply."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if inner.device.type != "cpu" or not _has_the_shape(inner) or not native.available():
+    if inner.device.type != "cpu" or not _has_the_shape(inner) or not native.available() or not packs():
         return None
     decoder = FusedDecoder(inner)
     return decoder if agrees(decoder, inner, tolerance=PROBE_TOLERANCE) else None

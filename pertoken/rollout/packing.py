@@ -15,6 +15,12 @@ ROWS = 64
 """The number of rows that oneDNN's layout is chosen for; products of any number are right."""
 
 
+def packs() -> bool:
+    """Whether this processor has a layout for weights: oneDNN's begins with AVX-512."""
+    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return native.multiplies() or bool(supported)
+
+
 def pack(weight: Tensor) -> Tensor:
     """`weight` in bfloat16, laid out for `multiply`."""
     weight = weight.detach().bfloat16()
@@ -51,7 +57,7 @@ class PackedLinear(nn.Linear):
 def pack_linears(model: nn.Module) -> None:
     """Let the linear layers of `model` multiply with packed copies of the weights that they have now.
 
-    Only where oneDNN takes them (bfloat16 on a CPU); call it again when weights have changed.
+    Only where they can be packed (bfloat16 on a CPU); call it again when weights have changed.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and type(module) in (nn.Linear, PackedLinear) and _takes(module.weight):
@@ -67,4 +73,4 @@ def unpack_linears(model: nn.Module) -> None:
 
 
 def _takes(weight: Any) -> bool:
-    return bool(weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and torch.backends.mkldnn.is_available())
+    return bool(weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and packs())

@@ -102,9 +102,9 @@ def test_doctor_then_train_keeps_one_certificate_with_the_run(place, pertoken):
 
 
 def test_train_alone_makes_the_quick_part_and_tells_what_fails(place, pertoken, monkeypatch):
-    own = crediting.assign
+    own = crediting.credited
     monkeypatch.setattr(
-        crediting, "assign", lambda settings, *rest: own(settings.model_copy(update={"gamma": 1.0}), *rest)
+        crediting, "credited", lambda settings, *rest: own(settings.model_copy(update={"gamma": 1.0}), *rest)
     )
     code, out, err = pertoken("train", "recipe.yaml")
     assert (code, err) == (0, "")

@@ -192,7 +192,7 @@ def test_rows_told_by_their_place_fail_order(sound, monkeypatch):
 
         return wrong
 
-    patched(monkeypatch, checks, "assign", by_place)
+    patched(monkeypatch, checks, "credited", by_place)
     found = failing(sound, [*FORWARD, *QUICK])
     assert found.keys() == {"order"}
     assert "an advantage by" in found["order"].words
@@ -357,7 +357,7 @@ def test_a_weight_a_penalty_and_a_discount_that_are_ignored_are_named(sound, mon
         assert ask("coefficients", sound).words == "no effect: weight of length, kl.coefficient"
     with monkeypatch.context() as patch:
         undiscounted = lambda own: lambda settings, *rest: own(settings.model_copy(update={"gamma": 1.0}), *rest)  # noqa: E731
-        patched(patch, crediting, "assign", undiscounted)
+        patched(patch, crediting, "credited", undiscounted)
         assert ask("coefficients", sound).words == "no effect: credit.gamma"
 
 
