@@ -40,7 +40,6 @@ CONFIG = {
     "kl": {"coefficient": 0.03},
     "credit": {"type": "leave_one_out_process"},
     "update": {"learning_rate": 3e-5, "warmup_steps": 2, "schedule": "linear", "tokens_per_micro_batch": 768},
-    "checkpoint": {"every": 0},
 }
 
 
