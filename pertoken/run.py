@@ -139,7 +139,7 @@ def _train(
     interrupted: Callable[[], bool],
     budget: "TimeBudget",
 ) -> RunResult:
-    certified = False
+    certified = run.config.offline is not None  # what is certified is a step of samples and rewards
 
     def after_step(report: StepReport) -> None:
         nonlocal certified

@@ -31,6 +31,7 @@ def entry(argument):
 def handle(job):
     kind, _, rest = job.partition(" ")
     if kind == "pid":
+        time.sleep(float(rest or 0))
         return os.getpid()
     if kind == "loop":
         while True:
@@ -119,7 +120,7 @@ def test_they_work_at_the_same_time_on_one_thread_each(start):
     assert workers.greeting == {"argument": "hello", "threads": "1"}
     pids = set()
     while len(pids) < 2:  # the second comes when it is ready
-        pids |= set(answers(workers, "sleep 0.05", "pid", "pid", "pid")[1:])
+        pids |= set(answers(workers, "pid 0.05", "pid 0.05"))
     begun = time.monotonic()
     answers(workers, "sleep 0.6", "sleep 0.6")
     assert time.monotonic() - begun < 1.1

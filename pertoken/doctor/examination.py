@@ -45,9 +45,14 @@ def examine(
     """Every check (or those named in `only`) on the model, tokenizer, task and rewards of `config`, before training.
 
     `on_line` hears of each when it is made. The model is loaded once more than training needs; nothing of the run is
-    touched. Raises ConfigError for a name that no check has.
+    touched. Raises ConfigError for a name that no check has, and for a method that samples nothing.
     """
     begun, checks = time.monotonic(), _chosen(only)
+    if config.offline is not None:
+        raise ConfigError(
+            f"method.type {config.method.type} learns from answers in the data, and the doctor looks at samples and their "
+            "rewards: examine the run that goes on from its model (method.type=rl)"
+        )
     run = build.build_run(small(config))
     run.policy.dropout = False  # a pass of the same weights must give the same numbers
     run.items = sorted(run.items, key=lambda item: len(str(item.prompt)))[:SHORT_PROMPTS]

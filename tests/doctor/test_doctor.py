@@ -98,6 +98,11 @@ def test_all_checks_pass_on_a_sound_run(place, sections):
     assert len(found.model["sha256"]) == 64
 
 
+def test_a_method_without_samples_is_refused_in_words(place):
+    with pytest.raises(ConfigError, match=r"method\.type sft learns from answers in the data.*method\.type=rl"):
+        examine(settings(place, method={"type": "sft"}))
+
+
 def test_a_check_can_be_asked_alone_and_by_its_name_only(place):
     found = examine(settings(place), only=["kl_gradient"])
     assert [line.name for line in found.lines] == ["kl_gradient"]

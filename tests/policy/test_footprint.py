@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 
+from pertoken import native
 from pertoken.policy.footprint import OPTIMISER_COPIES, footprint
 from pertoken.policy.model import Lora, Policy
 from pertoken.testing import byte_tokenizer, tiny_model
@@ -31,8 +32,9 @@ def test_a_pass_keeps_casts_of_frozen_weights_alone():
     linears = {name: m for name, m in tiny_model().named_modules() if isinstance(m, torch.nn.Linear)}
     layers = [m.weight for name, m in linears.items() if "head" not in name]
     assert max(exact.per_pass, fast.per_pass) < 1000
-    assert frozen.per_pass == pytest.approx(bytes_of(layers) / 2, rel=0.2)
-    assert fast.per_token < exact.per_token
+    if native.attends(torch.bfloat16):  # else attention keeps squares, and a line through two sizes is no measure
+        assert frozen.per_pass == pytest.approx(bytes_of(layers) / 2, rel=0.2)
+        assert fast.per_token < exact.per_token
 
 
 def test_a_token_keeps_what_its_layers_keep():
