@@ -93,7 +93,7 @@ class Turn:
 def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
     """Steps of pertoken's own loop, with all that it logs and checks."""
     from pertoken import build, profiling, trainer
-    from pertoken.config import validate
+    from pertoken.config import RunConfig
     from pertoken.memory import peak_memory
     from pertoken.policy import model, scoring
     from pertoken.rewards import Weighted, episode_reward
@@ -108,7 +108,7 @@ def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
         model.fuse_layers = lambda model: 0  # type: ignore[assignment]
         scoring.fused_rotation = lambda model: nullcontext()  # type: ignore[assignment]
     micro = next((int(s.removeprefix("micro=")) for s in settings if s.startswith("micro=")), None)
-    config = validate({
+    config = RunConfig.model_validate({
         "name": "speed",
         "policy": {"model": job["model"], "precision": "float32" if "float32" in settings else "auto",
                    **({"lora": {"rank": 16, "alpha": 32}} if "lora" in settings else {})},

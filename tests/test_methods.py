@@ -84,7 +84,8 @@ def one_step(run, step=1):
     old = trainer.score_old(run, batch)
     scene = Scene(batch, episodes, run.policy.tokenizer, old, None, step)
     rewards = trainer.reward(run, scene)
-    given = assign(trainer.credit_of(run.config, step), rewards, batch, old, trainer.greedy_rewards(run, scene))
+    greedy = trainer.greedy_rewards(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
+    given = assign(trainer.credit_of(run.config, step), rewards, batch, old, greedy)
     return scene, given, trainer.update(run, batch, old, None, given, step).metrics
 
 
@@ -290,7 +291,7 @@ def test_masked_importance_weights_leave_tokens_of_older_weights_out(make):
         )
     )
     sums, streams = {"loss/policy": 0.0, "loss/value": 0.0}, {}
-    loss = trainer._part_loss(run, part, new, sums, streams, batch, 0.0, head_only=False)
+    loss = trainer.part_loss(run, part, new, sums, streams, batch, 0.0, head_only=False)
     assert loss.item() == 0.0
     assert not streams["importance_weight"].any()
 
