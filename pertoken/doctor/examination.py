@@ -50,8 +50,8 @@ def examine(
     begun, checks = time.monotonic(), _chosen(only)
     if config.offline is not None:
         raise ConfigError(
-            f"method.type {config.method.type} learns from answers in the data, and the doctor looks at samples and their "
-            "rewards: examine the run that goes on from its model (method.type=rl)"
+            f"method.type {config.method.type} learns from answers in the data, and the doctor looks at samples and "
+            "their rewards: examine the run that goes on from its model (method.type=rl)"
         )
     run = build.build_run(small(config))
     run.policy.dropout = False  # a pass of the same weights must give the same numbers
