@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from pertoken.errors import ConfigError, ModelError, NumericsError, TaskError
+from pertoken.preferences import bradley_terry
 from pertoken.reward_models import evaluate, load_training, train
 from pertoken.reward_models.evaluation import (
     binary_figures,
@@ -19,7 +20,7 @@ from pertoken.reward_models.evaluation import (
     temperature,
 )
 from pertoken.reward_models.examples import Pair, read_examples
-from pertoken.reward_models.losses import bradley_terry, centring, length_correlation, segment_sums
+from pertoken.reward_models.losses import centring, length_correlation, segment_sums
 from pertoken.reward_models.settings import (
     DataSection,
     OptimiserSection,
@@ -114,7 +115,7 @@ def test_bradley_terry_by_hand():
         [[0.5, 1.0], [0.1, -0.4]], requires_grad=True
     )  # tokens of the chosen and of the rejected text
     totals = scores.sum(1)
-    loss = bradley_terry(totals[:1], totals[1:])
+    loss = bradley_terry(totals[:1], totals[1:]).mean()
     assert loss.item() == pytest.approx(0.1529777, abs=1e-6)  # log(1 + exp(-1.8))
     loss.backward()
     assert scores.grad.flatten().tolist() == pytest.approx(

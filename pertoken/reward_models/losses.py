@@ -3,20 +3,6 @@
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
-
-
-def bradley_terry(chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"]) -> Float[Tensor, ""]:
-    """Mean over P pairs of -log sigmoid(chosen - rejected), with the scores of whole texts.
-
-    With a text's score as the sum of its tokens' scores, the gradient of each token is that of the sum:
-    -(1 - sigmoid(chosen - rejected)) / P for tokens of the chosen text, the opposite for those of the rejected.
-    Bradley & Terry 1952; as a reward model Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1.
-
-    >>> bradley_terry(torch.tensor([1.2]), torch.tensor([0.0]))
-    tensor(0.2633)
-    """
-    return -functional.logsigmoid(chosen - rejected).mean()
 
 
 def centring(chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"]) -> Float[Tensor, ""]:

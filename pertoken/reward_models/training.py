@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pertoken.errors import ConfigError, ModelError, NumericsError, RunFolderError, TaskError
+from pertoken.preferences import bradley_terry
 from pertoken.reward_models.evaluation import (
     PAIR_ABOUT,
     Figures,
@@ -31,7 +32,6 @@ from pertoken.reward_models.evaluation import (
 )
 from pertoken.reward_models.examples import Example, Labelled, Pair, Preference, read_examples
 from pertoken.reward_models.losses import (
-    bradley_terry,
     centring,
     length_correlation,
     segment_sums,
@@ -275,7 +275,7 @@ class PreferenceLearner(TokenLearner):
         if wanted.total == "mean":
             totals = totals / lengths.clamp_min(1)
         chosen, rejected = totals[:count], totals[count:]
-        loss = bradley_terry(chosen, rejected)
+        loss = bradley_terry(chosen, rejected).mean()
         if wanted.centre:
             loss = loss + wanted.centre * centring(chosen, rejected)
         if wanted.length and count > 1:
