@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from pertoken import native
+
 GIGABYTE = 1e9
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -62,6 +64,8 @@ class Heap:
         self._device = device
         self._usual: float | None = None
         self._updates = 0
+        if sys.platform == "linux" and native.available():
+            torch.ops.pertoken.use_heap()
         return_freed_memory(self.LASTING)
 
     def before_update(self) -> bool:

@@ -21,8 +21,8 @@ MAY: dict[str, set[str]] = {
     # what everyone may know
     "errors": set(),
     "cache": set(),
-    "memory": set(),
     "native": {"cache"},
+    "memory": {"native"},
     "stopwatch": set(),
     "background": set(),
     "workers": {"errors", "memory"},

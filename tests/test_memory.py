@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pertoken import memory
+from pertoken import memory, native
 from pertoken.memory import give_back_freed_memory, installed_memory, peak_memory, used_memory
 
 CPU = torch.device("cpu")
@@ -96,3 +96,33 @@ def test_what_the_first_update_leaves_is_not_among_activations():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(0.4, abs=0.05)  # 0.6 if their pages were still there, among others
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not native.available(), reason="glibc's heap, and a C++ compiler")
+def test_a_tensor_fits_where_one_of_its_size_has_been():
+    """In a process of its own: tensors between others that stay are freed, and made again."""
+    code = (
+        "import torch\n"
+        "from pertoken.memory import *\n"
+        "heap = Heap(torch.device('cpu'))\n"
+        "keep_freed_memory()\n"
+        "tensors = [torch.empty(250_000 + 16 * n) for n in range(9)]\n"
+        "assert not any(t.data_ptr() % 64 for t in tensors)\n"
+        "at = [t.data_ptr() for t in tensors[1::2]]\n"
+        "del tensors[1::2]\n"
+        "again = [torch.empty(250_000 + 16 * n) for n in range(1, 9, 2)]\n"
+        "print([t.data_ptr() for t in again] == at)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not native.available(), reason="glibc's heap, and a C++ compiler")
+def test_too_large_a_tensor_is_an_error_and_sizes_are_free():
+    memory.Heap(CPU)
+    assert torch.empty(0).data_ptr() == 0
+    with pytest.raises(RuntimeError, match=r"you tried to allocate 4611686018427387904 bytes"):
+        torch.empty(2**60)
+    grown = torch.ones(3)
+    grown.resize_(1000)
+    assert grown[:3].tolist() == [1.0] * 3

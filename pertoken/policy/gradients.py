@@ -25,7 +25,8 @@ from pertoken import native
 from pertoken.policy.compiled import Origin
 
 ROWS_AT_ONCE = 8192
-"""Of a product that is made before it is added: one of a head's size, 50,000 rows, would make the peak of memory."""
+"""Of a weight that is cast, or a product that is made before it is added: one of a head's size, 50,000 rows, would make
+the peak of memory."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,16 +41,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(x, weight, bias)
 
 
-def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
-    """parameter.grad += left @ right"""
+def add_product(parameter: Tensor, left: Tensor, right: Tensor, at: slice = slice(None)) -> None:
+    """parameter.grad[at] += left @ right"""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    if parameter.grad.dtype == left.dtype:
-        parameter.grad.addmm_(left, right)
+    gradient = parameter.grad[at]
+    if gradient.dtype == left.dtype:
+        gradient.addmm_(left, right)
         return
-    compiled = left.dtype is torch.bfloat16 and parameter.grad.is_contiguous() and native.takes(left)
+    compiled = left.dtype is torch.bfloat16 and gradient.is_contiguous() and native.takes(left)
     add = torch.ops.pertoken.add_ if compiled else Tensor.add_
-    for part, rows in zip(parameter.grad.split(ROWS_AT_ONCE), left.split(ROWS_AT_ONCE), strict=True):
+    for part, rows in zip(gradient.split(ROWS_AT_ONCE), left.split(ROWS_AT_ONCE), strict=True):
         add(part, rows @ right)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pertoken import native
-from pertoken.policy.gradients import add_product, linear
+from pertoken.policy.gradients import ROWS_AT_ONCE, add_product, linear
 
 BLOCK_BYTES = 8_000_000
 """Float32 logits at once: what fits into the last-level cache of a small machine."""
@@ -65,15 +65,14 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.parameter, ctx.into_grad, ctx.temperature = weight, into_grad, temperature
         ctx.bias_dtype = None if bias is None else bias.dtype
-        weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)
         if ctx.needs_input_grad[0] and len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES:
-            kept = [linear(hidden, weight, bias)]
+            kept = [_logits(hidden, weight, bias)]
             logprobs, total, entropy = _summary(kept[0], targets, temperature)
         else:
             kept = []
             parts = [
-                _summary(linear(hidden[piece], weight, bias), targets[piece], temperature)
+                _summary(_logits(hidden[piece], weight, bias), targets[piece], temperature)
                 for piece in _pieces(len(hidden), len(weight) * hidden.element_size(), PASSING_BYTES)
             ]
             logprobs, total, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -84,25 +83,42 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, bias, targets, total, entropy, *kept = ctx.saved_tensors
-        parameter, weight = ctx.parameter, ctx.parameter.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight, grad_bias = None, None
+        weight, (to_hidden, to_weight, to_bias) = ctx.parameter, ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight) if to_weight and not ctx.into_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and to_bias else None
         for piece in _pieces(len(hidden), len(weight) * hidden.element_size(), KEPT_BYTES):
-            logits = kept[0] if kept else linear(hidden[piece], weight, bias)
+            logits = kept[0] if kept else _logits(hidden[piece], weight, bias)
             _to_gradient_(
                 logits, targets[piece], total[piece], entropy[piece], grad_logprobs[piece], grad_entropy[piece],
                 ctx.temperature,
             )  # fmt: skip
-            grad_hidden[piece] = linear(logits, weight.T)
-            if ctx.needs_input_grad[1] and ctx.into_grad:
-                add_product(parameter, logits.T, hidden[piece])
-            elif ctx.needs_input_grad[1]:
-                share = logits.T @ hidden[piece]
-                grad_weight = share.to(parameter.dtype) if grad_weight is None else grad_weight.add_(share)
-            if bias is not None and ctx.needs_input_grad[2]:
-                share = logits.sum(0, dtype=torch.float32)
-                grad_bias = share.to(ctx.bias_dtype) if grad_bias is None else grad_bias.add_(share)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+            for rows in _slices(weight, hidden.dtype):
+                if to_hidden:
+                    grad_hidden[piece] += linear(logits[:, rows], weight[rows].to(hidden.dtype).T)
+                if grad_weight is not None:
+                    grad_weight[rows] += logits[:, rows].T @ hidden[piece]
+                elif to_weight:
+                    add_product(weight, logits[:, rows].T, hidden[piece], rows)
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=torch.float32)
+        to_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
+        return grad_hidden.to(hidden.dtype), grad_weight, to_bias, None, None, None
+
+
+def _logits(hidden: Float[Tensor, "A H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None) -> Tensor:
+    """hidden @ weight.T + bias in the dtype of `hidden`."""
+    if weight.dtype is hidden.dtype:
+        return linear(hidden, weight, bias)
+    logits = hidden.new_empty(len(hidden), len(weight))
+    for rows in _slices(weight, hidden.dtype):
+        logits[:, rows] = linear(hidden, weight[rows].to(hidden.dtype), None if bias is None else bias[rows])
+    return logits
+
+
+def _slices(weight: Float[Tensor, "V H"], dtype: torch.dtype) -> list[slice]:
+    """The vocabulary; in slices where the weight is cast first, so that there is never a copy of all of it."""
+    return _pieces(len(weight), 1, len(weight) if weight.dtype is dtype else ROWS_AT_ONCE)
 
 
 def _summary(
