@@ -108,7 +108,7 @@ class _Pair:
         The id of the end, where the text did end, has no characters: (None, None).
         """
         prompt = prompt_ids(episode.item, self._tokenizer)
-        coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, spans = list(coded["input_ids"]), [tuple(span) for span in coded["offset_mapping"]]
         if episode.terminated and self._tokenizer.eos_token_id is not None:
             ids, spans = [*ids, self._tokenizer.eos_token_id], [*spans, (None, None)]
