@@ -56,7 +56,10 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "ensemble": {"members": [{"name": "rouge_l"}, {"name": "chrf"}]},
 }
 """Settings without which a reward has nothing to do."""
-SLOW = [("ter", "shifts", "every"), ("bertscore", "granularity", "token"), ("similarity", "granularity", "word")]
+SLOW = [
+    ("ter", "shifts", "every"), ("bertscore", "granularity", "word"), ("bertscore", "granularity", "token"),
+    ("similarity", "granularity", "word"),
+]  # fmt: skip
 """Settings that are measured at the smaller size only."""
 
 
@@ -99,8 +102,8 @@ class Needs:
         return [("", {"model": self._encoder}), ("`granularity: word`", {"granularity": "word"})]
 
     def _bertscore(self) -> Ways | str:
-        both = ({}, {"granularity": "token"}, {"granularity": "text"})
-        return [(_said(way), {"model": self._encoder, **way}) for way in both]
+        ways = ({"granularity": "word"}, {"granularity": "token"}, {"granularity": "text"})
+        return [(_said(way), {"model": self._encoder, **way}) for way in ways]
 
     def _classifier(self) -> Ways | str:
         model = self._head("classifier", ["bad", "good"])
