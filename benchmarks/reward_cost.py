@@ -43,7 +43,7 @@ PART = re.compile(r"(<!-- cost -->\n).*?(<!-- end -->)", re.DOTALL)
 SIZES = {128: (64, 20), 1024: (16, 100)}
 """Tokens per completion: number of completions, words per reference."""
 FEW = {
-    "bertscore": (4, 1), "documents": (8, 1), "entailment": (8, 1), "similarity": (16, 2), "classifier": (16, 4),
+    "bertscore": (4, 1), "documents": (4, 1), "entailment": (8, 1), "similarity": (16, 2), "classifier": (16, 4),
     "token_model": (16, 4), "link_grammar": (64, 8), "ter": (64, 4),
 }  # fmt: skip
 """Rewards that take long: number of completions at each size."""
@@ -300,7 +300,7 @@ def _costs(reward: Any, few: Mapping[int, int], tokenizer: Any, *, twice: bool, 
     if isinstance(reward, WarmsUp):
         reward.warm_up()
     sizes = list(few)[:1] if slow else list(few)
-    first = scene(sizes[0], tokenizer, num_rows=8, skipped=SIZES[sizes[0]][0])
+    first = scene(sizes[0], tokenizer, num_rows=2, skipped=SIZES[sizes[0]][0])
     reward(first)  # other texts: what is loaded at the first use is no cost of a text
     found = []
     for size in sizes:
