@@ -181,12 +181,13 @@ def build_rewards(configs: Sequence[RewardConfig], where: str = "rewards") -> li
     """
     parts: list[Weighted] = []
     for index, config in enumerate(configs):
-        name = config.name or str(config.fn).rpartition(":")[2]
+        name, place = config.name or str(config.fn).rpartition(":")[2], f"{where}.{index}"
         if name in (part.name for part in parts):
-            raise ConfigError(f"{where}.{index}: a second part named {name!r}; give `fn` parts a `name` of their own")
-        parts.append(
-            Weighted(
-                _reward(config, f"{where}.{index}"),
+            raise ConfigError(f"{place}: a second part named {name!r}; give `fn` parts a `name` of their own")
+        reward = _reward(config, place)
+        try:
+            part = Weighted(
+                reward,
                 _weight(config),
                 name,
                 None if config.processes else config.time_limit,  # which its processes keep
@@ -195,7 +196,9 @@ def build_rewards(configs: Sequence[RewardConfig], where: str = "rewards") -> li
                 config.attempts,
                 config.max_failed_share,
             )
-        )
+        except ConfigError as error:  # of a schedule, a constraint or a clip
+            raise ConfigError(f"{place}: {error}") from error
+        parts.append(part)
     return parts
 
 

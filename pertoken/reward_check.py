@@ -1,7 +1,7 @@
 """What a reward does to texts that training will bring: whether it keeps its contract, and what it gives each token.
 
 `pertoken reward check NAME` prints it. Nothing is sampled: the completions are made of reference answers, whole, cut
-off, repeated, empty, of one token, and of characters that span several tokens.
+off, repeated, scrambled, empty, of one token, and of characters that span several tokens.
 """
 
 import json
@@ -113,8 +113,8 @@ def _completions(items: Sequence[Item], tokenizer: Any) -> tuple[list[tuple[str,
     for item in items:
         answer = item.answer or "An answer."
         texts = {
-            "good": answer, "repeated": f"{answer} {answer} {answer}", "empty": "", "odd": ODD,
-            "cut off": answer[: max(1, len(answer) // 2)], "one token": answer,
+            "good": answer, "repeated": f"{answer} {answer} {answer}", "scrambled": _scrambled(answer), "empty": "",
+            "odd": ODD, "cut off": answer[: max(1, len(answer) // 2)], "one token": answer,
         }  # fmt: skip
         prompt = list(tokenizer.encode("?")) or [0]
         for kind, text in texts.items():
@@ -127,6 +127,16 @@ def _completions(items: Sequence[Item], tokenizer: Any) -> tuple[list[tuple[str,
             kinds.append((kind, item))
             scenes.append(Scene(to_batch([episode], Controls()), [episode], tokenizer))
     return kinds, scenes
+
+
+def _scrambled(text: str) -> str:
+    """The words in the opposite order, with the mark that closes the text at its end.
+
+    >>> _scrambled("The moon shines.")
+    'shines moon The.'
+    """
+    words = text.rstrip(".!?。！？")
+    return " ".join(words.split()[::-1]) + text[len(words) :]
 
 
 def _joined(scenes: Sequence[Scene]) -> Scene:

@@ -24,7 +24,7 @@ def test_built_in_rewards_are_sound(reward):
     assert found.sound
     assert found.milliseconds > 0
     by_kind = {example.kind: example for example in found.examples}
-    assert {"good", "repeated", "empty", "odd", "cut off", "one token"} == by_kind.keys()
+    assert {"good", "repeated", "scrambled", "empty", "odd", "cut off", "one token"} == by_kind.keys()
     for example in found.examples:
         assert "".join(example.pieces).removesuffix("<eos>") == example.text
         assert len(example.pieces) == len(example.values)

@@ -30,7 +30,7 @@ from pertoken.rewards.ensemble import Ensemble
 from pertoken.rewards.evaluate_metric import EvaluateMetric
 from pertoken.rewards.form import Banned, Format
 from pertoken.rewards.functions import CompletionsReward
-from pertoken.rewards.grammar import Harper, LanguageTool, RulePack
+from pertoken.rewards.grammar import Harper, LanguageTool, LinkGrammar, RulePack
 from pertoken.rewards.implicit import Implicit
 from pertoken.rewards.isolation import Isolated
 from pertoken.rewards.judge import Judge
@@ -38,6 +38,7 @@ from pertoken.rewards.kl import KLToReference
 from pertoken.rewards.knowledge import Documents, Facts
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.names import make, resolve
+from pertoken.rewards.perplexity import Perplexity
 from pertoken.rewards.readability import Readability
 from pertoken.rewards.rules import Length, Overlong, Repetition
 from pertoken.rewards.semantics import Entailment, Similarity
@@ -68,6 +69,7 @@ __all__ = [
     "KLToReference",
     "LanguageTool",
     "Length",
+    "LinkGrammar",
     "Measured",
     "Meteor",
     "Multiplier",
@@ -75,6 +77,7 @@ __all__ = [
     "Normaliser",
     "Opinions",
     "Overlong",
+    "Perplexity",
     "Readability",
     "Repetition",
     "Reward",

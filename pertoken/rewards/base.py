@@ -549,7 +549,7 @@ def _findings(part: Weighted, episode: Episode, sample: Sample) -> Sequence[Scor
         return part.reward.findings(sample)
     except (Exception, SystemExit) as error:
         if part.max_failed_share:  # whether it fails on too many is counted where it pays
-            return []
+            return [ScoredSpan(0, len(sample.text), 0.0, f"no findings: {reason(error)}")]
         raise RewardError(f"reward {part.name!r}, findings in {where(episode)}: {reason(error)}") from error
 
 

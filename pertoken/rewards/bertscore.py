@@ -111,7 +111,8 @@ class _Matcher:
         self._model.to(self._device)
         config = self._model.config
         self.limit = min(self._tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512))
-        self._special = torch.tensor(sorted(set(self._tokenizer.all_special_ids)))
+        ends = (self._tokenizer.cls_token_id, self._tokenizer.sep_token_id)
+        self._marks = torch.tensor([mark for mark in ends if mark is not None], dtype=torch.long)
         self._ask: Callable[[tuple[str, ...], tuple[str, ...]], tuple[float, ...]] = functools.lru_cache(REMEMBERED)(
             self._scores
         )
@@ -138,7 +139,7 @@ class _Matcher:
         hidden = self._model(**inputs, output_hidden_states=True).hidden_states[self._layer].double().cpu()
         hidden = torch.nn.functional.normalize(hidden, dim=-1)
         ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].bool().cpu()
-        counts = ~torch.isin(ids, self._special)
+        counts = ~torch.isin(ids, self._marks)  # an unknown token counts, as in the authors' code
         return [(row[kept], speaks[kept]) for row, kept, speaks in zip(hidden, mask, counts, strict=True)]
 
 

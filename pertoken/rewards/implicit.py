@@ -74,25 +74,13 @@ class _Pair:
 
     def __init__(self, model: str, reference: str) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._models = [self._load(name, field) for name, field in ((model, "model"), (reference, "reference"))]
-        self._tokenizer, other = (_tokenizer(name) for name in (model, reference))
+        self._models = [causal_model(model, "implicit.model"), causal_model(reference, "implicit.reference")]
+        self._tokenizer, other = (tokenizer_of(name) for name in (model, reference))
         if self._tokenizer.get_vocab() != other.get_vocab():
             raise ModelError(
                 f"implicit: {model!r} and {reference!r} have different tokenizers; the reference is the model that the "
                 "training of the other began with"
             )
-
-    def _load(self, name: str, field: str) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        try:
-            found: Any = AutoModelForCausalLM.from_pretrained(_source(name), dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"implicit.{field}: {name!r} is no folder of a causal language model and no hub model that can be "
-                f"reached from here ({str(error)[:200]})"
-            ) from error
-        return found.eval().to(self._device)
 
     def speaks(self, tokenizer: Any) -> bool:
         """Whether the ids of another tokenizer mean the same here."""
@@ -120,7 +108,7 @@ class _Pair:
         The id of the end, where the text did end, has no characters: (None, None).
         """
         prompt = prompt_ids(episode.item, self._tokenizer)
-        coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, spans = list(coded["input_ids"]), [tuple(span) for span in coded["offset_mapping"]]
         if episode.terminated and self._tokenizer.eos_token_id is not None:
             ids, spans = [*ids, self._tokenizer.eos_token_id], [*spans, (None, None)]
@@ -131,7 +119,22 @@ _pair = functools.lru_cache(maxsize=4)(_Pair)
 """The two models of two names."""
 
 
-def _tokenizer(name: str) -> Any:
+def causal_model(name: str, where: str) -> Any:
+    """The frozen language model of a name, in float32; `where` is the setting that names it, for messages."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(_source(name), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{where}: {name!r} is no folder of a causal language model and no hub model that can be reached from here "
+            f"({str(error)[:200]})"
+        ) from error
+    return found.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tokenizer_of(name: str) -> Any:
+    """Its tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(_source(name))

@@ -73,6 +73,13 @@ class _Job:
 
 
 @dataclass(frozen=True)
+class _NotSent:
+    """In the place of a tokenizer that pickle refuses: which one, and why."""
+
+    tokenizer: str
+
+
+@dataclass(frozen=True)
 class _NewState:
     state: Any
 
@@ -235,12 +242,12 @@ class Isolated:
         self._workers.argument = (*self._order, (state,))
 
     def _pickled(self, tokenizer: Any) -> bytes:
-        """A reward that asks for a tokenizer that cannot be sent finds None in its place."""
+        """A reward that asks for a tokenizer that cannot be sent is told so; most do not ask."""
         if self._tokenizer is None or self._tokenizer[0] is not tokenizer:
             try:
                 raw = pickle.dumps(tokenizer)
-            except Exception:  # tokenizers written in Python, with whatever they hold
-                raw = pickle.dumps(None)
+            except Exception as error:  # tokenizers written in Python, with whatever they hold
+                raw = pickle.dumps(_NotSent(f"{type(tokenizer).__name__} ({type(error).__name__}: {error})"))
             self._tokenizer = (tokenizer, raw)
         return self._tokenizer[1]
 
@@ -344,7 +351,13 @@ class _Arrived(Scene):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        return _unpickled(self.__dict__["_pickled"])
+        tokenizer = _unpickled(self.__dict__["_pickled"])
+        if isinstance(tokenizer, _NotSent):
+            raise RewardError(
+                f"asks for the tokenizer, and {tokenizer.tokenizer} cannot be sent to another process: use the texts "
+                "of scene.samples, or run this reward without `processes`"
+            )
+        return tokenizer
 
 
 @functools.lru_cache(1)

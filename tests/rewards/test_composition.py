@@ -107,6 +107,20 @@ def test_constraints_that_cannot_be(settings):
         Multiplier(0.0, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"constraint": {"least": 0.2, "rate": 0.5, "start": 20.0}}, "a constraint needs rate > 0"),
+        ({"weight": [[5, 0.0], [5, 1.0]]}, "a schedule needs points"),
+        ({"clip": [0.1, 0.5]}, r"reward 'rouge_l': clip \[0.1, 0.5\]"),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_said_with_its_place(settings, message):
+    entries = [{"name": "bleu"}, {"name": "rouge_l", **settings}]
+    with pytest.raises(ConfigError, match=rf"^guards\.beside\.1: {message}"):
+        build_rewards([RewardConfig.model_validate(entry) for entry in entries], "guards.beside")
+
+
 @pytest.mark.parametrize("points", [(), ((3, 1.0), (3, 2.0)), ((3, 1.0), (2, 2.0))])
 def test_points_of_a_schedule_must_rise(points):
     with pytest.raises(ConfigError, match="steps rise"):

@@ -223,6 +223,17 @@ def test_a_scene_is_handed_over_whole_without_what_only_models_read(here, scene)
         score([Weighted(Isolated("their_rewards:wrong_shape"), 1.0, "w")], whole)
 
 
+def test_a_tokenizer_that_cannot_be_sent_is_named_where_it_is_asked_for(here, scene, tokenizer):
+    class Mine:
+        decode, all_special_ids, eos_token_id = tokenizer.decode, tokenizer.all_special_ids, tokenizer.eos_token_id
+
+    mine = replace(scene(), tokenizer=Mine())
+    told = r"reward 'm': .*asks for the tokenizer, and Mine \(\w+: .*\) cannot be sent .* without `processes`"
+    with pytest.raises(RewardError, match=told):
+        score([Weighted(Isolated("their_rewards:of_models"), 1.0, "m")], mine)
+    assert Isolated("their_rewards:longest")(mine).values.any()  # it does not ask
+
+
 def test_a_configuration_asks_for_it(here):
     entry = {"name": "rouge_l", "granularity": "token", "processes": 2, "time_limit": 3, "memory_limit": 2,
              "attempts": 2, "max_failed_share": 0.25}  # fmt: skip

@@ -106,6 +106,50 @@ def test_neither_order_nor_size_of_the_batch_matters(make_episode, make_scene):
         assert torch.equal(alone, together[row, : len(alone)])
 
 
+def test_a_long_text_is_cut_into_sentences_that_fit():
+    text = "A b c. D e. F! G h i j k l m n."
+    tokens = [(k, k + 1) for k, mark in enumerate(text) if mark.isalpha()]
+    assert semantics.cut(text, tokens, 20) == [((0, len(text)), 14)]
+    found = semantics.cut(text, tokens, 5)
+    assert [text[start:stop] for (start, stop), _ in found] == ["A b c. D e.", "F!", "G h i j k", "l m n."]
+    assert [count for _, count in found] == [5, 1, 5, 3]
+    assert semantics.cut("", [], 5) == [((0, 0), 0)]
+
+
+@needs_minilm
+def test_nothing_behind_the_window_is_lost(sample_of):
+    """Two texts that begin alike and end apart; before the window ends nothing changes."""
+    rain = " ".join(
+        f"It rained all night in the old town and at number {word}." for word in "abcdefghijklmnopqrstuvwxyz"
+    )
+    embed = semantics.encoder(semantics.EMBEDDED)
+    assert len(rain.split()) > 256
+    stocks, cats = f"{rain} Stock markets fell on Monday.", f"{rain} A cat sleeps on the carpet."
+    assert not (embed(stocks) == embed(cats)).all()
+    assert embed(cats) @ embed("A cat sleeps on the carpet.") > embed(stocks) @ embed("A cat sleeps on the carpet.")
+    for text in (rain, cats, "word " * 400, "x" * 3000):
+        assert float(embed(text) @ embed(text)) == pytest.approx(1, abs=1e-5)
+    sample = sample_of(cats, "A cat sleeps on the carpet.")
+    assert by_sentence(Similarity(), sample)[-1] > 0
+    total = float(embed(cats) @ embed("A cat sleeps on the carpet."))
+    assert sum(Similarity().token_values(sample)) == pytest.approx(total, abs=1e-6)
+
+
+@needs_minilm
+def test_windows_are_weighted_by_their_tokens(monkeypatch):
+    from sentence_transformers import SentenceTransformer
+
+    whole = SentenceTransformer(str(semantics.minilm_folder()))
+    texts = ["Rain fell on the old town.", "Stock markets rose.", "A cat sleeps on the carpet here."]
+    lengths = [len(whole.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    monkeypatch.setattr(SentenceTransformer, "max_seq_length", max(lengths) + 2)
+    semantics.encoder.cache_clear()
+    found = semantics.encoder(semantics.EMBEDDED)(" ".join(texts))
+    semantics.encoder.cache_clear()
+    mean = sum(n * v for n, v in zip(lengths, whole.encode(texts, normalize_embeddings=True), strict=True))
+    assert torch.allclose(torch.tensor(found), torch.tensor(mean / (mean @ mean) ** 0.5), atol=1e-5)
+
+
 @needs_minilm
 def test_a_model_that_is_none():
     with pytest.raises(ModelError, match=r"similarity\.model: '/no/such' is no sentence-transformers folder"):
