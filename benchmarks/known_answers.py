@@ -127,6 +127,7 @@ def steps_until(curve: list[float], bound: float, window: int = 5) -> int | None
 TUNED: dict[str, dict[str, Any]] = {
     "vc_ppo": {"policy": {"value_head": {"pretrain_steps": 3}}},
     "vapo": {"policy": {"value_head": {"pretrain_steps": 3}}, "credit": {"length_adaptive": 0.5}},
+    "vineppo": {"credit": {"every": 2, "rollouts": 4}},
     "dapo": {"credit": {"truncated": "keep"}},
     "high_entropy": {"credit": {"truncated": "keep"}},
 }

@@ -26,10 +26,10 @@ from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
+from pertoken.state import Run
 from pertoken.tasks.base import ItemTask, Split, batch_of
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
-from pertoken.trainer import Run
 from pertoken.types import Item
 
 
@@ -102,8 +102,8 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
 
 def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None:
     """Methods that score samples beside those they learn from would make a reward that remembers count them too."""
-    asking = "rollout.redraws" if config.rollout.redraws else "credit.type self_critical"
-    if not config.rollout.redraws and config.credit.type != "self_critical":
+    asking = "rollout.redraws" if config.rollout.redraws else f"credit.type {config.credit.type}"
+    if not config.rollout.redraws and config.credit.type not in ("self_critical", "monte_carlo"):
         return
     for part in rewards:
         if isinstance(part.reward, Stateful):

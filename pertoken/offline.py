@@ -32,9 +32,10 @@ from pertoken.preferences import (
     tdpo_scores,
 )
 from pertoken.sampling import Controls
+from pertoken.state import Run
 from pertoken.tasks.base import batch_of
 from pertoken.tracking.runlog import RunLog
-from pertoken.trainer import Clock, Run, checkpoint, evaluate, memory, set_learning_rate, step_optimizer
+from pertoken.trainer import Clock, checkpoint, evaluate, memory, set_learning_rate, step_optimizer
 from pertoken.types import Episode, Item, PolicyOutput, TokenBatch
 
 

@@ -203,6 +203,24 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         differs="Without the log-likelihood term of right answers. lambda is held at 0 below 20 tokens, where the "
         "formula is negative; short texts want a larger credit.length_adaptive.",
     ),
+    "vineppo": Preset(
+        title="VinePPO, Monte-Carlo values of steps",
+        paper="Kazemnejad et al. 2024, https://arxiv.org/abs/2410.01679",
+        formula="A_t = V(state behind the step of t) - V(state before it), V = mean return of 9 rollouts, whitened;  "
+        "l = clipped surrogate + 1e-4 k3;  token mean",
+        settings={
+            "policy": NO_CRITIC,
+            "credit": {"type": "monte_carlo", "rollouts": 9, "normalize": "whiten"},
+            "objective": CLIP | {"over": "token"},
+            "kl": {"place": "loss", "coefficient": 1e-4, "estimator": "k3"},
+            "update": {"epochs": 2, "minibatches": 4},
+        },
+        published="9 rollouts from each step of a solution, 8 samples for each of 64 prompts, optimiser steps of 64 "
+        "samples, 2 passes, clip 0.2, lr 1e-6; values of at most 20 steps (25 for GSM8K)",
+        differs="A step ends with a line break (credit.after), or after so many tokens (credit.every); the paper cuts "
+        "solutions by rules of its own. Behind the last estimated state the rest of the text is one step; the paper's "
+        "code reuses the last value there, which leaves that part an advantage of 0 up to the end.",
+    ),
     "grpo": Preset(
         title="GRPO",
         paper="Shao et al. 2024, https://arxiv.org/abs/2402.03300",

@@ -24,6 +24,7 @@ from pertoken.rewards import Isolated, Scene, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect, sample_seed
 from pertoken.sampling import Controls
+from pertoken.state import Run
 from pertoken.tracking.certificate import read_certificate, write_certificate
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.comparison import Comparison, compare
@@ -31,7 +32,7 @@ from pertoken.tracking.lock import RunLock
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import write_report
 from pertoken.tracking.runlog import RunLog, Status, read_run
-from pertoken.trainer import Run, checkpoint, greedy_rewards, loop
+from pertoken.trainer import checkpoint, loop
 from pertoken.types import Item
 
 
@@ -251,9 +252,9 @@ class Speaker:
     def group(self, text: str, answer: str | None, *, seed: int = 0) -> Iterator[tuple[list[str], list[float], float]]:
         """A group of samples, best first: pieces, advantages and total reward, by the configured rewards and credit."""
         config, policy = self.config, self.policy
-        if config.credit.type == "self_critical":
+        if config.credit.type in ("self_critical", "monte_carlo"):
             raise ConfigError(
-                "credit.type self_critical is assigned in training alone: choose another to look at a group"
+                f"credit.type {config.credit.type} is assigned in training alone: choose another to look at a group"
             )
         item = self._item(text, answer)
         episodes = collect(
@@ -264,8 +265,7 @@ class Speaker:
         old = policy.score(batch)
         parts, scene = build.build_rewards(config.rewards), Scene(batch, episodes, policy.tokenizer, old, None)
         rewards = score(parts, scene)
-        greedy = greedy_rewards(scene, config, self.engine, policy, self.controls, parts)
-        credit = assign(config.credit, rewards, batch, old, greedy)
+        credit = assign(config.credit, rewards, batch, old)
         totals = rewards.total.sum(1)
         for row in totals.argsort(descending=True).tolist():
             start = episodes[row].prompt_length

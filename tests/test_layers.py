@@ -68,7 +68,9 @@ MAY: dict[str, set[str]] = {
     },
 }
 MAY["assignment"] = {"types", "config", "credit"}
-MAY["trainer"] |= {"assignment"}
+MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
+MAY["resampling"] = MAY["state"] | {"state"}
+MAY["trainer"] |= {"assignment", "state", "resampling"}
 MAY["offline"] = MAY["trainer"] | {"trainer"}
 MAY["build"] = MAY["offline"] | {"offline", "text_metrics"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}

@@ -87,11 +87,12 @@ class RunConfig(Section):
 
     def _impossible(self) -> Iterable[tuple[bool, str]]:
         rollout, credit, stop = self.rollout, self.credit, self.stop
-        group_credit = credit.type not in ("reward_to_go", "gae", "self_critical")
+        group_credit = credit.type not in ("reward_to_go", "gae", "self_critical", "monte_carlo")
+        beside = credit.type in ("self_critical", "monte_carlo")  # what is drawn beside the samples is scored too
         objective = self.objective
         named = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.rewards]
-        beside = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.guards.beside]
-        both = [part for part in beside if part in named]
+        measured = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.guards.beside]
+        both = [part for part in measured if part in named]
         strangers = [part for part in getattr(credit, "parts", {}) if part not in (*named, "kl", "env")]
         rows = rollout.prompts_per_step * rollout.samples_per_prompt
         needs_evaluation = stop.metric is not None or stop.patience is not None
@@ -148,9 +149,15 @@ class RunConfig(Section):
             "would remember them. Leave one of them out.",
         )
         yield (
-            credit.type == "self_critical" and any(r.constraint or r.normalise != "none" for r in self.rewards),
-            "credit.type self_critical compares a sample with the greedy answer in the same units; a reward with a "
+            beside and any(r.constraint or r.normalise != "none" for r in self.rewards),
+            f"credit.type {credit.type} compares a sample with others (greedy answers, rollouts from prefixes) "
+            "in the same units; a reward with a "
             "constraint or normalise has others for each batch. Leave them out.",
+        )
+        yield (
+            credit.type == "monte_carlo" and self.kl.place == "reward" and self.kl.coefficient > 0,
+            "kl.place reward pays each token of a sample, and rollouts from prefixes (credit.type monte_carlo) do not "
+            "pay it: set kl.place to loss or none.",
         )
         yield (
             credit.type == "gae" and credit.macro_size > 1 and credit.length_adaptive is not None,

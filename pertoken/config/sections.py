@@ -393,6 +393,22 @@ class SelfCritical(CreditSection):
     type: Literal["self_critical"] = "self_critical"
 
 
+class MonteCarlo(CreditSection):
+    """What each step of a text adds to the reward that is to be expected, by rollouts from before it (VinePPO)."""
+
+    type: Literal["monte_carlo"] = "monte_carlo"
+    rollouts: int = Field(default=4, ge=1)
+    """Samples from each state; VinePPO takes 9."""
+    after: str = Field(default="\n", min_length=1)
+    """A step of the text ends with the token that completes this."""
+    every: int | None = Field(default=None, ge=1)
+    """A step is so many tokens, whatever the text; null goes by `after`."""
+    max_states: int = Field(default=20, ge=1)
+    """States of a completion that rollouts begin in; what comes behind the last of them is one step."""
+    normalize: Normalize = "whiten"
+    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+
+
 class PartCredit(Section):
     """How one part of the reward becomes advantages."""
 
@@ -427,6 +443,7 @@ CreditConfig = Annotated[
     | LeaveOneOutProcess
     | OptimalTokenBaseline
     | SelfCritical
+    | MonteCarlo
     | PerPart,
     Field(discriminator="type"),
 ]

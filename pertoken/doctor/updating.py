@@ -19,9 +19,9 @@ from pertoken.guards import Guards
 from pertoken.policy.checkpoint import load_state
 from pertoken.policy.model import Policy
 from pertoken.rewards import Scene, Weighted
+from pertoken.state import Progress, Run
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.runlog import RunLog
-from pertoken.trainer import Progress, Run
 from pertoken.types import Credit
 
 WHOLE = 10**9

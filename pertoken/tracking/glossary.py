@@ -112,6 +112,9 @@ METRICS: dict[str, Term] = {
     "grad/clipped_share": Term("Optimiser steps whose gradient was clipped.", "share of the step's updates, 0 to 1"),
     "learning_rate": Term("The optimiser's step size, after warm-up and schedule.", "per optimiser step"),
     "tokens/generated": Term("Tokens sampled in this step.", "count"),
+    "tokens/beside": Term(
+        "Tokens sampled beside those that the step learns from: greedy answers, rollouts from prefixes.", "count"
+    ),
     "tokens/learnt": Term("Tokens of the answers in the data that this step learnt from.", "count"),
     "tokens/per_second": Term(
         "Tokens of completions, sampled or given, over the time of the whole step.", "tokens / s", better="higher"
