@@ -171,6 +171,26 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         differs="The critic is a head on the policy's own trunk. Completions that were cut off are worth what the "
         "critic says, not 0. No dual clip (verl always has one).",
     ),
+    "rto": Preset(
+        title="RTO, reinforced token optimisation",
+        paper="Zhong et al. 2024, https://arxiv.org/abs/2404.18922",
+        formula="r_t = 0.05 log(pi_dpo / pi_ref)(y_t), clipped to +-0.05, + reward of the whole text at its end - 0.01 "
+        "log(pi / pi_ref)(y_t);  advantage and loss as PPO",
+        settings={
+            "policy": {"value_head": {"coefficient": 0.1, "clip": 0.2}},
+            "credit": {"type": "gae", "gamma": 1.0, "lam": 0.95, "normalize": "whiten"},
+            "objective": CLIP | {"over": "token"},
+            "kl": {"place": "reward", "coefficient": 0.01},
+            "update": {"epochs": 1, "minibatches": 4},
+        },
+        published="token rewards of beta 0.05 clipped to +-0.05, a normalised reward model clipped to +-10, KL "
+        "0.01, batch 1024, lr 5e-7 and 9e-6 for the critic",
+        differs="The critic is a head on the policy's own trunk. Rewards are the user's to name, see below. The sum of "
+        "the token rewards is itself a reward of texts and no potential: the best policy is another one than without "
+        "it, and the clipping makes it another one again.",
+        needs="rewards: {name: implicit, model: what DPO has trained, reference: what it began with, beta: 0.05, clip: "
+        "[-0.05, 0.05]} and one of whole texts; docs/offline.md has the chain sft, dpo, rto in one file",
+    ),
     "vc_ppo": Preset(
         title="VC-PPO, value-calibrated PPO",
         paper="Yuan et al. 2025, https://arxiv.org/abs/2503.01491",

@@ -1,7 +1,7 @@
 """A run as a whole: its sections, what cannot work together, and chains of runs."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +239,8 @@ def load_stages(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
     """The configurations of a chain, one per entry of `stages`; of a file without `stages` that of its one run.
 
     An entry has a `name` and what differs from the rest of the file. Its run folder lies in that of the chain, and its
-    `policy.model` is what the stage before it has trained.
+    `policy.model` is what the stage before it has trained, unless it says otherwise. Anywhere in an entry `stage:NAME`
+    stands for the model that an earlier stage has trained.
     """
     merged = _merged_run(files, overrides)
     if "stages" not in merged:
@@ -254,18 +255,40 @@ def load_stages(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
             raise ConfigError(f"{where}.name: each stage needs a name of its own, got {stage.get('name')!r}")
         if "folder" in stage or "seed" in stage:
             raise ConfigError(f"{where}: `folder` and `seed` are those of the chain; set them at the top of the file")
-        values = merge(merged, _expand(stage)) | {"folder": str(folder / stage["name"])}
-        if found:
-            if "model" in (stage.get("policy") or {}):
-                raise ConfigError(
-                    f"{where}.policy.model: it is what stage {found[-1].name!r} has trained; leave it out"
-                )
-            values["policy"] = {**values["policy"], "model": str(found[-1].run_folder / "model")}
+        given = (stage.get("policy") or {}).get("model")
+        if found and given is not None and not str(given).startswith(STAGE):
+            raise ConfigError(
+                f"{where}.policy.model: it is what stage {found[-1].name!r} has trained; leave it out, or name another "
+                f"stage ({STAGE}{found[0].name})"
+            )
+        models = {config.name: str(config.run_folder / "model") for config in found}
+        values = merge(merged, _expand(_with_models(stage, models, where)))
+        values |= {"folder": str(folder / stage["name"])}
+        if found and given is None:
+            values["policy"] = {**values["policy"], "model": models[found[-1].name]}
         try:
             found.append(validate(values, RunConfig))
         except ConfigError as error:
             raise ConfigError(f"{where} ({stage['name']}): {error}") from None
     return found
+
+
+STAGE = "stage:"
+"""Begins a text in an entry of `stages` that stands for the model of an earlier one."""
+
+
+def _with_models(value: Any, models: Mapping[str, str], where: str) -> Any:
+    """`value` with each `stage:NAME` in it replaced by the model of that stage."""
+    if isinstance(value, dict):
+        return {key: _with_models(inner, models, f"{where}.{key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_models(inner, models, f"{where}.{place}") for place, inner in enumerate(value)]
+    if not isinstance(value, str) or not value.startswith(STAGE):
+        return value
+    name = value.removeprefix(STAGE)
+    if name not in models:
+        raise ConfigError(f"{where}: no stage {name!r} before this one; {closest(name, models)}")
+    return models[name]
 
 
 def _merged_run(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
