@@ -31,6 +31,7 @@ from pertoken.tasks.base import ItemTask, Split, batch_of
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
 from pertoken.types import Item
+from pertoken.weights import Anchor, Average
 
 
 def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
@@ -75,6 +76,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     optimizer = build_optimizer(config, policy)
     evaluator, about_held_out = build_evaluator(config, task, policy)
     notes += about_held_out
+    beside = copies_of(config, policy)
     estimate = used_memory(policy.device) + footprint(policy).update(config.update.tokens_per_micro_batch) / GIGABYTE
     notes += _memory_notes(estimate, policy.device)
     run = Run(
@@ -90,14 +92,26 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         guards=Guards(config.guards.window),
         beside=[part.fixed() for part in build_rewards(config.guards.beside, "guards.beside")],
         evaluator=evaluator,
+        average=beside[0],
+        anchor=beside[1],
         examples=examples,
         memory_estimate=estimate,
         notes=notes,
     )
     if checkpoint is not None:
-        run.load_state_dict(load_state(checkpoint, policy, optimizer))
+        run.load_state_dict(load_state(checkpoint, policy, optimizer, run.tensors()))
         run.engine.load_weights(policy.trainable(), version=run.progress.step)
     return run
+
+
+def copies_of(config: RunConfig, policy: Policy) -> tuple[Average | None, Anchor | None]:
+    """What the run keeps of the weights before training: made before a checkpoint is loaded."""
+    update, named = config.update, policy.trainable()
+    pulls = update.l2_to_initial or update.l1_to_initial
+    return (
+        None if update.ema_decay is None else Average(named, update.ema_decay),
+        Anchor(named, l2=update.l2_to_initial, l1=update.l1_to_initial) if pulls else None,
+    )
 
 
 def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None:

@@ -168,6 +168,9 @@ def _train(
             reason = f"time is up ({budget.seconds:g} s)"
         if not stopped_early:
             _save_model(run.policy, log.folder / "model")
+            if run.average is not None:
+                with run.average.applied(run.policy.trainable()):
+                    _save_model(run.policy, log.folder / "model-ema")
         log.finish("interrupted" if stopped_early else "finished", reason)
     except RewardError as error:
         _mark(log, "failed", str(error))
@@ -351,7 +354,7 @@ def _refuse_occupied(folder: Path) -> None:
 
 def _save_model(policy: Policy, folder: Path) -> None:
     """Write the trained model so that a kill leaves the folder of before, the new one, or none: never a part."""
-    draft, old = folder.with_name(".partial-model"), folder.with_name(".removed-model")
+    draft, old = folder.with_name(f".partial-{folder.name}"), folder.with_name(f".removed-{folder.name}")
     try:
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pertoken.config import RunConfig
 from pertoken.evaluation import Evaluator
@@ -22,6 +23,7 @@ from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
 from pertoken.tasks.base import batch_of
 from pertoken.types import Item
+from pertoken.weights import Anchor, Average
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Progress:
     evaluated: int | None = None
     """Step of the last evaluation, and what its main metric was."""
     metric: float | None = None
+    rate: float = 1.0
+    """What the learning rate is multiplied by beside its schedule of steps (`update.schedule` kl, plateau)."""
     alarm: str | None = None
     """The first alarm that sounded, and in which step."""
 
@@ -75,6 +79,10 @@ class Run:
     """Policy versions between the weights that sampled the tokens of this step and those that it starts from."""
     redrawn: int = 0
     """Groups of this step that stand in for others, whose samples all earned the same (`rollout.redraws`)."""
+    average: Average | None = None
+    """The running average of the weights (`update.ema_decay`)."""
+    anchor: Anchor | None = None
+    """Where the weights began, if something pulls them back there (`update.l2_to_initial`)."""
     before_step: dict[str, Any] | None = None
     """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
 
@@ -111,6 +119,15 @@ class Run:
             "ahead": ahead,
         }
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What else of this run is trained or moves, by name: a checkpoint holds it beside weights and optimiser."""
+        found: dict[str, Tensor] = {}
+        if self.average is not None:
+            found |= {f"average/{name}": cell for name, cell in self.average.cells.items()}
+        if self.reference is not None and self.config.kl.refresh_every is not None:
+            found |= {f"reference/{name}": cell for name, cell in self.reference.tensors().items()}
+        return found
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
         self.progress = Progress(**state["progress"])
@@ -120,6 +137,10 @@ class Run:
             self.notes.append("kl: the checkpoint is from a run with another controller; its coefficient starts anew")
         for part in (*self.rewards, *self.beside):
             self.notes += _go_on(part, state)
+        anew = sorted({name.partition("/")[0] for name in state.get("anew", [])})
+        if self.average is not None and "average" in anew:
+            self.average = Average(self.policy.trainable(), self.average.decay)
+        self.notes += [f"the checkpoint has no {kind} of this run: it starts anew" for kind in anew]
         if "guards" in state:
             self.guards.load_state_dict(state["guards"])
         if state.get("ahead") is not None:

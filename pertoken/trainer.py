@@ -32,6 +32,7 @@ from pertoken.state import Run, items_of
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.runlog import RunLog
 from pertoken.types import Credit, Episode, PolicyOutput, TokenBatch, TokenRewards
+from pertoken.weights import Average
 
 RATIO_TOLERANCE = 1e-4
 """Largest |scored - sampled| log-prob of a token under the same float32 weights (nats)."""
@@ -63,6 +64,7 @@ def loop(
         heap.before_update()
         updated = update(run, batch, old, ref, credit, step)
         heap.after_update()
+        settle(run, step, updated.metrics.get("update/kl"))
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
         measured = clock.seconds | memory(run) | writing_figures(scene) | beside_figures(run.beside, scene)
@@ -198,7 +200,7 @@ def update(
     steps, moved, bad = 0, False, ""
     head_only = _head_only(run.config, step)
     entropy_coefficient = _entropy_coefficient(run.config, batch, old)
-    drift = _Drift(config.stop_kl)
+    drift = _Drift(config.stop_kl, adapts=config.schedule == "kl")
     parts = minibatches(
         batch, old, ref, credit, epochs=config.epochs, num_minibatches=config.minibatches,
         tokens_per_micro_batch=config.tokens_per_micro_batch, seed=run.config.seed * 1_000_003 + step,
@@ -243,6 +245,7 @@ def update(
         "skipped/updates": float(run.progress.skipped),
         "staleness": float(run.staleness),
     }
+    metrics |= distance_figures(run)
     metrics |= drift.figures() | _importance_figures(run, batch, streams)
     if run.config.rollout.redraws:
         metrics["groups/redrawn"] = float(run.redrawn)
@@ -251,28 +254,61 @@ def update(
     return Updated(metrics, streams)
 
 
+def settle(run: Run, step: int, moved: float | None = None) -> None:
+    """What follows an update of the weights: their average, a reference that is moved, a learning rate that adapts.
+
+    moved: nats per token that the update had moved the policy before its last optimiser step, where that was measured.
+    """
+    config, kl = run.config.update, run.config.kl
+    if run.average is not None:
+        run.average.update(run.policy.trainable())
+    if run.reference is not None and kl.refresh_every and step % kl.refresh_every == 0:
+        run.reference.follow(kl.refresh_share)
+    if config.schedule == "kl" and config.target_kl is not None and moved is not None:
+        run.progress.rate = rate_by_kl(run.progress.rate, moved, target=config.target_kl, least=config.final_share)
+
+
+def rate_by_kl(rate: float, moved: float, *, target: float, least: float) -> float:
+    """The share of the peak learning rate after an update that moved the policy by `moved` nats per token.
+
+    Divided by 1.5 if that is more than twice the target, multiplied by it if less than half, as Schulman et al. 2017
+    (https://arxiv.org/abs/1707.06347, sec. 4) move a penalty; between `least` and 1.
+
+    >>> [rate_by_kl(0.6, moved, target=0.01, least=0.1) for moved in (0.03, 0.01, 0.004)]
+    [0.39999999999999997, 0.6, 0.8999999999999999]
+    """
+    if moved > 2.0 * target:
+        rate /= 1.5
+    elif moved < target / 2.0:
+        rate *= 1.5
+    return min(max(rate, least), 1.0)
+
+
 class _Drift:
     """How far an update has moved the policy, looked at before each of its optimiser steps (`update.stop_kl`)."""
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: float | None, *, adapts: bool) -> None:
         self._limit, self._nats, self._actions, self._ended = limit, 0.0, 0, False
+        self._looks, self._moved = limit is not None or adapts, 0.0
 
     def add(self, part: Part, new: PolicyOutput) -> None:
         """Look at a part. The tokens are samples of the policy before the update: k3 to the one of now."""
-        if self._limit is not None:
+        if self._looks:
             before, now, mask = part.old.logprobs, new.logprobs.detach(), part.batch.action_mask
             self._nats += kl_per_token(before, now, mask, estimator="k3").sum().item()
             self._actions += part.batch.num_actions
 
     def too_far(self) -> bool:
         """Whether the parts since the last time say that the update should end."""
-        self._ended = self._limit is not None and self._nats / max(self._actions, 1) > self._limit
+        self._moved = self._nats / max(self._actions, 1)
+        self._ended = self._limit is not None and self._moved > self._limit
         self._nats, self._actions = 0.0, 0
         return self._ended
 
     def figures(self) -> dict[str, float]:
         """What is logged of it."""
-        return {} if self._limit is None else {"update/stopped": float(self._ended)}
+        found = {"update/kl": self._moved} if self._looks else {}
+        return found if self._limit is None else found | {"update/stopped": float(self._ended)}
 
 
 def _importance_figures(run: Run, batch: TokenBatch, streams: dict[str, Tensor]) -> dict[str, float]:
@@ -354,6 +390,10 @@ def step_optimizer(run: Run, bad: str, step: int, *, head_only: bool = False) ->
     for name in kept:
         named[name].grad = None  # the optimiser passes over it, and its averages do not move
     parameters = list(named.values())
+    if run.anchor is not None:
+        run.anchor.pull(named)
+    if run.config.update.max_grad_value is not None:
+        torch.nn.utils.clip_grad_value_(parameters, run.config.update.max_grad_value)
     limit = run.config.update.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
     usable = not bad and math.isfinite(norm)
@@ -376,22 +416,27 @@ def step_optimizer(run: Run, bad: str, step: int, *, head_only: bool = False) ->
 
 def set_learning_rate(run: Run, step: int) -> float:
     """Give each group of parameters the learning rate of `step`; returns its share of the peak."""
-    share = learning_rate_factor(run.config, step)
+    share = learning_rate_factor(run.config, step) * run.progress.rate
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
     return share
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:
-    """Share of the peak learning rate in step 1, 2, ...: linear warm-up, then the schedule down to its last share."""
+    """Share of the peak learning rate in step 1, 2, ...: linear warm-up, then a schedule of steps."""
     update, total = config.update, config.stop.steps or 0
     if step <= update.warmup_steps:
         return step / update.warmup_steps
-    if update.schedule == "constant":
+    if update.schedule not in ("linear", "cosine"):
         return 1.0
     done = min(1.0, (step - update.warmup_steps - 1) / max(1, total - update.warmup_steps - 1))
     left = 1.0 - done if update.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return update.final_share + (1.0 - update.final_share) * left
+
+
+def distance_figures(run: Run) -> dict[str, float]:
+    """How far the weights are from where they began, where the run keeps those."""
+    return {} if run.anchor is None else {"distance/initial": run.anchor.distance(run.policy.trainable())}
 
 
 def memory(run: Run) -> dict[str, float]:
@@ -443,8 +488,8 @@ def checkpoint(run: Run, log: RunLog) -> Path:
     state = run.before_step or run.state_dict()
     return CheckpointStore(log.folder / "checkpoints").save(
         now.step,
-        lambda folder: save_state(folder, run.policy, run.optimizer, state),
-        size=state_size(run.policy, run.optimizer),
+        lambda folder: save_state(folder, run.policy, run.optimizer, state, run.tensors()),
+        size=state_size(run.policy, run.optimizer, run.tensors()),
         metric=now.metric if now.evaluated == now.step else None,
         keep=config.keep,
         keep_best=config.keep_best,
@@ -468,7 +513,25 @@ def evaluate(run: Run, log: RunLog) -> Evaluation | None:
         run.progress.best_metric, run.progress.evaluations_since_best = value, 0
     elif step:
         run.progress.evaluations_since_best += 1
+        update = run.config.update
+        if update.schedule == "plateau" and run.progress.evaluations_since_best % update.plateau_patience == 0:
+            run.progress.rate = max(run.progress.rate * update.plateau_factor, update.final_share)
+    if run.average is not None:
+        _evaluate_average(run, run.average, log)
     return result
+
+
+def _evaluate_average(run: Run, average: Average, log: RunLog) -> None:
+    """The same of the averaged weights, as a split of its own name."""
+    assert run.evaluator is not None
+    step, named, split = run.progress.step, run.policy.trainable(), f"{run.config.evaluation.split}-ema"
+    if log.has_evaluation(step, split):
+        return
+    with average.applied(named):
+        run.engine.load_weights(named, version=step)
+        result = run.evaluator(run.engine, run.policy, run.reference, run.rewards)
+    run.engine.load_weights(named, version=step)
+    log.evaluation(step, split, result.summary, result.rows)
 
 
 class Clock:

@@ -67,6 +67,8 @@ MAY: dict[str, set[str]] = {
         *(STAGES | MATHS),
     },
 }
+MAY["weights"] = set()
+MAY["trainer"] |= {"weights"}
 MAY["assignment"] = {"types", "config", "credit"}
 MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
 MAY["resampling"] = MAY["state"] | {"state"}

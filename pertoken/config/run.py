@@ -205,8 +205,26 @@ class RunConfig(Section):
             "stop: nothing would end this run; set at least one of " + ", ".join(StopConfig.model_fields) + ".",
         )
         yield (
-            self.update.schedule != "constant" and stop.steps is None,
+            self.update.schedule in ("linear", "cosine") and stop.steps is None,
             f"update.schedule {self.update.schedule} falls towards the last step: set stop.steps.",
+        )
+        yield (
+            self.update.schedule == "plateau" and (self.evaluation.items == 0 or self.evaluation.every is None),
+            "update.schedule plateau goes by evaluations while training: set evaluation.items and evaluation.every.",
+        )
+        yield (
+            self.update.schedule == "kl" and (offline or self.update.epochs * self.update.minibatches < 2),
+            "update.schedule kl measures how far an update has moved the policy before its last optimiser step: "
+            "it needs method rl, and update.epochs or update.minibatches above 1.",
+        )
+        yield (
+            (self.update.schedule == "kl") != (self.update.target_kl is not None),
+            "update.target_kl is what update.schedule kl goes by: set both, or neither.",
+        )
+        yield (
+            self.kl.refresh_every is not None and self.policy.lora is not None,
+            "kl.refresh_every moves the reference, and with policy.lora that is the model without its adapters: leave "
+            "it out, or train all weights.",
         )
         yield (
             needs_evaluation and (self.evaluation.items == 0 or self.evaluation.every is None),

@@ -117,7 +117,7 @@ def resume(probe: Probe) -> Verdict:
         saved, problems = CheckpointStore(folder / "saved" / "checkpoints").newest()
         if saved is None:
             return Verdict("fail", words="; ".join(problems) or "the checkpoint is not there")
-        again.load_state_dict(load_state(saved.path, again.policy, again.optimizer))
+        again.load_state_dict(load_state(saved.path, again.policy, again.optimizer, again.tensors()))
         again.engine.load_weights(again.policy.trainable(), version=again.progress.step)
         repeated = _go_on(again, folder / "again", 2)
     different = [name for name, digest in _digests(again).items() if digests.get(name) != digest]
@@ -244,6 +244,8 @@ def _forgotten(run: Run) -> Run:
         for parameter in run.policy.trainable().values():
             parameter.zero_()
             parameter.grad = None
+        for cell in run.tensors().values():
+            cell.zero_()
     run.optimizer.state.clear()
     torch.manual_seed(run.config.seed + 1)
     return replace(

@@ -69,6 +69,13 @@ METRICS: dict[str, Term] = {
     "importance/clipped_share": Term(
         "Tokens whose importance weight was cut at its limit, or left out.", "share of a, 0 to 1"
     ),
+    "update/kl": Term(
+        "How far the update had moved the policy before its last optimiser step (`stop_kl`, `target_kl`).",
+        "mean over a of k3, nats per token",
+    ),
+    "distance/initial": Term(
+        "How far the weights are from those before training (`update.l2_to_initial`).", "√ Σ (w − w₀)²"
+    ),
     "update/stopped": Term("The update of this step ended early (`update.stop_kl`).", "1 if it did, else 0"),
     "groups/redrawn": Term(
         "Groups whose samples all earned the same, replaced by those of other prompts (`rollout.redraws`).", "groups"
