@@ -140,6 +140,9 @@ def returns(seed: int, changes: Mapping[str, Any], bound: float) -> tuple[list[f
         values = settings(folder, seed, changes)
         if changes.get("algorithm") == "rto":
             values["rewards"] = [*values["rewards"], prefer_letters(folder, seed)]
+        if changes.get("algorithm") == "prime":  # right: at least 4 letters of 8
+            learner = {"name": "prime", "model": str(folder / "model"), "outcome": "task", "threshold": 3.0}
+            values["rewards"] = [*values["rewards"], learner | {"learning_rate": 1e-3}]
         config = RunConfig.model_validate(values)
         made = build_run(config)
         with RunLog.create(folder / "run", config_text=config.to_yaml(), seed=seed, about={}, command=sys.argv) as log:
@@ -163,6 +166,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "vc_ppo": {"policy": {"value_head": {"pretrain_steps": 3}}},
     "vapo": {"policy": {"value_head": {"pretrain_steps": 3}}, "credit": {"length_adaptive": 0.5}},
     "rto": {"rewards": [{"fn": f"{__name__}:letters_at_the_end", "name": "task"}], "update": {"minibatches": 2}},
+    "prime": {"rewards": [{"fn": f"{__name__}:letters_at_the_end", "name": "task"}]},
     "vineppo": {"credit": {"every": 2, "rollouts": 4}},
     "dapo": {"credit": {"truncated": "keep"}},
     "high_entropy": {"credit": {"truncated": "keep"}},

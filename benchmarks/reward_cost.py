@@ -45,6 +45,7 @@ ELSEWHERE = {
     "similarity": "an embedding for each sentence",
     "entailment": "as its model",
     "implicit": "a pass of each of its two models",
+    "prime": "a pass of each of its two models, and an update of one",
     "classifier": "as its model",
     "token_model": "as its model",
     "facts": "as its graph",

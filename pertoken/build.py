@@ -10,7 +10,7 @@ import torch
 
 from pertoken import offline
 from pertoken.config import DocstringsTask, KLConfig, OfflineConfig, RewardConfig, RolloutConfig, RunConfig, TaskConfig
-from pertoken.errors import ConfigError, ModelError, TaskError
+from pertoken.errors import ConfigError, ModelError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
 from pertoken.guards import Guards
@@ -21,7 +21,18 @@ from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.prompts import prompt_ids
-from pertoken.rewards import Isolated, Multiplier, Normaliser, Reward, Schedule, Stateful, Weighted, make
+from pertoken.rewards import (
+    Isolated,
+    Learns,
+    Multiplier,
+    Normaliser,
+    Reward,
+    Schedule,
+    Stateful,
+    Weighted,
+    make,
+    resolve,
+)
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
@@ -45,6 +56,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     task = build_task(config.task)
     rewards = build_rewards(config.rewards)
     _refuse_scored_twice(config, rewards)
+    _refuse_learning_from_nothing(rewards)
     policy = build_policy(config)
     examples = None
     if config.offline is None:
@@ -112,6 +124,18 @@ def copies_of(config: RunConfig, policy: Policy) -> tuple[Average | None, Anchor
         None if update.ema_decay is None else Average(named, update.ema_decay),
         Anchor(named, l2=update.l2_to_initial, l1=update.l1_to_initial) if pulls else None,
     )
+
+
+def _refuse_learning_from_nothing(rewards: Sequence[Weighted]) -> None:
+    """A reward that learns needs the part that says what is right, in that part's own units."""
+    for part in rewards:
+        if not isinstance(part.reward, Learns):
+            continue
+        name, others = part.reward.outcome, [other.name for other in rewards if other is not part]
+        if name not in others:
+            raise ConfigError(f"reward {part.name!r}: outcome: no other part {name!r}; {closest(name, others)}")
+        if any(other.normaliser for other in rewards if other.name == name):
+            raise ConfigError(f"reward {part.name!r}: outcome {name!r} has `normalise`: it has no fixed threshold then")
 
 
 def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None:
@@ -218,6 +242,8 @@ def _reward(config: RewardConfig, where: str) -> Reward:
     name = config.fn or config.name or ""
     if not config.processes:
         return make(name, config.parameters, where)
+    if hasattr(resolve(name), "learn"):
+        raise ConfigError(f"{where}: {name} learns beside the policy: it has no `processes` of its own")
     return Isolated(
         name, config.parameters, processes=config.processes, time_limit=config.time_limit,
         memory_limit=config.memory_limit, place=where,

@@ -274,6 +274,25 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         "collects depends on the length of its row.",
         needs="a reward that scores tokens or steps, none of them 0",
     ),
+    "prime": Preset(
+        title="PRIME, implicit process rewards learnt online",
+        paper="Cui et al. 2025, https://arxiv.org/abs/2502.01456",
+        formula="r_t = 0.05 log(pi_phi / pi_ref)(y_t) + outcome at the end;  phi by -log sigmoid(+-0.05 sum of them) "
+        "of right and wrong answers, each step;  A_t = whitened leave-one-out of sum_{s>=t} r_s;  clipped, token mean",
+        settings={
+            "policy": NO_CRITIC,
+            "credit": {"type": "leave_one_out_process", "gamma": 1.0, "normalize": "whiten"},
+            "objective": CLIP | {"over": "token"},
+            "kl": NO_KL,
+            "update": ONCE,
+        },
+        published="4 samples per prompt, beta 0.05, prompts filtered by how many of their answers are right",
+        differs="The baseline of a token is the others' return-to-go at the same place, not their mean per token; "
+        "the process reward is beta times the log-ratio, as the paper has it (its code leaves beta out). No filter of "
+        "prompts. An answer is scored by the process reward of before its update.",
+        needs="rewards: {name: prime, model: the policy's, outcome: a name} and the part of that name, which pays "
+        "right answers 1 and wrong ones 0",
+    ),
     "dr_grpo": Preset(
         title="Dr. GRPO, GRPO done right",
         paper="Liu et al. 2025, https://arxiv.org/abs/2503.20783",

@@ -17,7 +17,7 @@ from pertoken.examples import Examples
 from pertoken.guards import Guards
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.model import Policy, Reference
-from pertoken.rewards import Multiplier, Stateful, Weighted
+from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
@@ -126,6 +126,9 @@ class Run:
             found |= {f"average/{name}": cell for name, cell in self.average.cells.items()}
         if self.reference is not None and self.config.kl.refresh_every is not None:
             found |= {f"reference/{name}": cell for name, cell in self.reference.tensors().items()}
+        for part in self.rewards:
+            if isinstance(part.reward, Learns):
+                found |= {f"reward/{part.name}/{name}": cell for name, cell in part.reward.tensors().items()}
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from pertoken.objectives import aggregate, critic_loss, kl_per_token, policy_los
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
 from pertoken.resampling import beside, with_differences
-from pertoken.rewards import Scene, Stateful, Weighted, findings, score
+from pertoken.rewards import Learns, Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
 from pertoken.rollout.collect import Draws, draw_completions, to_episodes
 from pertoken.state import Run, items_of
@@ -63,12 +63,13 @@ def loop(
         run.engine.release()  # the update needs the room, and makes its packed weights old
         heap.before_update()
         updated = update(run, batch, old, ref, credit, step)
+        learnt = learn_rewards(run, scene, rewards)
         heap.after_update()
         settle(run, step, updated.metrics.get("update/kl"))
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
         measured = clock.seconds | memory(run) | writing_figures(scene) | beside_figures(run.beside, scene)
-        measured |= drawn.figures()
+        measured |= drawn.figures() | learnt
         report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured))
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)
@@ -167,6 +168,22 @@ def reward(run: Run, scene: Scene) -> TokenRewards:
     if run.config.kl.place == "reward" and run.kl.coefficient:
         parts = [*parts, Weighted(KLToReference(), run.kl.coefficient, "kl")]
     return score(parts, scene)
+
+
+def learn_rewards(run: Run, scene: Scene, paid: TokenRewards) -> dict[str, float]:
+    """Let the parts of the reward learn that do, from what was paid for the samples of the step; figures of it."""
+    learners = [part.reward for part in run.rewards if isinstance(part.reward, Learns)]
+    if not learners:
+        return {}
+    outcomes = {}
+    for name, cells in paid.parts.items():
+        weight = paid.weights.get(name, 1.0)
+        sums = cells.sum(1).cpu() / (weight or math.nan)  # one that is not paid now says nothing
+        outcomes[name] = sums.masked_fill(paid.abstained[name].cpu(), math.nan) if name in paid.abstained else sums
+    found: dict[str, float] = {}
+    for learner in learners:
+        found |= learner.learn(scene, outcomes)
+    return found
 
 
 def failure_notes(scene: Scene, rewards: TokenRewards) -> list[str]:

@@ -97,7 +97,10 @@ def configuration(place, folder, **sections):
     values["update"] = {"learning_rate": 1e-2, "epochs": 2}
     values["rollout"] |= {"sampling": {"max_new_tokens": 6}}
     for name, fields in sections.items():
-        values[name] = {**values.get(name, {}), **fields}
+        values[name] = {**values.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    for reward in values["rewards"]:
+        if reward["name"] == "prime":
+            reward["model"] = str(place / "model")
     return RunConfig.model_validate(values)
 
 
@@ -186,6 +189,13 @@ EVERYTHING = {
     "plateau": {
         "update": {"schedule": "plateau", "plateau_patience": 1, "learning_rate": 1e-9},
         "evaluation": {"every": 1, "metric": "rouge_l"},
+    },
+    "a reward that learns": {
+        "rewards": [
+            {"name": "length", "min_words": 3},
+            {"name": "prime", "model": "", "outcome": "length", "threshold": 0.0, "learning_rate": 1e-2},
+        ],
+        "kl": {"place": "none"},
     },
     "monte_carlo": {"credit": {"type": "monte_carlo", "every": 2, "rollouts": 2}, "kl": {"place": "none"}},
 }  # fmt: skip

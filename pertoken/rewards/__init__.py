@@ -4,6 +4,7 @@ from pertoken.rewards.align import AlignedText, tokens_of
 from pertoken.rewards.base import (
     NO_OPINION,
     Finding,
+    Learns,
     Measured,
     NoOpinion,
     Opinions,
@@ -38,6 +39,7 @@ from pertoken.rewards.kl import KLToReference
 from pertoken.rewards.knowledge import Documents, Facts
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.names import make, resolve
+from pertoken.rewards.prime import Prime
 from pertoken.rewards.readability import Readability
 from pertoken.rewards.rules import Length, Overlong, Repetition
 from pertoken.rewards.semantics import Entailment, Similarity
@@ -67,6 +69,7 @@ __all__ = [
     "Judge",
     "KLToReference",
     "LanguageTool",
+    "Learns",
     "Length",
     "Measured",
     "Meteor",
@@ -75,6 +78,7 @@ __all__ = [
     "Normaliser",
     "Opinions",
     "Overlong",
+    "Prime",
     "Readability",
     "Repetition",
     "Reward",

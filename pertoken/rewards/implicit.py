@@ -73,26 +73,15 @@ class _Pair:
     """A trained model, the model that it was trained from, and their tokenizer."""
 
     def __init__(self, model: str, reference: str) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._models = [self._load(name, field) for name, field in ((model, "model"), (reference, "reference"))]
+        self._models = [
+            load_causal(name, f"implicit.{field}") for name, field in ((model, "model"), (reference, "reference"))
+        ]
         self._tokenizer, other = (_tokenizer(name) for name in (model, reference))
         if self._tokenizer.get_vocab() != other.get_vocab():
             raise ModelError(
                 f"implicit: {model!r} and {reference!r} have different tokenizers; the reference is the model that the "
                 "training of the other began with"
             )
-
-    def _load(self, name: str, field: str) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        try:
-            found: Any = AutoModelForCausalLM.from_pretrained(_source(name), dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"implicit.{field}: {name!r} is no folder of a causal language model and no hub model that can be "
-                f"reached from here ({str(error)[:200]})"
-            ) from error
-        return found.eval().to(self._device)
 
     def speaks(self, tokenizer: Any) -> bool:
         """Whether the ids of another tokenizer mean the same here."""
@@ -107,7 +96,7 @@ class _Pair:
                 f"implicit, episode {episode.id!r}, item {episode.item.id!r}: {len(ids)} tokens, and the context of "
                 f"the models is {context}; shorten prompts (rollout.max_prompt_tokens) or completions"
             )
-        row = torch.tensor([list(ids)], device=self._device)
+        row = torch.tensor([list(ids)], device=self._models[0].device)
         trained, reference = (
             model(input_ids=row).logits[0, start - 1 : -1].double().log_softmax(1) for model in self._models
         )
@@ -127,6 +116,20 @@ class _Pair:
         return [*prompt, *ids], len(prompt), spans
 
 
+def load_causal(name: str, field: str) -> Any:
+    """A causal language model in float32, without dropout, on the GPU if there is one; `field` is for errors."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(source_of(name), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{field}: {name!r} is no folder of a causal language model and no hub model that can be reached from "
+            f"here ({str(error)[:200]})"
+        ) from error
+    return found.eval().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 _pair = functools.lru_cache(maxsize=4)(_Pair)
 """The two models of two names."""
 
@@ -134,10 +137,10 @@ _pair = functools.lru_cache(maxsize=4)(_Pair)
 def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_source(name))
+    return AutoTokenizer.from_pretrained(source_of(name))
 
 
-def _source(name: str) -> str:
+def source_of(name: str) -> str:
     """Where a model is: an embedded one in the cache, once a policy was made of it."""
     embedded = cache_folder() / "models" / name.lower()
     return str(embedded if (embedded / "config.json").is_file() else Path(name).expanduser())

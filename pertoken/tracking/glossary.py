@@ -53,6 +53,14 @@ METRICS: dict[str, Term] = {
     "errors/<part>": Term(
         "Completions that the part failed on, within its `max_failed_share`; absent if there is none.", "count"
     ),
+    "prime/loss": Term(
+        "Of a process reward that learns (`prime`): how badly it told right answers from wrong, before its update.",
+        "mean over e of −log σ(±β Σ q)",
+        better="lower",
+    ),
+    "prime/accuracy": Term(
+        "Answers that it told right; one that it does not know counts half.", "share of e, 0 to 1", better="higher"
+    ),
     "kl/reference": Term("How far the policy is from the reference model.", "mean over a, nats per token"),
     "kl/sequence": Term("The same distance for whole completions.", "mean over e of Σ KL, nats"),
     "kl/coefficient": Term("Weight of the KL penalty in this step.", "per nat"),
