@@ -97,9 +97,8 @@ def test_what_it_cannot_learn_from_is_refused(model_folder, scene):
     parts = build.build_rewards([RewardConfig(**fields), RewardConfig(name="rouge_l")])
     with pytest.raises(ConfigError, match="outcome: no other part 'exact'"):
         build._refuse_learning_from_nothing(parts)
-    parts = build.build_rewards(
-        [RewardConfig(**fields | {"outcome": "length"}), RewardConfig(name="length", normalise="batch")]
-    )
+    both = [RewardConfig(**fields | {"outcome": "rouge_l"}), RewardConfig(name="rouge_l", normalise="batch")]
+    parts = build.build_rewards(both)
     with pytest.raises(ConfigError, match="no fixed threshold"):
         build._refuse_learning_from_nothing(parts)
     other = byte_tokenizer()
