@@ -15,7 +15,9 @@ import argparse
 import json
 import math
 import platform
+import random
 import statistics
+import string
 import sys
 import tempfile
 import time
@@ -28,11 +30,13 @@ from pertoken.build import build_run
 from pertoken.config import RunConfig
 from pertoken.presets import PRESETS
 from pertoken.rewards import episode_reward, token_reward
+from pertoken.run import train
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.tracking.runlog import RunLog
 from pertoken.trainer import loop
 
 LENGTH, LONG = 8, 12
+LETTERS, OTHERS = string.ascii_lowercase, string.digits + string.punctuation
 LURE = 8.0
 ENOUGH = 0.95
 """Share of the best return that counts as solved."""
@@ -61,6 +65,12 @@ def lured_at_the_end(sample):  # type: ignore[no-untyped-def]
     return sum(lured.fn(sample))
 
 
+@episode_reward
+def letters_at_the_end(sample):  # type: ignore[no-untyped-def]
+    """What `letters` pays, with the last token."""
+    return sum(letters.fn(sample))
+
+
 def _pieces(sample: Any) -> list[str]:
     return [sample.text[start:stop] for start, stop in sample.aligned.char_spans]
 
@@ -87,6 +97,28 @@ def settings(folder: Path, seed: int, changes: Mapping[str, Any]) -> dict[str, A
     return merged(shared, changes)
 
 
+def prefer_letters(folder: Path, seed: int) -> dict[str, Any]:
+    """Train a model by DPO to prefer small letters; the token reward that its log-ratios are."""
+    draw = random.Random(seed)
+
+    def text(alphabet: str) -> str:
+        return "".join(draw.choice(alphabet) for _ in range(LENGTH))
+
+    rows = [{"prompt": f"say {k}", "good": text(LETTERS), "bad": text(OTHERS)} for k in range(60)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"path": str(folder / "pairs.jsonl"), "answer": "good", "rejected": "bad"}
+    changes = {
+        "folder": str(folder / "dpo"),
+        "task": task,
+        "method": {"type": "dpo", "batch": 16},
+        "stop": {"steps": 20},
+    }
+    config = RunConfig.model_validate(merged(settings(folder, seed, {}), changes | {"update": {"learning_rate": 1e-3}}))
+    train(config)
+    models = {"model": str(folder / "dpo" / "model"), "reference": str(folder / "model")}
+    return {"name": "implicit", **models, "beta": 0.05, "clip": [-0.05, 0.05]}
+
+
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` over `below`, section by section."""
     result = dict(below)
@@ -105,7 +137,13 @@ def returns(seed: int, changes: Mapping[str, Any], bound: float) -> tuple[list[f
         byte_tokenizer().save_pretrained(folder / "model")
         rows = [{"prompt": f"say {k}"} for k in range(60)]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = RunConfig.model_validate(settings(folder, seed, changes))
+        values = settings(folder, seed, changes)
+        if changes.get("algorithm") == "rto":
+            values["rewards"] = [*values["rewards"], prefer_letters(folder, seed)]
+        if changes.get("algorithm") == "prime":  # right: at least 4 letters of 8
+            learner = {"name": "prime", "model": str(folder / "model"), "outcome": "task", "threshold": 3.0}
+            values["rewards"] = [*values["rewards"], learner | {"learning_rate": 1e-3}]
+        config = RunConfig.model_validate(values)
         made = build_run(config)
         with RunLog.create(folder / "run", config_text=config.to_yaml(), seed=seed, about={}, command=sys.argv) as log:
             begun = time.monotonic()
@@ -127,6 +165,9 @@ def steps_until(curve: list[float], bound: float, window: int = 5) -> int | None
 TUNED: dict[str, dict[str, Any]] = {
     "vc_ppo": {"policy": {"value_head": {"pretrain_steps": 3}}},
     "vapo": {"policy": {"value_head": {"pretrain_steps": 3}}, "credit": {"length_adaptive": 0.5}},
+    "rto": {"rewards": [{"fn": f"{__name__}:letters_at_the_end", "name": "task"}], "update": {"minibatches": 2}},
+    "prime": {"rewards": [{"fn": f"{__name__}:letters_at_the_end", "name": "task"}]},
+    "vineppo": {"credit": {"every": 2, "rollouts": 4}},
     "dapo": {"credit": {"truncated": "keep"}},
     "high_entropy": {"credit": {"truncated": "keep"}},
 }

@@ -145,6 +145,9 @@ class Needs:
             return "a pass of each of its two models"
         return [(f"{Path(self._causal).name} twice", {"model": self._causal, "reference": self._causal})]
 
+    def _prime(self) -> Ways | str:
+        return "a pass of each of its two models, and an update of one"
+
     def _facts(self) -> Ways | str:
         if self._knowledge is None:
             return "as its graph"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pertoken import credit as estimators
 from pertoken.config import CreditConfig, Gae, PerPart
-from pertoken.types import Credit, PolicyOutput, TokenBatch, TokenRewards
+from pertoken.types import Credit, PolicyOutput, StateValues, TokenBatch, TokenRewards
 
 
 def assign(
@@ -15,10 +15,12 @@ def assign(
     batch: TokenBatch,
     old: PolicyOutput,
     greedy: Float[Tensor, " B"] | None = None,
+    states: StateValues | None = None,
 ) -> Credit:
     """Advantages (and critic targets) of every action, by the estimator that the configuration names.
 
-    `greedy`: what the greedy answer to each row's prompt earns, for credit.type self_critical.
+    `greedy`: what the greedy answer to each row's prompt earns, for credit.type self_critical. `states`: what
+    rollouts from prefixes earn, for credit.type monte_carlo.
     """
     total, mask, group = rewards.total.to(old.logprobs.dtype), batch.action_mask, batch.group
     returns = None
@@ -31,6 +33,10 @@ def assign(
         if greedy is None:
             raise ValueError("credit.type self_critical needs what the greedy answers earn")
         advantages = estimators.self_critical(total, mask, greedy.to(total))
+    elif config.type == "monte_carlo":
+        if states is None:
+            raise ValueError("credit.type monte_carlo needs what rollouts from prefixes earn")
+        advantages = estimators.monte_carlo(total, states.values.to(total), states.starts, mask)
     elif config.type == "optimal_token_baseline":
         energies = 1.0 - old.logprobs.exp()
         advantages = estimators.optimal_token_baseline(total, energies, mask, group, gamma=config.gamma)
@@ -40,6 +46,12 @@ def assign(
         advantages = _among_speakers(config, rewards, mask, group).to(total)
     else:
         advantages = _estimate(config, total, mask, group)
+    return Credit(_transformed(config, advantages, batch, old), returns)
+
+
+def _transformed(config: CreditConfig, advantages: Tensor, batch: TokenBatch, old: PolicyOutput) -> Tensor:
+    """What all estimators have in common: normalising over the batch, and tokens or rows that learn nothing."""
+    mask, group = batch.action_mask, batch.group
     if config.normalize == "whiten":
         advantages = estimators.whiten(advantages, mask, group)
     elif config.normalize == "scale":
@@ -48,7 +60,7 @@ def assign(
         advantages = estimators.keep_high_entropy(advantages, mask, old.entropy, share=config.entropy_share)
     if config.truncated == "drop":
         advantages = torch.where(batch.terminated[:, None], advantages, 0.0)
-    return Credit(advantages, returns)
+    return advantages
 
 
 def _by_critic(config: Gae, rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from pertoken import offline
 from pertoken.config import DocstringsTask, KLConfig, OfflineConfig, RewardConfig, RolloutConfig, RunConfig, TaskConfig
-from pertoken.errors import ConfigError, ModelError, TaskError
+from pertoken.errors import ConfigError, ModelError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
 from pertoken.guards import Guards
@@ -21,16 +21,28 @@ from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.prompts import prompt_ids
-from pertoken.rewards import Isolated, Multiplier, Normaliser, Reward, Schedule, Stateful, Weighted, make
+from pertoken.rewards import (
+    Isolated,
+    Learns,
+    Multiplier,
+    Normaliser,
+    Reward,
+    Schedule,
+    Stateful,
+    Weighted,
+    make,
+    resolve,
+)
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
+from pertoken.state import Run
 from pertoken.tasks.base import ItemTask, Split, batch_of
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
-from pertoken.trainer import Run
 from pertoken.types import Item
+from pertoken.weights import Anchor, Average
 
 
 def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
@@ -44,6 +56,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     task = build_task(config.task)
     rewards = build_rewards(config.rewards)
     _refuse_scored_twice(config, rewards)
+    _refuse_learning_from_nothing(rewards)
     policy = build_policy(config)
     examples = None
     if config.offline is None:
@@ -75,6 +88,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     optimizer = build_optimizer(config, policy)
     evaluator, about_held_out = build_evaluator(config, task, policy)
     notes += about_held_out
+    beside = copies_of(config, policy)
     estimate = used_memory(policy.device) + footprint(policy).update(config.update.tokens_per_micro_batch) / GIGABYTE
     notes += _memory_notes(estimate, policy.device)
     run = Run(
@@ -90,20 +104,44 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         guards=Guards(config.guards.window),
         beside=[part.fixed() for part in build_rewards(config.guards.beside, "guards.beside")],
         evaluator=evaluator,
+        average=beside[0],
+        anchor=beside[1],
         examples=examples,
         memory_estimate=estimate,
         notes=notes,
     )
     if checkpoint is not None:
-        run.load_state_dict(load_state(checkpoint, policy, optimizer))
+        run.load_state_dict(load_state(checkpoint, policy, optimizer, run.tensors()))
         run.engine.load_weights(policy.trainable(), version=run.progress.step)
     return run
 
 
+def copies_of(config: RunConfig, policy: Policy) -> tuple[Average | None, Anchor | None]:
+    """What the run keeps of the weights before training: made before a checkpoint is loaded."""
+    update, named = config.update, policy.trainable()
+    pulls = update.l2_to_initial or update.l1_to_initial
+    return (
+        None if update.ema_decay is None else Average(named, update.ema_decay),
+        Anchor(named, l2=update.l2_to_initial, l1=update.l1_to_initial) if pulls else None,
+    )
+
+
+def _refuse_learning_from_nothing(rewards: Sequence[Weighted]) -> None:
+    """A reward that learns needs the part that says what is right, in that part's own units."""
+    for part in rewards:
+        if not isinstance(part.reward, Learns):
+            continue
+        name, others = part.reward.outcome, [other.name for other in rewards if other is not part]
+        if name not in others:
+            raise ConfigError(f"reward {part.name!r}: outcome: no other part {name!r}; {closest(name, others)}")
+        if any(other.normaliser for other in rewards if other.name == name):
+            raise ConfigError(f"reward {part.name!r}: outcome {name!r} has `normalise`: it has no fixed threshold then")
+
+
 def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None:
     """Methods that score samples beside those they learn from would make a reward that remembers count them too."""
-    asking = "rollout.redraws" if config.rollout.redraws else "credit.type self_critical"
-    if not config.rollout.redraws and config.credit.type != "self_critical":
+    asking = "rollout.redraws" if config.rollout.redraws else f"credit.type {config.credit.type}"
+    if not config.rollout.redraws and config.credit.type not in ("self_critical", "monte_carlo"):
         return
     for part in rewards:
         if isinstance(part.reward, Stateful):
@@ -207,6 +245,8 @@ def _reward(config: RewardConfig, where: str) -> Reward:
     name = config.fn or config.name or ""
     if not config.processes:
         return make(name, config.parameters, where)
+    if hasattr(resolve(name), "learn"):
+        raise ConfigError(f"{where}: {name} learns beside the policy: it has no `processes` of its own")
     return Isolated(
         name, config.parameters, processes=config.processes, time_limit=config.time_limit,
         memory_limit=config.memory_limit, place=where,

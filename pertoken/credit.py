@@ -22,6 +22,7 @@ Estimators map rewards to advantages:
 | `group_relative` | mean of the group, the row included | times (G-1)/G; no with `scale_by_std` |
 | `group_process` | mean over the group's scored tokens | no |
 | `self_critical` | return of the greedy answer | yes |
+| `monte_carlo` | mean return of rollouts from the state that a step of the text begins in | yes |
 | `optimal_token_baseline` | weighted return-to-go of the group, the row included | no (of order 1/G) |
 | `macro_gae` | the critic, averaged over macro actions | with lam = 1 and size = 1 for any critic; else no |
 | `per_part` | of each part its own | with `scale="none"` and `by="token"` |
@@ -330,6 +331,39 @@ def optimal_token_baseline(
     total = _over_group(weight, group, "sum") + eps
     baseline = torch.where((alive > 1) & (total > 0), _over_group(by_action, group, "sum") / total, 0.0)
     return torch.where(action_mask, returns - baseline.gather(1, index), 0.0)
+
+
+def monte_carlo(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    starts: Bool[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B T"]:
+    """What each step of a row added to the total reward that was to be expected, at every action of the step.
+
+        A_t = V(state behind the step of t) - V(state before it)          V behind the last step: what the row earned
+
+    `starts` marks the first action of each step; `values` there is the mean total reward (of the whole text, gamma 1)
+    of rollouts from the state before it. Since totals are of whole texts, rewards on the way need no term of their own
+    and may come from anywhere in the text. Unbiased, however few rollouts: V before a step does not depend on it, and
+    a step ends where the tokens up to there say so. Raises ValueError if a row's first action starts no step.
+    VinePPO: Kazemnejad et al. 2024, https://arxiv.org/abs/2410.01679, sec. 4.
+
+    >>> starts = torch.tensor([[True, False, True]])
+    >>> values = torch.tensor([[0.5, 0.0, 0.75]])
+    >>> monte_carlo(torch.tensor([[0.0, 0.0, 1.0]]), values, starts, torch.ones(1, 3).bool())
+    tensor([[0.2500, 0.2500, 0.2500]])
+    """
+    starts = starts & action_mask
+    step = starts.cumsum(1) - 1
+    if bool((step[action_mask] < 0).any()):
+        raise ValueError("the first action of a row starts no step: mark it, and give the value of the state before it")
+    totals = _earned(rewards, action_mask).sum(1, keepdim=True)
+    width = rewards.shape[1]
+    place = torch.where(starts, step, width + 1)
+    known = totals.expand(-1, width + 2).scatter(1, place, torch.where(starts, values, 0.0))
+    step = step.clamp_min(0)
+    return torch.where(action_mask, known.gather(1, step + 1) - known.gather(1, step), 0.0)
 
 
 @dataclass(frozen=True)

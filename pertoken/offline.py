@@ -32,9 +32,19 @@ from pertoken.preferences import (
     tdpo_scores,
 )
 from pertoken.sampling import Controls
+from pertoken.state import Run
 from pertoken.tasks.base import batch_of
 from pertoken.tracking.runlog import RunLog
-from pertoken.trainer import Clock, Run, checkpoint, evaluate, memory, set_learning_rate, step_optimizer
+from pertoken.trainer import (
+    Clock,
+    checkpoint,
+    distance_figures,
+    evaluate,
+    memory,
+    set_learning_rate,
+    settle,
+    step_optimizer,
+)
 from pertoken.types import Episode, Item, PolicyOutput, TokenBatch
 
 
@@ -65,6 +75,7 @@ def loop(
         heap.before_update()
         metrics, streams = update(run, rows, step)
         heap.after_update()
+        settle(run, step)
         clock.lap("update")
         seconds = sum(clock.seconds.values())
         metrics |= {"tokens/per_second": rows.batch.num_actions / seconds} | clock.seconds | memory(run)
@@ -243,6 +254,7 @@ def update(run: Run, rows: Rows, step: int) -> tuple[dict[str, float], dict[str,
         "learning_rate": config.learning_rate * rate,
         "skipped/updates": float(run.progress.skipped),
     }
+    metrics |= distance_figures(run)
     if not isinstance(method, Sft):
         metrics |= preference_metrics(paid.sum(1), rows.desirable, paired=examples.kind == "pairs")
     return metrics, streams

@@ -171,6 +171,26 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         differs="The critic is a head on the policy's own trunk. Completions that were cut off are worth what the "
         "critic says, not 0. No dual clip (verl always has one).",
     ),
+    "rto": Preset(
+        title="RTO, reinforced token optimisation",
+        paper="Zhong et al. 2024, https://arxiv.org/abs/2404.18922",
+        formula="r_t = 0.05 log(pi_dpo / pi_ref)(y_t), clipped to +-0.05, + reward of the whole text at its end - 0.01 "
+        "log(pi / pi_ref)(y_t);  advantage and loss as PPO",
+        settings={
+            "policy": {"value_head": {"coefficient": 0.1, "clip": 0.2}},
+            "credit": {"type": "gae", "gamma": 1.0, "lam": 0.95, "normalize": "whiten"},
+            "objective": CLIP | {"over": "token"},
+            "kl": {"place": "reward", "coefficient": 0.01},
+            "update": {"epochs": 1, "minibatches": 4},
+        },
+        published="token rewards of beta 0.05 clipped to +-0.05, a normalised reward model clipped to +-10, KL "
+        "0.01, batch 1024, lr 5e-7 and 9e-6 for the critic",
+        differs="The critic is a head on the policy's own trunk. Rewards are the user's to name, see below. The sum of "
+        "the token rewards is itself a reward of texts and no potential: the best policy is another one than without "
+        "it, and the clipping makes it another one again.",
+        needs="rewards: {name: implicit, model: what DPO has trained, reference: what it began with, beta: 0.05, clip: "
+        "[-0.05, 0.05]} and one of whole texts; docs/offline.md has the chain sft, dpo, rto in one file",
+    ),
     "vc_ppo": Preset(
         title="VC-PPO, value-calibrated PPO",
         paper="Yuan et al. 2025, https://arxiv.org/abs/2503.01491",
@@ -202,6 +222,24 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         "right answers",
         differs="Without the log-likelihood term of right answers. lambda is held at 0 below 20 tokens, where the "
         "formula is negative; short texts want a larger credit.length_adaptive.",
+    ),
+    "vineppo": Preset(
+        title="VinePPO, Monte-Carlo values of steps",
+        paper="Kazemnejad et al. 2024, https://arxiv.org/abs/2410.01679",
+        formula="A_t = V(state behind the step of t) - V(state before it), V = mean return of 9 rollouts, whitened;  "
+        "l = clipped surrogate + 1e-4 k3;  token mean",
+        settings={
+            "policy": NO_CRITIC,
+            "credit": {"type": "monte_carlo", "rollouts": 9, "normalize": "whiten"},
+            "objective": CLIP | {"over": "token"},
+            "kl": {"place": "loss", "coefficient": 1e-4, "estimator": "k3"},
+            "update": {"epochs": 2, "minibatches": 4},
+        },
+        published="9 rollouts from each step of a solution, 8 samples for each of 64 prompts, optimiser steps of 64 "
+        "samples, 2 passes, clip 0.2, lr 1e-6; values of at most 20 steps (25 for GSM8K)",
+        differs="A step ends with a line break (credit.after), or after so many tokens (credit.every); the paper cuts "
+        "solutions by rules of its own. Behind the last estimated state the rest of the text is one step; the paper's "
+        "code reuses the last value there, which leaves that part an advantage of 0 up to the end.",
     ),
     "grpo": Preset(
         title="GRPO",
@@ -235,6 +273,25 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         differs="Scored is what has a reward other than 0. It is no unbiased gradient: how many terms a token "
         "collects depends on the length of its row.",
         needs="a reward that scores tokens or steps, none of them 0",
+    ),
+    "prime": Preset(
+        title="PRIME, implicit process rewards learnt online",
+        paper="Cui et al. 2025, https://arxiv.org/abs/2502.01456",
+        formula="r_t = 0.05 log(pi_phi / pi_ref)(y_t) + outcome at the end;  phi by -log sigmoid(+-0.05 sum of them) "
+        "of right and wrong answers, each step;  A_t = whitened leave-one-out of sum_{s>=t} r_s;  clipped, token mean",
+        settings={
+            "policy": NO_CRITIC,
+            "credit": {"type": "leave_one_out_process", "gamma": 1.0, "normalize": "whiten"},
+            "objective": CLIP | {"over": "token"},
+            "kl": NO_KL,
+            "update": ONCE,
+        },
+        published="4 samples per prompt, beta 0.05, prompts filtered by how many of their answers are right",
+        differs="The baseline of a token is the others' return-to-go at the same place, not their mean per token; "
+        "the process reward is beta times the log-ratio, as the paper has it (its code leaves beta out). No filter of "
+        "prompts. An answer is scored by the process reward of before its update.",
+        needs="rewards: {name: prime, model: the policy's, outcome: a name} and the part of that name, which pays "
+        "right answers 1 and wrong ones 0",
     ),
     "dr_grpo": Preset(
         title="Dr. GRPO, GRPO done right",

@@ -25,9 +25,9 @@ from pertoken.observe import StepReport
 from pertoken.policy.model import Policy, fast_in_bfloat16
 from pertoken.rollout import rows
 from pertoken.rollout.decoder import HFDecoder, RecomputingDecoder
+from pertoken.state import Run
 from pertoken.stopwatch import Stopwatch
 from pertoken.tracking.runlog import RunLog
-from pertoken.trainer import Run
 
 PREFILL, DECODE, SAMPLE = "prompts", "decoding", "sampling"
 OLD, REFERENCE, REWARD = "old-policy pass", "reference pass", "rewards, credit"

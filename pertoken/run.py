@@ -24,6 +24,7 @@ from pertoken.rewards import Isolated, Scene, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect, sample_seed
 from pertoken.sampling import Controls
+from pertoken.state import Run
 from pertoken.tracking.certificate import read_certificate, write_certificate
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.comparison import Comparison, compare
@@ -31,7 +32,7 @@ from pertoken.tracking.lock import RunLock
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import write_report
 from pertoken.tracking.runlog import RunLog, Status, read_run
-from pertoken.trainer import Run, checkpoint, greedy_rewards, loop
+from pertoken.trainer import checkpoint, loop
 from pertoken.types import Item
 
 
@@ -167,6 +168,9 @@ def _train(
             reason = f"time is up ({budget.seconds:g} s)"
         if not stopped_early:
             _save_model(run.policy, log.folder / "model")
+            if run.average is not None:
+                with run.average.applied(run.policy.trainable()):
+                    _save_model(run.policy, log.folder / "model-ema")
         log.finish("interrupted" if stopped_early else "finished", reason)
     except RewardError as error:
         _mark(log, "failed", str(error))
@@ -251,9 +255,9 @@ class Speaker:
     def group(self, text: str, answer: str | None, *, seed: int = 0) -> Iterator[tuple[list[str], list[float], float]]:
         """A group of samples, best first: pieces, advantages and total reward, by the configured rewards and credit."""
         config, policy = self.config, self.policy
-        if config.credit.type == "self_critical":
+        if config.credit.type in ("self_critical", "monte_carlo"):
             raise ConfigError(
-                "credit.type self_critical is assigned in training alone: choose another to look at a group"
+                f"credit.type {config.credit.type} is assigned in training alone: choose another to look at a group"
             )
         item = self._item(text, answer)
         episodes = collect(
@@ -264,8 +268,7 @@ class Speaker:
         old = policy.score(batch)
         parts, scene = build.build_rewards(config.rewards), Scene(batch, episodes, policy.tokenizer, old, None)
         rewards = score(parts, scene)
-        greedy = greedy_rewards(scene, config, self.engine, policy, self.controls, parts)
-        credit = assign(config.credit, rewards, batch, old, greedy)
+        credit = assign(config.credit, rewards, batch, old)
         totals = rewards.total.sum(1)
         for row in totals.argsort(descending=True).tolist():
             start = episodes[row].prompt_length
@@ -351,7 +354,7 @@ def _refuse_occupied(folder: Path) -> None:
 
 def _save_model(policy: Policy, folder: Path) -> None:
     """Write the trained model so that a kill leaves the folder of before, the new one, or none: never a part."""
-    draft, old = folder.with_name(".partial-model"), folder.with_name(".removed-model")
+    draft, old = folder.with_name(f".partial-{folder.name}"), folder.with_name(f".removed-{folder.name}")
     try:
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -6,10 +6,9 @@ alone. All state that a step depends on hangs on one `Run`.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,150 +18,24 @@ from pertoken.background import Background
 from pertoken.batching import Part, minibatches, to_batch
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
-from pertoken.evaluation import Evaluation, Evaluator
-from pertoken.examples import Examples
-from pertoken.guards import Guards, beside_figures, writing_figures
+from pertoken.evaluation import Evaluation
+from pertoken.guards import beside_figures, writing_figures
 from pertoken.memory import Heap, peak_memory
-from pertoken.objectives import AdaptiveKL, FixedKL, aggregate, critic_loss, kl_per_token, policy_loss
+from pertoken.objectives import aggregate, critic_loss, kl_per_token, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
-from pertoken.policy.model import Policy, Reference
-from pertoken.rewards import Multiplier, Scene, Stateful, Weighted, findings, score
+from pertoken.resampling import beside, with_differences
+from pertoken.rewards import Learns, Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
-from pertoken.rollout.collect import Draws, collect, draw_completions, stem_from, to_episodes
-from pertoken.rollout.engine import RolloutEngine
-from pertoken.sampling import Controls
-from pertoken.tasks.base import batch_of
+from pertoken.rollout.collect import Draws, draw_completions, to_episodes
+from pertoken.state import Run, items_of
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.runlog import RunLog
-from pertoken.types import Credit, Episode, Item, PolicyOutput, TokenBatch, TokenRewards
+from pertoken.types import Credit, Episode, PolicyOutput, TokenBatch, TokenRewards
+from pertoken.weights import Average
 
 RATIO_TOLERANCE = 1e-4
 """Largest |scored - sampled| log-prob of a token under the same float32 weights (nats)."""
-
-
-@dataclass
-class Progress:
-    """The counters of a run: what stop conditions look at and what a checkpoint holds."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    last_kl: float = 0.0
-    """Mean KL per sequence to the reference in the last step (nats)."""
-    best_metric: float = -math.inf
-    evaluations_since_best: int = 0
-    evaluated: int | None = None
-    """Step of the last evaluation, and what its main metric was."""
-    metric: float | None = None
-    alarm: str | None = None
-    """The first alarm that sounded, and in which step."""
-
-
-@dataclass
-class Run:
-    """One training run: its parts, and its progress."""
-
-    config: RunConfig
-    policy: Policy
-    reference: Reference | None
-    engine: RolloutEngine
-    controls: Controls
-    items: Sequence[Item]
-    rewards: list[Weighted]
-    kl: FixedKL | AdaptiveKL
-    optimizer: torch.optim.Optimizer
-    evaluator: Evaluator | None
-    memory_estimate: float
-    """What the run was expected to take at its height, before it began (GB)."""
-    guards: Guards
-    """What looks for signs that the reward is gamed."""
-    beside: list[Weighted] = field(default_factory=list)
-    """Rewards that are measured on the samples of each step and paid for never."""
-    task_name: str = ""
-    examples: Examples | None = None
-    """How items become rows, where the run learns from answers in the data."""
-    notes: list[str] = field(default_factory=list)
-    """What was decided or left out while setting up, in sentences for a person."""
-    progress: Progress = field(default_factory=Progress)
-    ahead: Draws | None = None
-    """What was sampled for the next step, while the rewards of this one were computed (`rollout.ahead`)."""
-    staleness: int = 0
-    """Policy versions between the weights that sampled the tokens of this step and those that it starts from."""
-    redrawn: int = 0
-    """Groups of this step that stand in for others, whose samples all earned the same (`rollout.redraws`)."""
-    before_step: dict[str, Any] | None = None
-    """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
-
-    def stop_reason(self) -> str | None:
-        """Why the run ends now, in words; None while it goes on."""
-        stop, now, metric = self.config.stop, self.progress, self.config.evaluation.metric
-        learnt = "generated" if self.config.offline is None else "learnt from"
-        conditions = [
-            (stop.steps, now.step, f"made all {stop.steps} steps"),
-            (stop.tokens, now.tokens, f"{learnt} {now.tokens} tokens (stop.tokens {stop.tokens})"),
-            (stop.seconds, now.seconds, f"trained for {now.seconds:.0f} s (stop.seconds {stop.seconds})"),
-            (stop.metric, now.best_metric, f"{metric} reached {now.best_metric:.4f} (stop.metric {stop.metric})"),
-            (stop.patience, now.evaluations_since_best, f"no better {metric} in {stop.patience} evaluations"),
-            (stop.kl, now.last_kl, f"KL per sequence {now.last_kl:.2f} nats is over the budget (stop.kl {stop.kl})"),
-        ]
-        alarm = f"alarm {now.alarm} (guards.stop)" if self.config.guards.stop and now.alarm else None
-        reached_first = (words for limit, reached, words in conditions if limit is not None and reached >= limit)
-        return next(reached_first, alarm)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything beside weights, optimiser and random states that the next step depends on, as JSON."""
-        everyone = (*self.rewards, *self.beside)
-        rewards = {part.name: part.state() for part in everyone if isinstance(part.reward, Stateful)}
-        normalisers = {part.name: part.normaliser.get_state() for part in self.rewards if part.normaliser}
-        found = {part.name: part.weight.get_state() for part in self.rewards if isinstance(part.weight, Multiplier)}
-        ahead = None if self.ahead is None else self.ahead.state()
-        return {
-            "progress": vars(self.progress).copy(),
-            "kl": self.kl.state_dict(),
-            "rewards": rewards,
-            "normalisers": normalisers,
-            "multipliers": found,
-            "guards": self.guards.state_dict(),
-            "ahead": ahead,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
-        self.progress = Progress(**state["progress"])
-        if state["kl"].keys() == self.kl.state_dict().keys():
-            self.kl.load_state_dict(state["kl"])
-        else:
-            self.notes.append("kl: the checkpoint is from a run with another controller; its coefficient starts anew")
-        for part in (*self.rewards, *self.beside):
-            self.notes += _go_on(part, state)
-        if "guards" in state:
-            self.guards.load_state_dict(state["guards"])
-        if state.get("ahead") is not None:
-            ahead, items = Draws.of_state(state["ahead"]), items_of(self, self.progress.step + 1)
-            if stem_from(ahead, items, self.policy.tokenizer, self.controls, self.config.rollout.samples_per_prompt):
-                self.ahead = ahead
-            else:
-                self.notes.append("rollout: prompts or sampling are others now; what was drawn ahead is drawn anew")
-
-
-def _go_on(part: Weighted, state: Mapping[str, Any]) -> list[str]:
-    """Let a part of the reward remember what the checkpoint says of it; a note for what it does not say."""
-    notes = []
-    if isinstance(part.reward, Stateful) and part.name in state["rewards"]:
-        part.reward.set_state(state["rewards"][part.name])
-    elif isinstance(part.reward, Stateful):
-        notes.append(f"rewards: the checkpoint has no state of {part.name!r}; it starts anew")
-    if part.normaliser and part.name in state.get("normalisers", {}):
-        part.normaliser.set_state(state["normalisers"][part.name])
-    elif part.normaliser and part.normaliser.over == "running":
-        notes.append(f"rewards: the checkpoint has no statistics of {part.name!r}; they start anew")
-    if isinstance(part.weight, Multiplier) and part.name in state.get("multipliers", {}):
-        part.weight.set_state(state["multipliers"][part.name])
-    elif isinstance(part.weight, Multiplier):
-        notes.append(f"rewards: the checkpoint has no weight of {part.name!r}; its search starts anew")
-    return notes
 
 
 def loop(
@@ -183,17 +56,20 @@ def loop(
         scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
         rewards = reward_and_draw_ahead(run, scene)
         run.notes += failure_notes(scene, rewards)
-        greedy = greedy_rewards(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
-        credit = assign(credit_of(run.config, step), rewards, batch, old, greedy)
+        drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
+        credit = assign(credit_of(run.config, step), rewards, batch, old, drawn.greedy, drawn.states)
         clock.lap("reward")
         run.before_step = None
         run.engine.release()  # the update needs the room, and makes its packed weights old
         heap.before_update()
         updated = update(run, batch, old, ref, credit, step)
+        learnt = learn_rewards(run, scene, rewards)
         heap.after_update()
+        settle(run, step, updated.metrics.get("update/kl"))
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
         measured = clock.seconds | memory(run) | writing_figures(scene) | beside_figures(run.beside, scene)
+        measured |= drawn.figures() | learnt
         report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured))
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)
@@ -215,42 +91,6 @@ def generate(run: Run, step: int) -> list[Episode]:
     return with_differences(run, episodes, step) if run.config.rollout.redraws else episodes
 
 
-def with_differences(run: Run, episodes: list[Episode], step: int) -> list[Episode]:
-    """`episodes` with each group whose samples all earn the same replaced by one of another prompt, where one is found.
-
-    Dynamic sampling of DAPO (Yu et al. 2025, https://arxiv.org/abs/2503.14476, sec. 3.2), bounded: `rollout.redraws`
-    rounds of as many prompts as are missing; what is still missing then stays as it was. The items of a round depend on
-    the seed, the step and the round alone.
-    """
-    rollout, seed, run.redrawn = run.config.rollout, run.config.seed, 0
-    used, dull = {episode.item.id for episode in episodes}, sorted(_groups_without_difference(run, episodes, step))
-    for again in range(1, rollout.redraws + 1):
-        order = batch_of(run.items, step - 1, rollout.prompts_per_step, seed + again * 7_368_787)
-        items = [item for item in order if item.id not in used][: len(dull)]
-        if not items:
-            continue
-        used |= {item.id for item in items}
-        found = collect(
-            run.engine, items, run.policy.tokenizer, run.controls,
-            samples_per_prompt=rollout.samples_per_prompt, run_seed=seed, step=step,
-        )  # fmt: skip
-        useless = _groups_without_difference(run, found, step)
-        for group in sorted({episode.group for episode in found} - useless):
-            place, run.redrawn = dull.pop(), run.redrawn + 1
-            rows = [k for k, episode in enumerate(episodes) if episode.group == place]
-            fresh = [replace(episode, group=place) for episode in found if episode.group == group]
-            for row, episode in zip(rows, fresh, strict=True):
-                episodes[row] = episode
-    return episodes
-
-
-def _groups_without_difference(run: Run, episodes: Sequence[Episode], step: int) -> set[int]:
-    """Groups whose samples all earn the same, by the rewards alone: a KL penalty makes no difference that teaches."""
-    batch = to_batch(episodes, run.controls, device=str(run.policy.device))
-    totals = score(run.rewards, Scene(batch, episodes, run.policy.tokenizer, step=step)).total.sum(1)
-    return {group for group in batch.group.tolist() if not float(totals[batch.group == group].std()) > 1e-6}
-
-
 def credit_of(config: RunConfig, step: int) -> CreditConfig:
     """How credit is assigned in `step`: while the critic alone learns, it learns from the returns that were had."""
     if _head_only(config, step) and config.credit.type == "gae":
@@ -263,27 +103,6 @@ def _head_only(config: RunConfig, step: int) -> bool:
     return head is not None and step <= head.pretrain_steps
 
 
-def greedy_rewards(
-    scene: Scene,
-    config: RunConfig,
-    engine: RolloutEngine,
-    policy: Policy,
-    controls: Controls,
-    rewards: Sequence[Weighted],
-) -> Tensor | None:
-    """What the greedy answer to each row's prompt earns, if credit is assigned against it; without the KL penalty."""
-    if config.credit.type != "self_critical":
-        return None
-    of_group = {episode.group: episode.item for episode in scene.episodes}
-    sampling = config.rollout.sampling.model_copy(update={"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
-    greedily = replace(controls, sampling=sampling)
-    episodes = collect(engine, list(of_group.values()), policy.tokenizer, greedily, step=scene.step)
-    batch = to_batch(episodes, greedily, device=str(policy.device))
-    totals = score(rewards, Scene(batch, episodes, policy.tokenizer, step=scene.step)).total.sum(1)
-    earned = dict(zip(of_group, totals.tolist(), strict=True))
-    return torch.tensor([earned[group] for group in scene.batch.group.tolist()], device=scene.batch.group.device)
-
-
 def draw(run: Run, step: int) -> Draws:
     """The samples of `step`, by the weights of now."""
     rollout, seed = run.config.rollout, run.config.seed
@@ -291,11 +110,6 @@ def draw(run: Run, step: int) -> Draws:
         run.engine, items_of(run, step), run.policy.tokenizer, run.controls,
         samples_per_prompt=rollout.samples_per_prompt, run_seed=seed, step=step,
     )  # fmt: skip
-
-
-def items_of(run: Run, step: int) -> Sequence[Item]:
-    """The items whose prompts `step` samples for."""
-    return batch_of(run.items, step - 1, run.config.rollout.prompts_per_step, run.config.seed)
 
 
 def score_old(run: Run, batch: TokenBatch) -> PolicyOutput:
@@ -356,6 +170,22 @@ def reward(run: Run, scene: Scene) -> TokenRewards:
     return score(parts, scene)
 
 
+def learn_rewards(run: Run, scene: Scene, paid: TokenRewards) -> dict[str, float]:
+    """Let the parts of the reward learn that do, from what was paid for the samples of the step; figures of it."""
+    learners = [part.reward for part in run.rewards if isinstance(part.reward, Learns)]
+    if not learners:
+        return {}
+    outcomes = {}
+    for name, cells in paid.parts.items():
+        weight = paid.weights.get(name, 1.0)
+        sums = cells.sum(1).cpu() / (weight or math.nan)  # one that is not paid now says nothing
+        outcomes[name] = sums.masked_fill(paid.abstained[name].cpu(), math.nan) if name in paid.abstained else sums
+    found: dict[str, float] = {}
+    for learner in learners:
+        found |= learner.learn(scene, outcomes)
+    return found
+
+
 def failure_notes(scene: Scene, rewards: TokenRewards) -> list[str]:
     """A sentence on each part of the reward that failed on some completions of the step."""
     return [
@@ -387,7 +217,7 @@ def update(
     steps, moved, bad = 0, False, ""
     head_only = _head_only(run.config, step)
     entropy_coefficient = _entropy_coefficient(run.config, batch, old)
-    drift = _Drift(config.stop_kl)
+    drift = _Drift(config.stop_kl, adapts=config.schedule == "kl")
     parts = minibatches(
         batch, old, ref, credit, epochs=config.epochs, num_minibatches=config.minibatches,
         tokens_per_micro_batch=config.tokens_per_micro_batch, seed=run.config.seed * 1_000_003 + step,
@@ -432,6 +262,7 @@ def update(
         "skipped/updates": float(run.progress.skipped),
         "staleness": float(run.staleness),
     }
+    metrics |= distance_figures(run)
     metrics |= drift.figures() | _importance_figures(run, batch, streams)
     if run.config.rollout.redraws:
         metrics["groups/redrawn"] = float(run.redrawn)
@@ -440,28 +271,61 @@ def update(
     return Updated(metrics, streams)
 
 
+def settle(run: Run, step: int, moved: float | None = None) -> None:
+    """What follows an update of the weights: their average, a reference that is moved, a learning rate that adapts.
+
+    moved: nats per token that the update had moved the policy before its last optimiser step, where that was measured.
+    """
+    config, kl = run.config.update, run.config.kl
+    if run.average is not None:
+        run.average.update(run.policy.trainable())
+    if run.reference is not None and kl.refresh_every and step % kl.refresh_every == 0:
+        run.reference.follow(kl.refresh_share)
+    if config.schedule == "kl" and config.target_kl is not None and moved is not None:
+        run.progress.rate = rate_by_kl(run.progress.rate, moved, target=config.target_kl, least=config.final_share)
+
+
+def rate_by_kl(rate: float, moved: float, *, target: float, least: float) -> float:
+    """The share of the peak learning rate after an update that moved the policy by `moved` nats per token.
+
+    Divided by 1.5 if that is more than twice the target, multiplied by it if less than half, as Schulman et al. 2017
+    (https://arxiv.org/abs/1707.06347, sec. 4) move a penalty; between `least` and 1.
+
+    >>> [rate_by_kl(0.6, moved, target=0.01, least=0.1) for moved in (0.03, 0.01, 0.004)]
+    [0.39999999999999997, 0.6, 0.8999999999999999]
+    """
+    if moved > 2.0 * target:
+        rate /= 1.5
+    elif moved < target / 2.0:
+        rate *= 1.5
+    return min(max(rate, least), 1.0)
+
+
 class _Drift:
     """How far an update has moved the policy, looked at before each of its optimiser steps (`update.stop_kl`)."""
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: float | None, *, adapts: bool) -> None:
         self._limit, self._nats, self._actions, self._ended = limit, 0.0, 0, False
+        self._looks, self._moved = limit is not None or adapts, 0.0
 
     def add(self, part: Part, new: PolicyOutput) -> None:
         """Look at a part. The tokens are samples of the policy before the update: k3 to the one of now."""
-        if self._limit is not None:
+        if self._looks:
             before, now, mask = part.old.logprobs, new.logprobs.detach(), part.batch.action_mask
             self._nats += kl_per_token(before, now, mask, estimator="k3").sum().item()
             self._actions += part.batch.num_actions
 
     def too_far(self) -> bool:
         """Whether the parts since the last time say that the update should end."""
-        self._ended = self._limit is not None and self._nats / max(self._actions, 1) > self._limit
+        self._moved = self._nats / max(self._actions, 1)
+        self._ended = self._limit is not None and self._moved > self._limit
         self._nats, self._actions = 0.0, 0
         return self._ended
 
     def figures(self) -> dict[str, float]:
         """What is logged of it."""
-        return {} if self._limit is None else {"update/stopped": float(self._ended)}
+        found = {"update/kl": self._moved} if self._looks else {}
+        return found if self._limit is None else found | {"update/stopped": float(self._ended)}
 
 
 def _importance_figures(run: Run, batch: TokenBatch, streams: dict[str, Tensor]) -> dict[str, float]:
@@ -543,6 +407,10 @@ def step_optimizer(run: Run, bad: str, step: int, *, head_only: bool = False) ->
     for name in kept:
         named[name].grad = None  # the optimiser passes over it, and its averages do not move
     parameters = list(named.values())
+    if run.anchor is not None:
+        run.anchor.pull(named)
+    if run.config.update.max_grad_value is not None:
+        torch.nn.utils.clip_grad_value_(parameters, run.config.update.max_grad_value)
     limit = run.config.update.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
     usable = not bad and math.isfinite(norm)
@@ -565,22 +433,27 @@ def step_optimizer(run: Run, bad: str, step: int, *, head_only: bool = False) ->
 
 def set_learning_rate(run: Run, step: int) -> float:
     """Give each group of parameters the learning rate of `step`; returns its share of the peak."""
-    share = learning_rate_factor(run.config, step)
+    share = learning_rate_factor(run.config, step) * run.progress.rate
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
     return share
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:
-    """Share of the peak learning rate in step 1, 2, ...: linear warm-up, then the schedule down to its last share."""
+    """Share of the peak learning rate in step 1, 2, ...: linear warm-up, then a schedule of steps."""
     update, total = config.update, config.stop.steps or 0
     if step <= update.warmup_steps:
         return step / update.warmup_steps
-    if update.schedule == "constant":
+    if update.schedule not in ("linear", "cosine"):
         return 1.0
     done = min(1.0, (step - update.warmup_steps - 1) / max(1, total - update.warmup_steps - 1))
     left = 1.0 - done if update.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return update.final_share + (1.0 - update.final_share) * left
+
+
+def distance_figures(run: Run) -> dict[str, float]:
+    """How far the weights are from where they began, where the run keeps those."""
+    return {} if run.anchor is None else {"distance/initial": run.anchor.distance(run.policy.trainable())}
 
 
 def memory(run: Run) -> dict[str, float]:
@@ -632,8 +505,8 @@ def checkpoint(run: Run, log: RunLog) -> Path:
     state = run.before_step or run.state_dict()
     return CheckpointStore(log.folder / "checkpoints").save(
         now.step,
-        lambda folder: save_state(folder, run.policy, run.optimizer, state),
-        size=state_size(run.policy, run.optimizer),
+        lambda folder: save_state(folder, run.policy, run.optimizer, state, run.tensors()),
+        size=state_size(run.policy, run.optimizer, run.tensors()),
         metric=now.metric if now.evaluated == now.step else None,
         keep=config.keep,
         keep_best=config.keep_best,
@@ -657,7 +530,25 @@ def evaluate(run: Run, log: RunLog) -> Evaluation | None:
         run.progress.best_metric, run.progress.evaluations_since_best = value, 0
     elif step:
         run.progress.evaluations_since_best += 1
+        update = run.config.update
+        if update.schedule == "plateau" and run.progress.evaluations_since_best % update.plateau_patience == 0:
+            run.progress.rate = max(run.progress.rate * update.plateau_factor, update.final_share)
+    if run.average is not None:
+        _evaluate_average(run, run.average, log)
     return result
+
+
+def _evaluate_average(run: Run, average: Average, log: RunLog) -> None:
+    """The same of the averaged weights, as a split of its own name."""
+    assert run.evaluator is not None
+    step, named, split = run.progress.step, run.policy.trainable(), f"{run.config.evaluation.split}-ema"
+    if log.has_evaluation(step, split):
+        return
+    with average.applied(named):
+        run.engine.load_weights(named, version=step)
+        result = run.evaluator(run.engine, run.policy, run.reference, run.rewards)
+    run.engine.load_weights(named, version=step)
+    log.evaluation(step, split, result.summary, result.rows)
 
 
 class Clock:

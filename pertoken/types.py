@@ -247,6 +247,16 @@ class PolicyOutput:
 
 
 @dataclass(frozen=True)
+class StateValues:
+    """What states on the way are worth, as rollouts from them say."""
+
+    values: Float[Tensor, "B T"]
+    """At the first action of each step: mean total reward of the texts that go on from before it; 0 elsewhere."""
+    starts: Bool[Tensor, "B T"]
+    """True at the first action of each step."""
+
+
+@dataclass(frozen=True)
 class Credit:
     """What the update makes of the rewards: each action's advantage, and the critic's targets."""
 

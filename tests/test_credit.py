@@ -48,6 +48,7 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "macro_gae advantages": lambda r, v, m, g: macro(r, v, m)[0],
     "macro_gae returns": lambda r, v, m, g: macro(r, v, m)[1],
     "self_critical": lambda r, v, m, g: credit.self_critical(r, m, r.new_full((len(r),), 0.3)),
+    "monte_carlo": lambda r, v, m, g: credit.monte_carlo(r, v, m, m),
     "optimal_token_baseline": lambda r, v, m, g: credit.optimal_token_baseline(r, v.abs(), m, g, gamma=0.9),
     "group_relative": lambda r, v, m, g: credit.group_relative(r, m, g, scale_by_std=True),
     "group_relative centred": lambda r, v, m, g: credit.group_relative(r, m, g, scale_by_std=False),
@@ -198,6 +199,25 @@ def test_equal_weights_make_it_the_group_mean_at_the_same_action() -> None:
     energies, mask = f64([[1, 0], [1, 0]]), torch.ones(2, 2).bool()
     got = credit.optimal_token_baseline(rewards, energies, mask, group, gamma=1.0, eps=0.0)
     equal(2 * got, credit.leave_one_out_process(rewards, mask, group, gamma=1.0))
+
+
+def test_monte_carlo_by_hand() -> None:
+    # two steps: the actions at 2 and 3, and those at 5 and 6, behind the reply of a tool; the row earns 1.5
+    starts = torch.tensor([[False, False, True, False, False, True, False, False]])
+    values = f64([[9, 9, 0.25, 9, 9, 0.75, 9, 9]])
+    got = credit.monte_carlo(REWARDS, values, starts, MASK)
+    equal(got, [[0, 0, 0.5, 0.5, 0, 0.75, 0.75, 0]])
+    one = torch.tensor([[False, False, True, False, False, False, False, False]])
+    equal(credit.monte_carlo(REWARDS, values, one, MASK), torch.where(MASK, 1.25, f64(0.0)))
+    with pytest.raises(ValueError, match="starts no step"):
+        credit.monte_carlo(REWARDS, values, starts & (torch.arange(8) > 2), MASK)
+
+
+def test_monte_carlo_of_every_token_telescopes_to_total_minus_value_of_the_prompt() -> None:
+    rewards, values, mask, _ = random_rows(3)
+    got = credit.monte_carlo(rewards, values, mask, mask).sum(1)
+    first = torch.where(mask & (mask.cumsum(1) == 1), values, 0.0).sum(1)
+    equal(got, torch.where(mask.any(1), rewards.sum(1) - first, 0.0))
 
 
 def test_self_critical_by_hand() -> None:

@@ -190,7 +190,7 @@ def test_commands_on_pages_exist(page, monkeypatch):
 
 def check_command(words: list[str]) -> None:
     program, *rest = words
-    if program == "pertoken" and rest[0] in ("runs", "reward"):
+    if program == "pertoken" and rest[0] in ("runs", "reward", "credit"):
         check_pertoken(COMMANDS[rest[0]].commands[rest[1]], rest[2:])
     elif program == "pertoken":
         check_pertoken(COMMANDS[rest[0]], rest[1:])

@@ -168,6 +168,43 @@ def test_self_critical_is_exact_whatever_the_greedy_answer_earns() -> None:
     assert distance(w.estimator_gradient(got), w.objective_gradient(1.0, bootstrapped=False)) < EXACT
 
 
+def expected_totals(w: World) -> Tensor:
+    """[S, T] mean total reward over all sequences that begin as this one does before each action."""
+    totals, probability = w.rewards.sum(1), w.probability.detach()
+    number = torch.where(w.action_mask, w.logprobs.detach(), 0.0)  # tells prefixes apart
+    means = torch.zeros_like(w.rewards)
+    for s, t in w.action_mask.nonzero().tolist():
+        same = (number[:, :t] == number[s, :t]).all(1) & w.action_mask[:, t]
+        means[s, t] = (probability[same] * totals[same]).sum() / probability[same].sum()
+    return means
+
+
+@pytest.mark.parametrize("steps", ["every", "two", "behind a token", "first alone"])
+def test_monte_carlo_is_exact_wherever_steps_end_by_what_was_said(steps: str) -> None:
+    w = world()
+    order = w.action_mask.cumsum(1)
+    first = w.action_mask & (order == 1)
+    likely = w.action_mask & (w.logprobs.detach() > -1.5)  # a property of the tokens so far
+    behind = torch.zeros_like(first)
+    behind[:, 3:] = likely[:, [1, *range(3, first.shape[1] - 1)]]
+    starts = {
+        "every": w.action_mask,
+        "two": w.action_mask & (order % 2 == 1),
+        "behind a token": first | (behind & w.action_mask),
+        "first alone": first,
+    }[steps]
+    got = credit.monte_carlo(w.rewards, expected_totals(w), starts, w.action_mask)
+    assert distance(w.estimator_gradient(got), w.objective_gradient(1.0, bootstrapped=False)) < EXACT
+
+
+def test_monte_carlo_is_biased_where_a_step_ends_by_what_comes_later() -> None:
+    w = world()
+    first = w.action_mask & (w.action_mask.cumsum(1) == 1)
+    starts = first | (w.action_mask & (w.logprobs.detach() > -1.5))  # a step begins with such a token
+    got = credit.monte_carlo(w.rewards, expected_totals(w), starts, w.action_mask)
+    assert distance(w.estimator_gradient(got), w.objective_gradient(1.0, bootstrapped=False)) > 1e-3
+
+
 def test_length_adaptive_lambda_is_biased_even_with_the_true_critic() -> None:
     w = world()
     lam = credit.length_adaptive_lambda(w.action_mask, alpha=1.0, dtype=torch.float64)

@@ -67,16 +67,30 @@ MAY: dict[str, set[str]] = {
         *(STAGES | MATHS),
     },
 }
+MAY["weights"] = set()
+MAY["trainer"] |= {"weights"}
 MAY["assignment"] = {"types", "config", "credit"}
-MAY["trainer"] |= {"assignment"}
+MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
+MAY["resampling"] = MAY["state"] | {"state"}
+MAY["trainer"] |= {"assignment", "state", "resampling"}
 MAY["offline"] = MAY["trainer"] | {"trainer"}
 MAY["build"] = MAY["offline"] | {"offline", "text_metrics"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
 MAY["run"] = MAY["build"] | {"build", "doctor"}
+MAY["credit_compare"] = {"errors", "types", "credit", "tracking"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
 MAY["reward_models"] = {"errors", "config", "preferences", "rows", "tasks", "rewards", "text_metrics", "tracking"}
-MAY["cli"] = MAY["run"] | {"presets", "run", "doctor", "profiling", "reward_check", "reward_models", "testing"}
+MAY["cli"] = MAY["run"] | {
+    "presets",
+    "run",
+    "doctor",
+    "profiling",
+    "reward_check",
+    "reward_models",
+    "testing",
+    "credit_compare",
+}
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
 OPTIONAL = {

@@ -13,6 +13,7 @@ from pertoken.batching import to_batch
 from pertoken.config import CreditSection, Gae, GroupRelative, OptimalTokenBaseline, RunConfig, SelfCritical
 from pertoken.credit import gae, macro_gae, optimal_token_baseline
 from pertoken.errors import ConfigError
+from pertoken.resampling import beside
 from pertoken.rewards import Scene, episode_reward, token_reward
 from pertoken.sampling import Controls
 from pertoken.testing import episode
@@ -84,8 +85,8 @@ def one_step(run, step=1):
     old = trainer.score_old(run, batch)
     scene = Scene(batch, episodes, run.policy.tokenizer, old, None, step)
     rewards = trainer.reward(run, scene)
-    greedy = trainer.greedy_rewards(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
-    given = assign(trainer.credit_of(run.config, step), rewards, batch, old, greedy)
+    drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
+    given = assign(trainer.credit_of(run.config, step), rewards, batch, old, drawn.greedy, drawn.states)
     return scene, given, trainer.update(run, batch, old, None, given, step).metrics
 
 

@@ -33,8 +33,11 @@ def chain(tmp_path, model_folder, monkeypatch):
             {
                 "name": "rto",
                 "rewards": [
-                    {"name": "implicit", "model": "runs/chain-0/dpo/model", "reference": "runs/chain-0/sft/model"}
+                    {"name": "implicit", "model": "stage:dpo", "reference": "stage:sft", "clip": [-0.05, 0.05]},
+                    {"name": "length", "min_words": 1},
                 ],
+                "algorithm": "rto",
+                "policy": {"model": "stage:sft"},
             },
         ],
     }
@@ -50,7 +53,9 @@ def test_a_stage_is_the_file_with_what_differs_and_the_model_of_the_one_before(c
     sft, dpo, rto = load_stages(["chain.yaml"], ["seed=3", "stages.0.stop.steps=7"])
     assert [str(stage.run_folder) for stage in (sft, dpo, rto)] == [f"runs/chain-3/{n}" for n in ("sft", "dpo", "rto")]
     assert [stage.method.type for stage in (sft, dpo, rto)] == ["sft", "dpo", "rl"]
-    assert [stage.policy.model for stage in (dpo, rto)] == ["runs/chain-3/sft/model", "runs/chain-3/dpo/model"]
+    assert [stage.policy.model for stage in (dpo, rto)] == ["runs/chain-3/sft/model"] * 2
+    assert rto.rewards[0].parameters == {"model": "runs/chain-3/dpo/model", "reference": "runs/chain-3/sft/model"}
+    assert (rto.credit.type, rto.kl.coefficient) == ("gae", 0.01)
     assert [stage.stop.steps for stage in (sft, dpo, rto)] == [7, 2, 2]
     assert [stage.update.learning_rate for stage in (sft, dpo)] == [1e-3, 5e-4]
     assert dpo.policy.precision == "float32"
@@ -87,6 +92,8 @@ def test_a_chain_goes_on_where_it_was_stopped_and_ends_as_if_it_never_was(chain,
         ([{"method": {"type": "sft"}}], r"stages.0.name: each stage needs a name of its own, got None"),
         ([{"name": "a"}, {"name": "a"}], r"stages.1.name: .* got 'a'"),
         ([{"name": "a"}, {"name": "b", "policy": {"model": "x"}}], "it is what stage 'a' has trained; leave it out"),
+        ([{"name": "sft"}, {"name": "b", "policy": {"model": "stage:sfd"}}], "stages.1.policy.model: .* 'sft'"),
+        ([{"name": "a", "rewards": [{"name": "x", "model": "stage:a"}]}], "stages.0.rewards.0.model: no stage 'a'"),
         ([{"name": "a", "seed": 4}], "are those of the chain"),
         ([{"name": "a", "method": {"type": "dop"}}], r"stages.0 \(a\): method.type: unknown type 'dop'"),
     ],

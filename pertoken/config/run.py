@@ -1,7 +1,7 @@
 """A run as a whole: its sections, what cannot work together, and chains of runs."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,12 @@ class RunConfig(Section):
 
     def _impossible(self) -> Iterable[tuple[bool, str]]:
         rollout, credit, stop = self.rollout, self.credit, self.stop
-        group_credit = credit.type not in ("reward_to_go", "gae", "self_critical")
+        group_credit = credit.type not in ("reward_to_go", "gae", "self_critical", "monte_carlo")
+        beside = credit.type in ("self_critical", "monte_carlo")  # what is drawn beside the samples is scored too
         objective = self.objective
         named = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.rewards]
-        beside = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.guards.beside]
-        both = [part for part in beside if part in named]
+        measured = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.guards.beside]
+        both = [part for part in measured if part in named]
         strangers = [part for part in getattr(credit, "parts", {}) if part not in (*named, "kl", "env")]
         rows = rollout.prompts_per_step * rollout.samples_per_prompt
         needs_evaluation = stop.metric is not None or stop.patience is not None
@@ -148,9 +149,15 @@ class RunConfig(Section):
             "would remember them. Leave one of them out.",
         )
         yield (
-            credit.type == "self_critical" and any(r.constraint or r.normalise != "none" for r in self.rewards),
-            "credit.type self_critical compares a sample with the greedy answer in the same units; a reward with a "
+            beside and any(r.constraint or r.normalise != "none" for r in self.rewards),
+            f"credit.type {credit.type} compares a sample with others (greedy answers, rollouts from prefixes) "
+            "in the same units; a reward with a "
             "constraint or normalise has others for each batch. Leave them out.",
+        )
+        yield (
+            credit.type == "monte_carlo" and self.kl.place == "reward" and self.kl.coefficient > 0,
+            "kl.place reward pays each token of a sample, and rollouts from prefixes (credit.type monte_carlo) do not "
+            "pay it: set kl.place to loss or none.",
         )
         yield (
             credit.type == "gae" and credit.macro_size > 1 and credit.length_adaptive is not None,
@@ -198,8 +205,26 @@ class RunConfig(Section):
             "stop: nothing would end this run; set at least one of " + ", ".join(StopConfig.model_fields) + ".",
         )
         yield (
-            self.update.schedule != "constant" and stop.steps is None,
+            self.update.schedule in ("linear", "cosine") and stop.steps is None,
             f"update.schedule {self.update.schedule} falls towards the last step: set stop.steps.",
+        )
+        yield (
+            self.update.schedule == "plateau" and (self.evaluation.items == 0 or self.evaluation.every is None),
+            "update.schedule plateau goes by evaluations while training: set evaluation.items and evaluation.every.",
+        )
+        yield (
+            self.update.schedule == "kl" and (offline or self.update.epochs * self.update.minibatches < 2),
+            "update.schedule kl measures how far an update has moved the policy before its last optimiser step: "
+            "it needs method rl, and update.epochs or update.minibatches above 1.",
+        )
+        yield (
+            (self.update.schedule == "kl") != (self.update.target_kl is not None),
+            "update.target_kl is what update.schedule kl goes by: set both, or neither.",
+        )
+        yield (
+            self.kl.refresh_every is not None and self.policy.lora is not None,
+            "kl.refresh_every moves the reference, and with policy.lora that is the model without its adapters: leave "
+            "it out, or train all weights.",
         )
         yield (
             needs_evaluation and (self.evaluation.items == 0 or self.evaluation.every is None),
@@ -232,7 +257,8 @@ def load_stages(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
     """The configurations of a chain, one per entry of `stages`; of a file without `stages` that of its one run.
 
     An entry has a `name` and what differs from the rest of the file. Its run folder lies in that of the chain, and its
-    `policy.model` is what the stage before it has trained.
+    `policy.model` is what the stage before it has trained, unless it says otherwise. Anywhere in an entry `stage:NAME`
+    stands for the model that an earlier stage has trained.
     """
     merged = _merged_run(files, overrides)
     if "stages" not in merged:
@@ -247,18 +273,40 @@ def load_stages(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
             raise ConfigError(f"{where}.name: each stage needs a name of its own, got {stage.get('name')!r}")
         if "folder" in stage or "seed" in stage:
             raise ConfigError(f"{where}: `folder` and `seed` are those of the chain; set them at the top of the file")
-        values = merge(merged, _expand(stage)) | {"folder": str(folder / stage["name"])}
-        if found:
-            if "model" in (stage.get("policy") or {}):
-                raise ConfigError(
-                    f"{where}.policy.model: it is what stage {found[-1].name!r} has trained; leave it out"
-                )
-            values["policy"] = {**values["policy"], "model": str(found[-1].run_folder / "model")}
+        given = (stage.get("policy") or {}).get("model")
+        if found and given is not None and not str(given).startswith(STAGE):
+            raise ConfigError(
+                f"{where}.policy.model: it is what stage {found[-1].name!r} has trained; leave it out, or name another "
+                f"stage ({STAGE}{found[0].name})"
+            )
+        models = {config.name: str(config.run_folder / "model") for config in found}
+        values = merge(merged, _expand(_with_models(stage, models, where)))
+        values |= {"folder": str(folder / stage["name"])}
+        if found and given is None:
+            values["policy"] = {**values["policy"], "model": models[found[-1].name]}
         try:
             found.append(validate(values, RunConfig))
         except ConfigError as error:
             raise ConfigError(f"{where} ({stage['name']}): {error}") from None
     return found
+
+
+STAGE = "stage:"
+"""Begins a text in an entry of `stages` that stands for the model of an earlier one."""
+
+
+def _with_models(value: Any, models: Mapping[str, str], where: str) -> Any:
+    """`value` with each `stage:NAME` in it replaced by the model of that stage."""
+    if isinstance(value, dict):
+        return {key: _with_models(inner, models, f"{where}.{key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_models(inner, models, f"{where}.{place}") for place, inner in enumerate(value)]
+    if not isinstance(value, str) or not value.startswith(STAGE):
+        return value
+    name = value.removeprefix(STAGE)
+    if name not in models:
+        raise ConfigError(f"{where}: no stage {name!r} before this one; {closest(name, models)}")
+    return models[name]
 
 
 def _merged_run(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:

@@ -300,6 +300,11 @@ class KLConfig(Section):
     estimator: Literal["ratio_k3", "k2", "k3", "exact"] = "ratio_k3"
     """Only for place: loss. ratio_k3 and k2 give the gradient of KL(policy || reference) from the sampled tokens, k3
     that of KL(reference || policy); exact sums over the vocabulary: no noise, and another pass of the head."""
+    refresh_every: int | None = Field(default=None, ge=1)
+    """Move the reference to the policy after every so many steps; null leaves it where it is. The KL of before is gone
+    from the figures then, and from stop.kl."""
+    refresh_share: float = Field(default=1.0, gt=0, le=1)
+    """How far: 1 makes it the policy of now, TR-DPO takes 0.6."""
     measure: bool = True
     """Score the reference even if no penalty needs it, to log the KL."""
 
@@ -393,6 +398,22 @@ class SelfCritical(CreditSection):
     type: Literal["self_critical"] = "self_critical"
 
 
+class MonteCarlo(CreditSection):
+    """What each step of a text adds to the reward that is to be expected, by rollouts from before it (VinePPO)."""
+
+    type: Literal["monte_carlo"] = "monte_carlo"
+    rollouts: int = Field(default=4, ge=1)
+    """Samples from each state; VinePPO takes 9."""
+    after: str = Field(default="\n", min_length=1)
+    """A step of the text ends with the token that completes this."""
+    every: int | None = Field(default=None, ge=1)
+    """A step is so many tokens, whatever the text; null goes by `after`."""
+    max_states: int = Field(default=20, ge=1)
+    """States of a completion that rollouts begin in; what comes behind the last of them is one step."""
+    normalize: Normalize = "whiten"
+    """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
+
+
 class PartCredit(Section):
     """How one part of the reward becomes advantages."""
 
@@ -427,6 +448,7 @@ CreditConfig = Annotated[
     | LeaveOneOutProcess
     | OptimalTokenBaseline
     | SelfCritical
+    | MonteCarlo
     | PerPart,
     Field(discriminator="type"),
 ]
@@ -482,18 +504,35 @@ class UpdateConfig(Section):
 
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of AdamW."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: stay, or fall to final_share of the peak at stop.steps."""
+    schedule: Literal["constant", "linear", "cosine", "kl", "plateau"] = "constant"
+    """After warm-up: stay; fall to final_share of the peak at stop.steps (linear, cosine); follow how far an update
+    moves the policy (kl, by target_kl); or fall when held-out evaluation.metric gets no better (plateau)."""
+    target_kl: float | None = Field(default=None, gt=0)
+    """For schedule kl: nats per token that an update should move the policy. After one of more than twice as many the
+    rate is divided by 1.5, after one of less than half multiplied, between final_share of the peak and the peak."""
+    plateau_patience: int = Field(default=2, ge=1)
+    """For schedule plateau: evaluations without a new best after which the rate falls."""
+    plateau_factor: float = Field(default=0.5, gt=0, lt=1)
+    """For schedule plateau: what the rate is multiplied by then, down to final_share of the peak."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps in which the learning rate rises linearly to its peak."""
     final_share: float = Field(default=0.1, ge=0, le=1)
-    """Share of the peak learning rate left at the last step (linear, cosine)."""
+    """Share of the peak learning rate left at the last step (linear, cosine), or least share of it (kl, plateau)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay on matrices."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's averaging factors."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the global gradient norm; null is off."""
+    max_grad_value: float | None = Field(default=None, gt=0)
+    """Clip each number of the gradient to +-this, before its norm; null is off."""
+    l2_to_initial: float = Field(default=0.0, ge=0)
+    """Add this times half the squared distance to the weights before training to the loss; keeps a copy of them."""
+    l1_to_initial: float = Field(default=0.0, ge=0)
+    """The same with absolute differences."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep a running average of the weights, taking 1 - this of the new ones after each step; it is evaluated (as split
+    `<split>-ema`) and saved (`model-ema`) beside the policy. null keeps none."""
     epochs: int = Field(default=1, ge=1)
     """Passes over each step's samples."""
     minibatches: int = Field(default=1, ge=1)

@@ -15,8 +15,18 @@ from pertoken.errors import RewardError
 from pertoken.observe import StepReport
 from pertoken.rewards import Scene
 from pertoken.rollout.collect import to_episode
-from pertoken.trainer import Run
-from pertoken.types import Completion, Credit, Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
+from pertoken.state import Run
+from pertoken.types import (
+    Completion,
+    Credit,
+    Episode,
+    Item,
+    PolicyOutput,
+    StateValues,
+    StopReason,
+    TokenBatch,
+    TokenRewards,
+)
 
 LOGPROB_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.3}
 """Largest difference of one token's log-prob between two ways to compute it (nats), by the type of matrix products: the
@@ -186,5 +196,7 @@ def changed(config: RunConfig, path: str, value: Any) -> RunConfig:
 
 
 def credited(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: PolicyOutput) -> Credit:
-    """`assign`; where credit compares with the greedy answer, that one earns nothing."""
-    return assign(config, rewards, batch, old, torch.zeros(len(batch.group)))
+    """`assign`; where credit compares with the greedy answer or rollouts from the prompt, those earn nothing."""
+    begins = batch.action_mask & (batch.action_mask.cumsum(1) == 1)
+    states = StateValues(torch.zeros_like(begins, dtype=torch.float64), begins)
+    return assign(config, rewards, batch, old, torch.zeros(len(batch.group)), states)

@@ -27,7 +27,7 @@ from pertoken.doctor.base import (
 )
 from pertoken.objectives import FixedKL
 from pertoken.rewards import Scene, ScoredSpan, Weighted, episode_reward, score, span_reward, token_reward
-from pertoken.trainer import Run
+from pertoken.state import Run
 from pertoken.types import Credit, PolicyOutput, TokenBatch, TokenRewards
 
 SUM_TOLERANCE = 1e-4

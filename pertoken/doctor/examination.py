@@ -16,9 +16,9 @@ from pertoken.doctor.base import Check, Probe, Verdict, changed
 from pertoken.errors import ConfigError, closest
 from pertoken.observe import StepReport
 from pertoken.policy.model import Policy
+from pertoken.state import Run
 from pertoken.tracking.certificate import Certificate, Line
 from pertoken.tracking.runlog import now, versions
-from pertoken.trainer import Run
 
 CHECKS: tuple[Check, ...] = (
     inputs.data, inputs.rewards,

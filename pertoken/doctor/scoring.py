@@ -27,6 +27,7 @@ from pertoken.prompts import prompt_ids
 from pertoken.rollout.by_generate import own_settings_aside
 from pertoken.rollout.collect import collect
 from pertoken.sampling import Controls, Sampling
+from pertoken.state import items_of
 from pertoken.types import Credit, TokenBatch
 
 EACH_CONTROL: dict[str, dict[str, Any]] = {
@@ -178,7 +179,7 @@ def seeds(probe: Probe) -> Verdict:
     first = [episode.tokens for episode in probe.scene.episodes]
     again = [episode.tokens for episode in trainer.generate(run, 1)]
     others = collect(
-        run.engine, trainer.items_of(run, 1), run.policy.tokenizer, run.controls,
+        run.engine, items_of(run, 1), run.policy.tokenizer, run.controls,
         samples_per_prompt=probe.config.rollout.samples_per_prompt, run_seed=seed + 1, step=1,
     )  # fmt: skip
     differing = sum(a != b for a, b in zip(first, again, strict=True))
@@ -203,7 +204,7 @@ def _widened(batch: TokenBatch, token: int, columns: int = 5) -> TokenBatch:
 
 
 def _items(probe: Probe, count: int) -> Sequence[Any]:
-    return trainer.items_of(probe.run, 1)[:count]
+    return items_of(probe.run, 1)[:count]
 
 
 def _old(probe: Probe) -> Any:

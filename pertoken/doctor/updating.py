@@ -19,9 +19,9 @@ from pertoken.guards import Guards
 from pertoken.policy.checkpoint import load_state
 from pertoken.policy.model import Policy
 from pertoken.rewards import Scene, Weighted
+from pertoken.state import Progress, Run
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.runlog import RunLog
-from pertoken.trainer import Progress, Run
 from pertoken.types import Credit
 
 WHOLE = 10**9
@@ -117,7 +117,7 @@ def resume(probe: Probe) -> Verdict:
         saved, problems = CheckpointStore(folder / "saved" / "checkpoints").newest()
         if saved is None:
             return Verdict("fail", words="; ".join(problems) or "the checkpoint is not there")
-        again.load_state_dict(load_state(saved.path, again.policy, again.optimizer))
+        again.load_state_dict(load_state(saved.path, again.policy, again.optimizer, again.tensors()))
         again.engine.load_weights(again.policy.trainable(), version=again.progress.step)
         repeated = _go_on(again, folder / "again", 2)
     different = [name for name, digest in _digests(again).items() if digests.get(name) != digest]
@@ -244,6 +244,8 @@ def _forgotten(run: Run) -> Run:
         for parameter in run.policy.trainable().values():
             parameter.zero_()
             parameter.grad = None
+        for cell in run.tensors().values():
+            cell.zero_()
     run.optimizer.state.clear()
     torch.manual_seed(run.config.seed + 1)
     return replace(

@@ -1,6 +1,7 @@
 """The state of a run as files: weights and optimiser as safetensors, counters as JSON; no pickle anywhere.
 
-    state.safetensors   weight/<name>, optimizer/<name>/<field>, random/torch, random/cuda/<device>
+    state.safetensors   weight/<name>, optimizer/<name>/<field>, random/torch, random/cuda/<device>, and what else a
+                        run keeps: average/<name>, reference/<name>, reward/<part>/<name>
     state.json          counters and controllers of the trainer, random states of Python and NumPy
 
 When such a folder is written, kept and trusted is the business of `tracking/checkpoints.py`. Weights that are not
@@ -22,23 +23,34 @@ from pertoken.errors import RunFolderError
 from pertoken.policy.model import Policy
 
 
-def save_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Write weights, optimiser and random states of now into `folder`, and `state` with them."""
+def save_state(
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    also: Mapping[str, torch.Tensor] = {},
+) -> None:
+    """Write weights, optimiser and random states of now into `folder`, and with them `state` and the tensors `also`."""
     try:
-        save_file(_tensors(policy, optimizer), folder / "state.safetensors")
+        save_file(_tensors(policy, optimizer, also), folder / "state.safetensors")
     except SafetensorError as error:  # a full disk, for one; it inherits nothing that says so
         raise OSError(f"state.safetensors: {error}") from error
     content = {**state, "random": {"python": random.getstate(), "numpy": _numpy_state()}}
     (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def state_size(policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+def state_size(policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor] = {}) -> int:
     """About how many bytes `save_state` writes."""
-    return sum(tensor.nbytes for tensor in _tensors(policy, optimizer).values()) + (1 << 16)
+    return sum(tensor.nbytes for tensor in _tensors(policy, optimizer, also).values()) + (1 << 16)
 
 
-def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put weights, optimiser and random states back in place; returns the rest of the state."""
+def load_state(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor] = {}
+) -> dict[str, Any]:
+    """Put weights, optimiser, random states and the tensors `also` back in place; returns the rest of the state.
+
+    Its entry `anew` lists those of `also` that the checkpoint has not, or of another shape: they are left as they were.
+    """
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         with safe_open(folder / "state.safetensors", framework="pt", device=str(policy.device)) as file:
@@ -57,12 +69,18 @@ def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
         fields = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
         if fields:
             optimizer.state[parameter] = {key: value.clone() for key, value in fields.items()}
+    state["anew"] = [name for name, cell in also.items() if name not in stored or stored[name].shape != cell.shape]
+    with torch.no_grad():
+        for name in also.keys() - set(state["anew"]):
+            also[name].copy_(stored[name])
     _set_random_states(torch_states, python, numpy)
     return state
 
 
-def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {"random/torch": torch.get_rng_state()}
+def _tensors(
+    policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    tensors = {"random/torch": torch.get_rng_state()} | {name: cell.contiguous() for name, cell in also.items()}
     if torch.cuda.is_available():
         tensors |= {f"random/cuda/{k}": state for k, state in enumerate(torch.cuda.get_rng_state_all())}
     for name, parameter in policy.trainable().items():

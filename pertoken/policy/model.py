@@ -190,6 +190,18 @@ class Reference:
         with self._frozen():
             return _score_in_parts(trunk, batch, policy.tokens_per_pass, hidden=hidden)
 
+    @torch.no_grad()
+    def follow(self, share: float) -> None:
+        """Move this reference by `share` of the way to the policy of now (TR-DPO: Gorbatovski et al. 2024,
+        https://arxiv.org/abs/2404.09656); 1 makes it the policy of now. Adapters have no copy to move."""
+        now = dict(self._policy.hf_model.named_parameters())
+        for name, cell in self.tensors().items():
+            cell.lerp_(now[name].detach().to(cell.dtype), share)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The frozen weights by name; none where they are those under the adapters."""
+        return {} if self._copy is None else {name: p.detach() for name, p in self._copy.named_parameters()}
+
     def against(self, scored: PolicyOutput, *, forward: bool = False) -> Against:
         """What `Policy.score` compares a policy with, of a pass of this reference that has kept its hidden states.
 

@@ -4,6 +4,7 @@ from pertoken.rewards.align import AlignedText, tokens_of
 from pertoken.rewards.base import (
     NO_OPINION,
     Finding,
+    Learns,
     Measured,
     NoOpinion,
     Opinions,
@@ -39,6 +40,7 @@ from pertoken.rewards.knowledge import Documents, Facts
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.names import make, resolve
 from pertoken.rewards.perplexity import Perplexity
+from pertoken.rewards.prime import Prime
 from pertoken.rewards.readability import Readability
 from pertoken.rewards.rules import Length, Overlong, Repetition
 from pertoken.rewards.semantics import Entailment, Similarity
@@ -68,6 +70,7 @@ __all__ = [
     "Judge",
     "KLToReference",
     "LanguageTool",
+    "Learns",
     "Length",
     "LinkGrammar",
     "Measured",
@@ -78,6 +81,7 @@ __all__ = [
     "Opinions",
     "Overlong",
     "Perplexity",
+    "Prime",
     "Readability",
     "Repetition",
     "Reward",

@@ -155,6 +155,22 @@ class Stateful(Protocol):
 
 
 @runtime_checkable
+class Learns(Protocol):
+    """A reward that is trained beside the policy, on the samples that it has just paid."""
+
+    outcome: str
+    """Name of the part of the reward that it learns from."""
+
+    def learn(self, scene: Scene, outcomes: Mapping[str, Float[Tensor, " B"]]) -> dict[str, float]:
+        """Learn from what each part paid each row (without its weight; NaN where it abstained); figures to log."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that learning changes, by name; a checkpoint holds it and fills it in again."""
+        ...
+
+
+@runtime_checkable
 class Measured(Protocol):
     """A reward that has figures of its own to log: money spent, answers known already."""
 

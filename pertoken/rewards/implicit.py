@@ -73,7 +73,6 @@ class _Pair:
     """A trained model, the model that it was trained from, and their tokenizer."""
 
     def __init__(self, model: str, reference: str) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._models = [causal_model(model, "implicit.model"), causal_model(reference, "implicit.reference")]
         self._tokenizer, other = (tokenizer_of(name) for name in (model, reference))
         if self._tokenizer.get_vocab() != other.get_vocab():
@@ -95,7 +94,7 @@ class _Pair:
                 f"implicit, episode {episode.id!r}, item {episode.item.id!r}: {len(ids)} tokens, and the context of "
                 f"the models is {context}; shorten prompts (rollout.max_prompt_tokens) or completions"
             )
-        row = torch.tensor([list(ids)], device=self._device)
+        row = torch.tensor([list(ids)], device=self._models[0].device)
         trained, reference = (
             model(input_ids=row).logits[0, start - 1 : -1].double().log_softmax(1) for model in self._models
         )

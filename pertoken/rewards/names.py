@@ -45,6 +45,7 @@ BUILT_IN = {
     "judge": "pertoken.rewards.judge:Judge",
     "ensemble": "pertoken.rewards.ensemble:Ensemble",
     "implicit": "pertoken.rewards.implicit:Implicit",
+    "prime": "pertoken.rewards.prime:Prime",
     "shaping": "pertoken.rewards.shaping:Shaping",
     "kl": "pertoken.rewards.kl:KLToReference",
 }

@@ -50,6 +50,7 @@ class TransformersEngine:
         controls: Controls,
         *,
         seeds: Sequence[int],
+        taken: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> list[Completion]:
         """See `RolloutEngine.generate`."""
@@ -57,7 +58,7 @@ class TransformersEngine:
             return []
         rows = Rows(
             prompts, controls, seeds, device=self._model.device, context=self._context, tokenizer=self._tokenizer,
-            on_token=on_token,
+            taken=taken, on_token=on_token,
         )  # fmt: skip
         by_length = sorted(rows.rows, key=lambda row: len(prompts[row.index]))
         for _, same in groupby(by_length, key=lambda row: len(prompts[row.index])):

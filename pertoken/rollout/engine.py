@@ -30,9 +30,17 @@ class RolloutEngine(Protocol):
     version: int
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], controls: Controls, *, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        controls: Controls,
+        *,
+        seeds: Sequence[int],
+        taken: Sequence[int] | None = None,
     ) -> list[Completion]:
         """One completion per entry of `prompts` (repeat a prompt for several samples), in that order.
+
+        `taken`: how many tokens at the end of each prompt are the beginning of its completion already (none unless
+        given); lengths and stop strings count them, and they are not in what is returned.
 
         Same weights, prompt, controls and seed: same tokens, whatever else is in the batch (up to the
         floating-point noise of different batch shapes).
@@ -102,6 +110,7 @@ class NativeEngine:
         controls: Controls,
         *,
         seeds: Sequence[int],
+        taken: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> list[Completion]:
         """See `RolloutEngine.generate`. `on_token` hears of each token at once."""
@@ -109,7 +118,7 @@ class NativeEngine:
             return []
         rows = Rows(
             prompts, controls, seeds, device=self._hf.device, context=self._context, tokenizer=self._tokenizer,
-            on_token=on_token,
+            taken=taken, on_token=on_token,
         )  # fmt: skip
         slots = min(self._max_rows, len(prompts))
         room = min(rows.budget, self._context - min(map(len, prompts)))

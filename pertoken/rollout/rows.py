@@ -47,6 +47,13 @@ class Row:
     support: list[np.ndarray[Any, np.dtype[np.uint8]]] = field(default_factory=list)
     stop: StopReason | None = None
     """Why it ended; None while it goes on."""
+    taken: int = 0
+    """How many tokens at the end of its prompt are the beginning of the completion."""
+
+    @property
+    def count(self) -> int:
+        """Tokens of the completion so far."""
+        return self.taken + len(self.tokens)
 
     def completion(self) -> Completion:
         assert self.stop is not None
@@ -66,9 +73,11 @@ class Rows:
         device: torch.device,
         context: int,
         tokenizer: Any,
+        taken: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> None:
         """context: most tokens that a row may have, prompt included. tokenizer: makes text of ids, for stop strings.
+        taken: see `RolloutEngine.generate`.
 
         Raises ModelError for a prompt that is empty or fills the context.
         """
@@ -81,7 +90,7 @@ class Rows:
                     "Shorten the prompt template or leave long items out (rollout.max_prompt_tokens)."
                 )
         self.prompts = [tuple(prompt) for prompt in prompts]
-        self.rows = [Row(index) for index in range(len(prompts))]
+        self.rows = [Row(index, taken=count) for index, count in enumerate(taken or [0] * len(prompts))]
         self.controls, self.budget = controls, controls.sampling.max_new_tokens
         self._device, self._context, self._tokenizer = device, context, tokenizer
         self._tell = on_token
@@ -112,7 +121,7 @@ class Rows:
         uniforms = torch.stack([self._uniforms[row.index, len(row.tokens)] for row in rows]).to(device)
         if self.controls.only_temperature:
             return *draw_plain(logits, sampling.temperature, uniforms), None
-        taken = torch.tensor([len(row.tokens) for row in rows], device=device)
+        taken = torch.tensor([row.count for row in rows], device=device)
         z = processed_logits(logits, self.controls, taken, self._history(rows))
         keep = None if sampling.greedy else keep_set(z, sampling)
         logprobs = (z if keep is None else z.masked_fill(~keep, -torch.inf)).log_softmax(1)
@@ -129,16 +138,18 @@ class Rows:
 
     def _end(self, row: Row, by_eos: bool) -> StopReason | None:
         """Why the last token of `row` ends it, if it does."""
-        sampling, count = self.controls.sampling, len(row.tokens)
+        sampling, count = self.controls.sampling, row.count
         if by_eos:
             return "eos"
-        if sampling.stop and count >= sampling.min_new_tokens and self._says_stop(row.tokens):
+        if sampling.stop and count >= sampling.min_new_tokens and self._says_stop(row):
             return "stop_string"
-        if len(self.prompts[row.index]) + count >= self._context:
+        if len(self.prompts[row.index]) + len(row.tokens) >= self._context:
             return "context"
         return "length" if count >= self.budget else None
 
-    def _says_stop(self, tokens: list[int]) -> bool:
+    def _says_stop(self, row: Row) -> bool:
+        prompt = self.prompts[row.index]
+        tokens = [*prompt[len(prompt) - row.taken :], *row.tokens]
         # A token adds at least one character, save for pieces of a multi-byte one: 4 per character is enough.
         longest = max(map(len, self.controls.sampling.stop))
         tail = self._tokenizer.decode(

@@ -53,6 +53,14 @@ METRICS: dict[str, Term] = {
     "errors/<part>": Term(
         "Completions that the part failed on, within its `max_failed_share`; absent if there is none.", "count"
     ),
+    "prime/loss": Term(
+        "Of a process reward that learns (`prime`): how badly it told right answers from wrong, before its update.",
+        "mean over e of −log σ(±β Σ q)",
+        better="lower",
+    ),
+    "prime/accuracy": Term(
+        "Answers that it told right; one that it does not know counts half.", "share of e, 0 to 1", better="higher"
+    ),
     "kl/reference": Term("How far the policy is from the reference model.", "mean over a, nats per token"),
     "kl/sequence": Term("The same distance for whole completions.", "mean over e of Σ KL, nats"),
     "kl/coefficient": Term("Weight of the KL penalty in this step.", "per nat"),
@@ -68,6 +76,13 @@ METRICS: dict[str, Term] = {
     ),
     "importance/clipped_share": Term(
         "Tokens whose importance weight was cut at its limit, or left out.", "share of a, 0 to 1"
+    ),
+    "update/kl": Term(
+        "How far the update had moved the policy before its last optimiser step (`stop_kl`, `target_kl`).",
+        "mean over a of k3, nats per token",
+    ),
+    "distance/initial": Term(
+        "How far the weights are from those before training (`update.l2_to_initial`).", "√ Σ (w − w₀)²"
     ),
     "update/stopped": Term("The update of this step ended early (`update.stop_kl`).", "1 if it did, else 0"),
     "groups/redrawn": Term(
@@ -112,6 +127,9 @@ METRICS: dict[str, Term] = {
     "grad/clipped_share": Term("Optimiser steps whose gradient was clipped.", "share of the step's updates, 0 to 1"),
     "learning_rate": Term("The optimiser's step size, after warm-up and schedule.", "per optimiser step"),
     "tokens/generated": Term("Tokens sampled in this step.", "count"),
+    "tokens/beside": Term(
+        "Tokens sampled beside those that the step learns from: greedy answers, rollouts from prefixes.", "count"
+    ),
     "tokens/learnt": Term("Tokens of the answers in the data that this step learnt from.", "count"),
     "tokens/per_second": Term(
         "Tokens of completions, sampled or given, over the time of the whole step.", "tokens / s", better="higher"

@@ -1,0 +1,177 @@
+"""One training run: its parts, its progress, and what of them a checkpoint holds.
+
+All state that a step depends on hangs on one `Run`; what is done with it is in `trainer.py` and `offline.py`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pertoken.config import RunConfig
+from pertoken.evaluation import Evaluator
+from pertoken.examples import Examples
+from pertoken.guards import Guards
+from pertoken.objectives import AdaptiveKL, FixedKL
+from pertoken.policy.model import Policy, Reference
+from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
+from pertoken.rollout.collect import Draws, stem_from
+from pertoken.rollout.engine import RolloutEngine
+from pertoken.sampling import Controls
+from pertoken.tasks.base import batch_of
+from pertoken.types import Item
+from pertoken.weights import Anchor, Average
+
+
+@dataclass
+class Progress:
+    """The counters of a run: what stop conditions look at and what a checkpoint holds."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    last_kl: float = 0.0
+    """Mean KL per sequence to the reference in the last step (nats)."""
+    best_metric: float = -math.inf
+    evaluations_since_best: int = 0
+    evaluated: int | None = None
+    """Step of the last evaluation, and what its main metric was."""
+    metric: float | None = None
+    rate: float = 1.0
+    """What the learning rate is multiplied by beside its schedule of steps (`update.schedule` kl, plateau)."""
+    alarm: str | None = None
+    """The first alarm that sounded, and in which step."""
+
+
+@dataclass
+class Run:
+    """One training run: its parts, and its progress."""
+
+    config: RunConfig
+    policy: Policy
+    reference: Reference | None
+    engine: RolloutEngine
+    controls: Controls
+    items: Sequence[Item]
+    rewards: list[Weighted]
+    kl: FixedKL | AdaptiveKL
+    optimizer: torch.optim.Optimizer
+    evaluator: Evaluator | None
+    memory_estimate: float
+    """What the run was expected to take at its height, before it began (GB)."""
+    guards: Guards
+    """What looks for signs that the reward is gamed."""
+    beside: list[Weighted] = field(default_factory=list)
+    """Rewards that are measured on the samples of each step and paid for never."""
+    task_name: str = ""
+    examples: Examples | None = None
+    """How items become rows, where the run learns from answers in the data."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided or left out while setting up, in sentences for a person."""
+    progress: Progress = field(default_factory=Progress)
+    ahead: Draws | None = None
+    """What was sampled for the next step, while the rewards of this one were computed (`rollout.ahead`)."""
+    staleness: int = 0
+    """Policy versions between the weights that sampled the tokens of this step and those that it starts from."""
+    redrawn: int = 0
+    """Groups of this step that stand in for others, whose samples all earned the same (`rollout.redraws`)."""
+    average: Average | None = None
+    """The running average of the weights (`update.ema_decay`)."""
+    anchor: Anchor | None = None
+    """Where the weights began, if something pulls them back there (`update.l2_to_initial`)."""
+    before_step: dict[str, Any] | None = None
+    """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
+
+    def stop_reason(self) -> str | None:
+        """Why the run ends now, in words; None while it goes on."""
+        stop, now, metric = self.config.stop, self.progress, self.config.evaluation.metric
+        learnt = "generated" if self.config.offline is None else "learnt from"
+        conditions = [
+            (stop.steps, now.step, f"made all {stop.steps} steps"),
+            (stop.tokens, now.tokens, f"{learnt} {now.tokens} tokens (stop.tokens {stop.tokens})"),
+            (stop.seconds, now.seconds, f"trained for {now.seconds:.0f} s (stop.seconds {stop.seconds})"),
+            (stop.metric, now.best_metric, f"{metric} reached {now.best_metric:.4f} (stop.metric {stop.metric})"),
+            (stop.patience, now.evaluations_since_best, f"no better {metric} in {stop.patience} evaluations"),
+            (stop.kl, now.last_kl, f"KL per sequence {now.last_kl:.2f} nats is over the budget (stop.kl {stop.kl})"),
+        ]
+        alarm = f"alarm {now.alarm} (guards.stop)" if self.config.guards.stop and now.alarm else None
+        reached_first = (words for limit, reached, words in conditions if limit is not None and reached >= limit)
+        return next(reached_first, alarm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside weights, optimiser and random states that the next step depends on, as JSON."""
+        everyone = (*self.rewards, *self.beside)
+        rewards = {part.name: part.state() for part in everyone if isinstance(part.reward, Stateful)}
+        normalisers = {part.name: part.normaliser.get_state() for part in self.rewards if part.normaliser}
+        found = {part.name: part.weight.get_state() for part in self.rewards if isinstance(part.weight, Multiplier)}
+        ahead = None if self.ahead is None else self.ahead.state()
+        return {
+            "progress": vars(self.progress).copy(),
+            "kl": self.kl.state_dict(),
+            "rewards": rewards,
+            "normalisers": normalisers,
+            "multipliers": found,
+            "guards": self.guards.state_dict(),
+            "ahead": ahead,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What else of this run is trained or moves, by name: a checkpoint holds it beside weights and optimiser."""
+        found: dict[str, Tensor] = {}
+        if self.average is not None:
+            found |= {f"average/{name}": cell for name, cell in self.average.cells.items()}
+        if self.reference is not None and self.config.kl.refresh_every is not None:
+            found |= {f"reference/{name}": cell for name, cell in self.reference.tensors().items()}
+        for part in self.rewards:
+            if isinstance(part.reward, Learns):
+                found |= {f"reward/{part.name}/{name}": cell for name, cell in part.reward.tensors().items()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
+        self.progress = Progress(**state["progress"])
+        if state["kl"].keys() == self.kl.state_dict().keys():
+            self.kl.load_state_dict(state["kl"])
+        else:
+            self.notes.append("kl: the checkpoint is from a run with another controller; its coefficient starts anew")
+        for part in (*self.rewards, *self.beside):
+            self.notes += _go_on(part, state)
+        anew = sorted({name.partition("/")[0] for name in state.get("anew", [])})
+        if self.average is not None and "average" in anew:
+            self.average = Average(self.policy.trainable(), self.average.decay)
+        self.notes += [f"the checkpoint has no {kind} of this run: it starts anew" for kind in anew]
+        if "guards" in state:
+            self.guards.load_state_dict(state["guards"])
+        if state.get("ahead") is not None:
+            ahead, items = Draws.of_state(state["ahead"]), items_of(self, self.progress.step + 1)
+            if stem_from(ahead, items, self.policy.tokenizer, self.controls, self.config.rollout.samples_per_prompt):
+                self.ahead = ahead
+            else:
+                self.notes.append("rollout: prompts or sampling are others now; what was drawn ahead is drawn anew")
+
+
+def _go_on(part: Weighted, state: Mapping[str, Any]) -> list[str]:
+    """Let a part of the reward remember what the checkpoint says of it; a note for what it does not say."""
+    notes = []
+    if isinstance(part.reward, Stateful) and part.name in state["rewards"]:
+        part.reward.set_state(state["rewards"][part.name])
+    elif isinstance(part.reward, Stateful):
+        notes.append(f"rewards: the checkpoint has no state of {part.name!r}; it starts anew")
+    if part.normaliser and part.name in state.get("normalisers", {}):
+        part.normaliser.set_state(state["normalisers"][part.name])
+    elif part.normaliser and part.normaliser.over == "running":
+        notes.append(f"rewards: the checkpoint has no statistics of {part.name!r}; they start anew")
+    if isinstance(part.weight, Multiplier) and part.name in state.get("multipliers", {}):
+        part.weight.set_state(state["multipliers"][part.name])
+    elif isinstance(part.weight, Multiplier):
+        notes.append(f"rewards: the checkpoint has no weight of {part.name!r}; its search starts anew")
+    return notes
+
+
+def items_of(run: Run, step: int) -> Sequence[Item]:
+    """The items whose prompts `step` samples for."""
+    return batch_of(run.items, step - 1, run.config.rollout.prompts_per_step, run.config.seed)
