@@ -554,3 +554,88 @@ def test_trap_34_sequence_token_keeps_the_place_of_credit_and_sequence_does_not(
         slopes[level] = torch.autograd.grad(loss.sum(), x)[0]
     equal(slopes["sequence"], [[-0.5, -0.5]])
     equal(slopes["sequence_token"], [[-1.0, 0.0]])
+
+
+# --- edges and defaults ---------------------------------------------------------------------------------------
+
+
+def test_a_row_of_one_action_has_its_own_ratio_at_every_level() -> None:
+    x, old, mask = f64([[9, -1.0]]), f64([[7, -1.5]]), torch.tensor([[False, True]])
+    levels: tuple[Any, ...] = ("token", "sequence", "sequence_token")
+    for level in levels:
+        equal(objectives.ratio(x, old, mask, level=level)[0, 1], torch.tensor(0.5).double().exp())
+    settings: Any = {"level": "geometric", "outside": "mask"}
+    equal(objectives.importance_weights(x, old, mask, high=1.6, **settings), [[0, 0]])  # exp(0.5) = 1.65
+    equal(objectives.importance_weights(x, old, mask, high=1.7, **settings), f64([[0, 0.5]]).exp() * mask)
+
+
+def test_weights_on_the_bounds_are_kept() -> None:
+    one = f64([[0.0]])
+    equal(objectives.importance_weights(one, one, one_action, high=1.0, low=1.0, outside="mask"), [[1.0]])
+
+
+def test_ratios_beyond_20_nats_are_held_there_on_both_sides() -> None:
+    bound = f64([[20.0]]).exp()
+    equal(objectives.ratio(f64([[25.0]]), f64([[0.0]]), one_action) / bound, [[1.0]])
+    equal(objectives.ratio(f64([[-25.0]]), f64([[0.0]]), one_action) * bound, [[1.0]])
+
+
+def test_defaults_are_those_that_the_docstrings_state() -> None:
+    c = Case(22)
+    weights = objectives.importance_weights(c.old.logprobs, c.batch.sample_logprobs, c.mask, high=1.2)
+    settings: Any = {"high": 1.2, "low": 0.0, "level": "token", "outside": "truncate"}
+    equal(weights, objectives.importance_weights(c.old.logprobs, c.batch.sample_logprobs, c.mask, **settings))
+    arguments = c.x, c.old.logprobs, c.ref.logprobs, c.mask
+    equal(objectives.kl_loss(*arguments), objectives.kl_loss(*arguments, estimator="ratio_k3").detach())
+    plain = objectives.clipped_surrogate(
+        objectives.ratio(c.x, c.old.logprobs, c.mask), c.credit.advantages, c.mask, clip_low=0.2, clip_high=0.2
+    )
+    equal(c.policy().per_token, plain.detach())
+
+
+def test_policy_loss_hands_its_choices_on() -> None:
+    c = Case(23, off_policy=1.0)
+    w = objectives.ratio(c.x, c.old.logprobs, c.mask)
+    advantages, sample = c.credit.advantages, c.batch.sample_logprobs
+    bounded = objectives.clipped_surrogate(w, advantages, c.mask, clip_low=0.2, clip_high=0.2, dual_clip=1.1)
+    equal(c.policy(dual_clip=1.1).per_token, bounded.detach())
+    levels: tuple[Any, ...] = ("token", "sequence", "geometric")
+    for level in levels:
+        expected = objectives.importance_weights(
+            c.old.logprobs, sample, c.mask, high=1.5, low=0.7, level=level, outside="mask"
+        )
+        got = c.policy(importance_cap=1.5, importance_floor=0.7, importance_level=level, importance_outside="mask").aux[
+            "importance_weight"
+        ]
+        equal(got, expected)
+        assert 0 < (expected != 0).sum() < c.mask.sum()
+
+
+def test_a_weight_on_its_bound_does_not_count_as_clipped() -> None:
+    c = Case(24, off_policy=0.0)
+    aux = c.policy(surrogate="cispo", clip_low=0.0, clip_high=0.0).aux
+    equal(aux["clipped"], torch.zeros_like(c.x))
+
+
+def test_critic_loss_hands_its_clip_on() -> None:
+    c = Case(25)
+    assert c.old.values is not None
+    assert c.credit.returns is not None
+    expected = objectives.value_loss(c.values, c.old.values, c.credit.returns, c.mask, clip=0.1)
+    got = objectives.critic_loss(c.new, c.old, c.credit, c.batch, clip=0.1).per_token
+    equal(got, expected.detach())
+    assert not got.equal(objectives.critic_loss(c.new, c.old, c.credit, c.batch).per_token)
+
+
+def test_what_is_missing_is_named() -> None:
+    c = Case(26)
+    bare = PolicyOutput(c.old.logprobs, c.old.entropy)
+    for new, old, given in ((c.new, bare, c.credit), (bare, c.old, c.credit), (c.new, c.old, Credit(c.x.detach()))):
+        with pytest.raises(ValueError, match=r"^critic_loss needs .* an estimator with a critic$"):
+            objectives.critic_loss(new, old, given, c.batch)
+    with pytest.raises(ValueError, match=r"^importance_weights: .* for outside='mask'$"):
+        objectives.importance_weights(c.x, c.x, c.mask, high=2.0, low=0.5)
+    with pytest.raises(ValueError, match=r"^exact KL: score .* \(Policy.score\(..., against=...\)\)$"):
+        objectives.exact_kl(bare, c.mask)
+    with pytest.raises(ValueError, match=r"^over='constant' has no count .* \(e.g. rows \* max_new_tokens\)$"):
+        count(c.mask, over="constant")
