@@ -594,19 +594,19 @@ def test_defaults_are_those_that_the_docstrings_state() -> None:
 
 
 def test_policy_loss_hands_its_choices_on() -> None:
-    c = Case(23, off_policy=1.0)
+    c = Case(27, off_policy=1.0)
     w = objectives.ratio(c.x, c.old.logprobs, c.mask)
     advantages, sample = c.credit.advantages, c.batch.sample_logprobs
     bounded = objectives.clipped_surrogate(w, advantages, c.mask, clip_low=0.2, clip_high=0.2, dual_clip=1.1)
     equal(c.policy(dual_clip=1.1).per_token, bounded.detach())
-    levels: tuple[Any, ...] = ("token", "sequence", "geometric")
-    for level in levels:
+    cases: tuple[tuple[Any, float], ...] = (("token", 1.5), ("sequence", 1.5), ("geometric", 1.2))
+    for level, high in cases:
         expected = objectives.importance_weights(
-            c.old.logprobs, sample, c.mask, high=1.5, low=0.7, level=level, outside="mask"
+            c.old.logprobs, sample, c.mask, high=high, low=1 / high, level=level, outside="mask"
         )
-        got = c.policy(importance_cap=1.5, importance_floor=0.7, importance_level=level, importance_outside="mask").aux[
-            "importance_weight"
-        ]
+        got = c.policy(
+            importance_cap=high, importance_floor=1 / high, importance_level=level, importance_outside="mask"
+        ).aux["importance_weight"]
         equal(got, expected)
         assert 0 < (expected != 0).sum() < c.mask.sum()
 
