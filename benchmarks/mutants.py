@@ -33,6 +33,7 @@ pytest_add_cli_args = ["-p", "no:cacheprovider"]
 
 SAME: dict[str, str] = {
     "torch.where(advantages <= 0, torch.minimum(loss, -advantages * dual_clip), loss)": "an advantage of 0 has loss 0",
+    "importance_weights: level: Mismatch =": "any name but the other two means by token; no other passes the types",
     "row_sums.sum() / (divisor or 2)": "a count is 0 where nothing acts, and the sum is 0 there",
     "width = int(macro.max()) + 2 if macro.numel() else 1": "a macro action more, without members",
     "width = int(macro.max()) + 1 if macro.numel() else 2": "a macro action more, without members",

@@ -93,6 +93,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "gspo": {"level": "sequence", "clip_low": 0.05, "clip_high": 0.05},
     "gspo-token": {"level": "sequence_token", "clip_low": 0.05, "clip_high": 0.05},
     "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.1},
+    "dppo": {"surrogate": "dppo", "clip_low": 0.05, "clip_high": 0.05},
     "tis": {"importance_cap": 1.2},
     "tis by sequence": {"importance_cap": 1.2, "importance_level": "sequence"},
     "icepop": {"importance_cap": 1.2, "importance_floor": 0.8, "importance_outside": "mask"},
@@ -141,6 +142,22 @@ def test_clip_range_has_two_sides() -> None:
     w, up = f64([[1.25, 0.7]]), torch.ones(1, 2, dtype=torch.bool)
     got = objectives.clipped_surrogate(w, f64([[1, -1]]), up, clip_low=0.4, clip_high=0.1)
     equal(got, [[-1.1, 0.7]])
+
+
+def test_dppo_leaves_out_what_has_moved_far_already_and_keeps_what_moves_back() -> None:
+    """Probabilities 0.2 and 0.8, each way, for a good and a bad token; the bounds themselves are kept."""
+    new, old = f64([[0.8, 0.8, 0.2, 0.2]]).log().requires_grad_(), f64([[0.2, 0.2, 0.8, 0.8]]).log()
+    up, advantages = torch.ones(1, 4, dtype=torch.bool), f64([[1, -1, 1, -1]])
+    loss, left_out = objectives.dppo(new, old, advantages, up, clip_low=0.5, clip_high=0.5)
+    assert left_out.tolist() == [[True, False, False, True]]
+    equal(torch.autograd.grad(loss.sum(), new)[0], [[0, 4, -0.25, 0]])
+    for side in ({"clip_low": 0.5, "clip_high": 0.7}, {"clip_low": 0.7, "clip_high": 0.5}):
+        assert objectives.dppo(new, old, advantages, up, **side)[1].sum() == 1
+    for start, end, sign in ((0.5, 1.0, 1.0), (1.0, 0.5, -1.0)):  # a move of 0.5 is on the bound, and counts
+        there, back = f64([[end]]).log(), f64([[start]]).log()
+        assert not objectives.dppo(there, back, f64([[sign]]), one_action, clip_low=0.5, clip_high=0.5)[1]
+    weight = objectives.dppo(f64([[-1.0]]), f64([[-9.0]]), f64([[1.0]]), one_action, clip_low=0.5, clip_high=0.5)[0]
+    equal(weight, [[20.0]])
 
 
 def test_dual_clip_bounds_bad_tokens_only() -> None:
@@ -336,10 +353,10 @@ def test_a_batch_without_actions_is_zero_with_zero_gradient(over: Any, denominat
 # --- gradients ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in CHOICES if name not in ("gspo-token", "cispo")])
+@pytest.mark.parametrize("name", [name for name in CHOICES if name not in ("gspo-token", "cispo", "dppo")])
 @pytest.mark.parametrize("over", ["token", "sequence"])
 def test_gradient_equals_finite_differences(name: str, over: Any) -> None:
-    """All but gspo-token and cispo, whose gradients are by design not those of their values."""
+    """All but gspo-token, cispo and dppo, whose gradients are by design not those of their values."""
     c = Case(11, rows=3, width=5)
 
     def loss_of(x: Tensor, entropy: Tensor) -> Tensor:
@@ -362,7 +379,7 @@ def test_critic_gradient_equals_finite_differences(clip: float | None) -> None:
     assert torch.autograd.gradcheck(loss_of, (c.values,), eps=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["ppo", "dapo", "dual clip", "gspo-token", "cispo"])
+@pytest.mark.parametrize("name", ["ppo", "dapo", "dual clip", "gspo-token", "cispo", "dppo"])
 def test_on_policy_every_surrogate_has_the_policy_gradient(name: str) -> None:
     c = Case(13, off_policy=0.0)
     expected = torch.autograd.grad(c.policy(surrogate="policy_gradient").per_token.sum(), c.x)[0]

@@ -245,6 +245,14 @@ def test_cispo(verl, seed, low, high):
 
 
 @every_seed
+def test_dppo(verl, seed):
+    b = Batch(seed)
+    theirs, _ = verl.compute_policy_loss_dppo_tv(b.old, b.new, b.advantages, b.m, config=actor(0.1, 0.2, 20.0))
+    ours, _ = objectives.dppo(b.new, b.old, b.advantages, b.mask, clip_low=0.1, clip_high=0.2)
+    same_loss(b, objectives.aggregate(ours, b.mask), theirs)
+
+
+@every_seed
 def test_policy_gradient(verl, seed):
     b = Batch(seed)
     theirs, _ = verl.compute_policy_loss_reinforce(b.sample, b.new, b.advantages, b.m, config=actor())
