@@ -148,7 +148,7 @@ def dppo(
         l = -sg(min(w, 20)) * A * log pi(y_t)     left out: pi - pi_old > clip_high if A > 0, < -clip_low otherwise
 
     |pi - pi_old| of the sampled token bounds the total variation from below (the paper's binary form): a rare token may
-    grow a hundredfold, a sure one may not fall from 0.99 to 0.8. A token comes back of itself: moves back are kept.
+    grow a hundredfold, a sure one may not fall from 0.99 to 0.8. What moves back is kept, however far it is.
     Qi et al. 2026, https://arxiv.org/abs/2602.04879.
 
     >>> new, old = torch.tensor([[0.02, 0.8]]).log(), torch.tensor([[0.01, 0.99]]).log()
