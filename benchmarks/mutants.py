@@ -26,7 +26,7 @@ SETTINGS = f"""
 [tool.mutmut]
 source_paths = ["pertoken"]
 only_mutate = {list(FILES)}
-also_copy = ["tests", "pyproject.toml"]
+also_copy = ["tests", "docs", "pyproject.toml"]
 pytest_add_cli_args_test_selection = {list(TESTS)}
 pytest_add_cli_args = ["-p", "no:cacheprovider"]
 """
