@@ -153,6 +153,8 @@ def test_dppo_leaves_out_what_has_moved_far_already_and_keeps_what_moves_back() 
     equal(torch.autograd.grad(loss.sum(), new)[0], [[0, 4, -0.25, 0]])
     for side in ({"clip_low": 0.5, "clip_high": 0.7}, {"clip_low": 0.7, "clip_high": 0.5}):
         assert objectives.dppo(new, old, advantages, up, **side)[1].sum() == 1
+    nothing = objectives.dppo(new, old, torch.zeros_like(old), up, clip_low=0.5, clip_high=0.5)[1]
+    assert nothing.tolist() == [[False, False, True, True]]
     for start, end, sign in ((0.5, 1.0, 1.0), (1.0, 0.5, -1.0)):  # a move of 0.5 is on the bound, and counts
         there, back = f64([[end]]).log(), f64([[start]]).log()
         assert not objectives.dppo(there, back, f64([[sign]]), one_action, clip_low=0.5, clip_high=0.5)[1]
@@ -616,6 +618,11 @@ def test_policy_loss_hands_its_choices_on() -> None:
     advantages, sample = c.credit.advantages, c.batch.sample_logprobs
     bounded = objectives.clipped_surrogate(w, advantages, c.mask, clip_low=0.2, clip_high=0.2, dual_clip=1.1)
     equal(c.policy(dual_clip=1.1).per_token, bounded.detach())
+    kept, left_out = objectives.dppo(c.x, c.old.logprobs, advantages, c.mask, clip_low=0.1, clip_high=0.1)
+    divergence = c.policy(surrogate="dppo", clip_low=0.1, clip_high=0.1)
+    equal(divergence.per_token, kept.detach())
+    equal(divergence.aux["clipped"], left_out.double())
+    assert 0 < left_out.sum() < c.mask.sum()
     cases: tuple[tuple[Any, float], ...] = (("token", 1.5), ("sequence", 1.5), ("geometric", 1.2))
     for level, high in cases:
         expected = objectives.importance_weights(
