@@ -32,5 +32,9 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) -e ".[dev]"
 	touch $@
 
+mutants: $(VENV)/.test                  ## change the token maths one detail at a time: which change does no test see?
+	$(PIP) "mutmut>=3.8"
+	$(BIN)/python benchmarks/mutants.py
+
 clean:                                  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

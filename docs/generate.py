@@ -1,5 +1,5 @@
 """Rewrites the generated parts of these pages: help texts, exit codes, configuration fields, algorithms, the doctor's
-checks, and the outputs of the tour.
+checks, the signatures of the token maths, and the outputs of the tour.
 
     python docs/generate.py            # writes what has changed, names it
     python docs/generate.py --check    # names it only, exit code 1
@@ -8,6 +8,7 @@ A generated part stands between `<!-- generated: name -->` and `<!-- end -->`; i
 after a ```python block. Everything around such parts is written by hand and left alone.
 """
 
+import ast
 import contextlib
 import io
 import json
@@ -26,7 +27,7 @@ from pertoken.presets import PRESETS
 from pertoken.reward_models import RewardTraining
 
 DOCS = Path(__file__).parent
-GENERATED = ("cli.md", "config.md", "algorithms.md", "reward-models.md", "doctor.md")
+GENERATED = ("cli.md", "config.md", "algorithms.md", "reward-models.md", "doctor.md", "reference.md")
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TOUR_BLOCK = re.compile(r"(```python\n(.*?)```\n)(?:\n```text\n.*?```\n)?", re.DOTALL)
 
@@ -51,6 +52,7 @@ def marked(text: str) -> str:
             "reward-fields": reward_fields,
             "algorithms": algorithms,
             "checks": checks,
+            "module": lambda: module(name),
         }
         made = makers[kind]()
         return match[1] + made.strip("\n") + "\n" + match[3]
@@ -91,6 +93,39 @@ def checks() -> str:
     """The table of the doctor's checks."""
     rows = [f"| `{one.name}` | {one.title} | {_cell(one.ask.__doc__ or '')} | {'yes' * one.quick} |" for one in CHECKS]
     return "| check | what holds | what is looked at | quick |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
+def module(name: str) -> str:
+    """The public names of a module of the package, in the order of its file: signature, shapes, what it gives."""
+    source = _read(DOCS.parent / "pertoken" / f"{name}.py")
+    return "\n\n".join(entry for node in ast.parse(source).body if (entry := _entry(node, source)))
+
+
+def _entry(node: ast.stmt, source: str) -> str:
+    """A public function, class or name in Markdown; nothing for what is private."""
+
+    def lines(first: int, last: int) -> list[str]:
+        return source.splitlines()[first - 1 : last]
+
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        name, code = node.targets[0].id, lines(node.lineno, node.end_lineno or node.lineno)
+    elif isinstance(node, ast.FunctionDef):
+        name, code = node.name, lines(node.lineno, node.body[0].lineno - 1)
+    elif isinstance(node, ast.ClassDef):
+        name, code = node.name, lines(node.lineno, node.lineno)
+        for part in node.body:
+            if isinstance(part, ast.AnnAssign):
+                code += lines(part.lineno, part.end_lineno or part.lineno)
+            elif isinstance(part, ast.FunctionDef):
+                code += lines(part.lineno, part.body[0].lineno - 1)
+    else:
+        return ""
+    if name.startswith("_"):
+        return ""
+    documented = "" if isinstance(node, ast.Assign) else ast.get_docstring(node) or ""
+    summary = " ".join(documented.split("\n\n")[0].split())
+    signature = "\n".join(code).removesuffix(":")
+    return f"### {name}\n\n```text\n{signature}\n```\n\n{summary}".rstrip()
 
 
 def named_errors() -> list[type[errors.PertokenError]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from pertoken.types import Credit, PolicyOutput, TokenBatch, TokenLoss
 
 Level = Literal["token", "sequence", "sequence_token"]
-Surrogate = Literal["policy_gradient", "clipped", "cispo"]
+Surrogate = Literal["policy_gradient", "clipped", "cispo", "dppo"]
 Mismatch = Literal["token", "sequence", "geometric"]
 Outside = Literal["truncate", "mask"]
 KLEstimate = Literal["k2", "k3", "ratio_k3"]
@@ -132,6 +132,34 @@ def cispo(
     """
     weights = ratio.detach().clamp(1 - clip_low, 1 + clip_high)
     return torch.where(action_mask, weights * policy_gradient(new_logprobs, advantages, action_mask), 0.0)
+
+
+def dppo(
+    new_logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """DPPO's loss, bounded by how far a token's probability has moved and not by its ratio; and the tokens left out.
+
+        l = -sg(min(w, 20)) * A * log pi(y_t)     left out: pi - pi_old > clip_high if A > 0, < -clip_low otherwise
+
+    |pi - pi_old| of the sampled token bounds the total variation from below (the paper's binary form): a rare token may
+    grow a hundredfold, a sure one may not fall from 0.99 to 0.8. What moves back is kept, however far it is.
+    Qi et al. 2026, https://arxiv.org/abs/2602.04879.
+
+    >>> new, old = torch.tensor([[0.02, 0.8]]).log(), torch.tensor([[0.01, 0.99]]).log()
+    >>> dppo(new, old, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2).bool(), clip_low=0.15, clip_high=0.15)
+    (tensor([[7.8240, -0.0000]]), tensor([[False,  True]]))
+    """
+    new, old = _at_actions(action_mask, new_logprobs.detach(), old_logprobs.detach())
+    moved = new.exp() - old.exp()
+    left_out = action_mask & torch.where(advantages > 0, moved > clip_high, moved < -clip_low)
+    weights = torch.where(left_out, 0.0, _bounded_exp(new - old).clamp_max(20.0))
+    return weights * policy_gradient(new_logprobs, advantages, action_mask), left_out
 
 
 def importance_weights(
@@ -364,9 +392,9 @@ def policy_loss(
 
         l = surrogate * importance weight + kl_coefficient * kl_loss - entropy_coefficient * H
 
-    `level`, the clips: ignored by `policy_gradient`. `importance_cap` None: no mismatch weight (it never
-    touches the KL term). `aux`, all detached: `ratio` and `clipped` (1 where a clip changed the gradient), with a
-    reference `kl` (k1: its sum over a row is the sequence's), with a cap `importance_weight`.
+    `level`: ignored by `policy_gradient` and `dppo`; the clips by the former. `importance_cap` None: no mismatch
+    weight (it never touches the KL term). `aux`, all detached: `ratio` and `clipped` (1 where a clip changed the
+    gradient), with a reference `kl` (k1: its sum over a row is the sequence's), with a cap `importance_weight`.
 
     >>> score = PolicyOutput(logprobs=torch.tensor([[0.0, -0.7]]), entropy=torch.zeros(1, 2))
     >>> no, yes, one = torch.tensor([[False, False]]), torch.tensor([[True, True]]), torch.tensor([1])
@@ -385,6 +413,9 @@ def policy_loss(
     elif surrogate == "cispo":
         loss = cispo(new.logprobs, w, advantages, mask, clip_low=clip_low, clip_high=clip_high)
         was_clipped = (mask & ((w < 1 - clip_low) | (w > 1 + clip_high))).to(loss.dtype)
+    elif surrogate == "dppo":
+        loss, left_out = dppo(new.logprobs, old.logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high)
+        was_clipped = left_out.to(loss.dtype)
     else:
         loss, was_clipped = policy_gradient(new.logprobs, advantages, mask), torch.zeros_like(w)
     aux = {"ratio": torch.where(mask, w, 0.0).detach(), "clipped": was_clipped.detach()}

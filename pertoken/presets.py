@@ -372,6 +372,22 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         differs="Weights are cut at 5 (clip_high 4). verl, slime and NeMo-RL cut at 1.28 and 0.8; TRL takes the "
         "bare number for the bound.",
     ),
+    "dppo": Preset(
+        title="DPPO, bounded by probability and not by ratio",
+        paper="Qi et al. 2026, https://arxiv.org/abs/2602.04879",
+        formula="A_i = R_i - mean R in the group;  l = -sg(min(w, 20)) A log pi(y_t), 0 where pi - pi_old > 0.15 (A > "
+        "0) or < -0.15;  sum over tokens / (rows * max_new_tokens)",
+        settings={
+            "policy": NO_CRITIC,
+            "credit": GROUP | {"scale_by_std": False},
+            "objective": CLIP | {"surrogate": "dppo", "clip_low": 0.15, "clip_high": 0.15, "over": "constant"},
+            "kl": NO_KL,
+            "update": {"epochs": 1, "minibatches": 8},
+        },
+        published="in verl's recipe: bounds of 0.15, 16 samples per prompt, 256 prompts in 8 minibatches, lr 1e-6",
+        differs="The bound is about the trainer's own score of the rollout; the paper recommends the sampler's. Of its "
+        "measures the binary total variation alone, not the KL and not the top-k ones.",
+    ),
     "ma_rlhf": Preset(
         title="MA-RLHF, macro actions",
         paper="Chai et al. 2024, https://arxiv.org/abs/2410.02743",

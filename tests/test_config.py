@@ -87,6 +87,7 @@ def test_mistakes_are_named_with_their_place(override, words):
         (["kl.target=3", "kl.place=none"], "set kl.place to reward or loss"),
         (["rollout.sampling.min_new_tokens=99"], "min_new_tokens 99 exceeds max_new_tokens 64"),
         (["rollout.sampling.stop=['']"], "an empty string"),
+        (["algorithm=dppo", "objective.level=sequence"], "dppo bounds each token by itself: level token, not sequence"),
     ],
 )
 def test_impossible_combinations_are_refused_with_what_to_change(overrides, words):

@@ -631,3 +631,99 @@ def test_a_part_without_spread_gives_0_and_a_row_that_abstains_is_no_baseline():
         torch.tensor([[1.0], [0.0], [5.0]]), by="episode", scale="none", abstained=torch.tensor([False, True, False])
     )
     assert credit.per_part([part], mask, three).tolist() == [[-2.0], [0.0], [2.0]]
+
+
+# --- edges and defaults -----------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_that_the_docstrings_state() -> None:
+    rewards, values, mask, group = random_rows(21, rows=12)
+    entropy = values.abs()
+    equal(
+        credit.group_relative(rewards, mask, group, scale_by_std=True),
+        credit.group_relative(rewards, mask, group, scale_by_std=True, eps=1e-4),
+    )
+    equal(
+        credit.group_process(rewards, mask, group, gamma=1.0, scale_by_std=True),
+        credit.group_process(rewards, mask, group, gamma=1.0, scale_by_std=True, eps=1e-4),
+    )
+    equal(credit.scale_only(values, mask, group), credit.scale_only(values, mask, group, unbiased=True, eps=1e-8))
+    equal(
+        credit.entropy_shaped(values, mask, entropy),
+        credit.entropy_shaped(values, mask, entropy, alpha=0.4, kappa=2.0),
+    )
+
+
+def test_scale_only_adds_eps_to_the_variance() -> None:
+    got = credit.scale_only(f64([[1, 3]]), torch.ones(1, 2).bool(), torch.tensor([0]), unbiased=False, eps=3.0)
+    equal(got, [[0.5, 1.5]])
+
+
+def test_clip_has_two_sides() -> None:
+    got = credit.clip(f64([[-9, -1, 2, 9]]), torch.ones(1, 4).bool(), torch.tensor([0]), limit=4.0)
+    equal(got, [[-4, -1, 2, 4]])
+
+
+def test_parts_are_scaled_by_the_spread_of_their_group_or_of_the_batch() -> None:
+    """Totals 0, 2 and 10, 14: spreads of the groups sqrt(2) and sqrt(8), of the batch sqrt(131 / 3)."""
+    rewards, group = f64([[0.0], [2.0], [10.0], [14.0]]), torch.tensor([3, 3, 8, 8])
+    mask = torch.ones(4, 1).bool()
+    for scale, spreads in (("group", (2**0.5, 8**0.5)), ("batch", ((131 / 3) ** 0.5,) * 2)):
+        streams = [credit.Stream(rewards, by="episode", scale=scale)]
+        got = credit.per_part(streams, mask, group, eps=0.0)
+        equal(got, [[-1 / spreads[0]], [1 / spreads[0]], [-2 / spreads[1]], [2 / spreads[1]]])
+
+
+def test_optimal_token_baseline_of_rows_with_small_or_no_gradients() -> None:
+    """The weights are relative, however small; without any there is no baseline, and no 0 / 0."""
+    rewards, mask, group = f64([[1.0], [4.0]]), torch.ones(2, 1).bool(), torch.tensor([0, 0])
+    small = credit.optimal_token_baseline(rewards, f64([[1e-3], [2e-3]]), mask, group, gamma=1.0, eps=0.0)
+    equal(small, [[-2.0], [1.0]])
+    none = credit.optimal_token_baseline(rewards, f64([[0.0], [0.0]]), mask, group, gamma=1.0, eps=0.0)
+    equal(none, [[1.0], [4.0]])
+
+
+def test_one_action_alone_has_the_highest_entropy() -> None:
+    mask = torch.tensor([[False, True]])
+    equal(credit.keep_high_entropy(f64([[9, 2]]), mask, f64([[5, 1]]), share=0.2), [[0, 2]])
+
+
+def test_redistribution_looks_at_each_row_alone_however_small_its_weights() -> None:
+    weights = f64([[0.125, 0.375], [3, 1]])
+    got = credit.redistribute(f64([2.0, 4.0]), weights, torch.ones(2, 2).bool(), share=1.0)
+    equal(got, [[0.5, 1.5], [3, 1]])
+
+
+def test_texts_with_tokens_left_out_are_named_by_booleans() -> None:
+    kinds = set()
+
+    def worth(kept: Tensor) -> Tensor:
+        kinds.add(kept.dtype)
+        return kept.double().sum(1)
+
+    credit.leave_one_token_out(worth, 2)
+    credit.shapley(worth, 2, num_orders=1)
+    assert kinds == {torch.bool}
+
+
+def test_shapley_orders_come_from_the_generator_alone() -> None:
+    terms = torch.arange(1.0, 8.0, dtype=torch.float64)
+
+    def worth(kept: Tensor) -> Tensor:
+        return (kept * terms).sum(1) ** 3
+
+    def drawn(seed: int) -> Tensor:
+        return credit.shapley(worth, 7, num_orders=1, generator=torch.Generator().manual_seed(seed))
+
+    before = torch.get_rng_state()
+    first = drawn(5)
+    assert torch.get_rng_state().equal(before)
+    equal(drawn(5), first)
+    assert not drawn(6).equal(first)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_empty_batches_give_empty_advantages(shape: tuple[int, int]) -> None:
+    none, mask = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
+    assert macro(none, none, mask)[0].shape == shape
+    assert credit.reward_to_go(none, mask, gamma=0.9).shape == shape

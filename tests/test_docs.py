@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -14,7 +15,7 @@ import pytest
 import typer.main
 import yaml
 
-from pertoken import cli
+from pertoken import cli, credit, objectives
 from pertoken.build import build_rewards
 from pertoken.config import RunConfig, explain, load_config, load_stages
 from pertoken.reward_models import load_training
@@ -129,6 +130,31 @@ def test_every_built_in_reward_is_documented(name):
     assert f"`{name}`" in page
     for field in dataclasses.fields(resolve(name)):
         assert f"`{field.name}`" in page
+
+
+def test_the_reference_names_all_of_the_token_maths_with_shapes():
+    """All that is public, with every parameter, and the names that users were promised."""
+    page = read("docs/reference.md")
+    for module in (credit, objectives):
+        own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
+        for name, thing in own.items():
+            if name.startswith("_") or not callable(thing):
+                continue
+            entry = page.split(f"### {name}\n")[1].split("###")[0]
+            assert all(re.search(rf"\b{parameter}\b", entry) for parameter in inspect.signature(thing).parameters)
+    promised = (
+        "reward_to_go gae group_relative group_process center_by_group whiten clip "
+        "policy_gradient clipped_surrogate aggregate"
+    )
+    assert all(f"### {name}\n" in page for name in promised.split())
+    assert page.count('"B T"') > 100
+
+
+def test_the_python_of_the_reference_runs():
+    (block,) = blocks(read("docs/reference.md"), "python")
+    names = {}
+    exec(compile(block, "reference.md", "exec"), names)
+    assert names["new"].grad.abs().sum() > 0
 
 
 # --- snippets -----------------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from pertoken import credit
-from pertoken.objectives import policy_gradient
+from pertoken.objectives import importance_weights, policy_gradient
 
 EOS = 0
 EXACT = 1e-6
@@ -41,6 +42,10 @@ class World:
     terminated: Tensor
     cut_off_value: Tensor
     """[S] of the state after the last token."""
+    entropy: Tensor
+    """[S, T] of the policy where it chose."""
+    sample_logprobs: Tensor
+    """[S, T] of another policy."""
 
     @property
     def probability(self) -> Tensor:
@@ -113,6 +118,10 @@ def world(vocabulary: int = 5, length: int = 3, seed: int = 0) -> World:
     def at_actions(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0)
 
+    probabilities = logits.detach().softmax(1)
+    entropies = -(probabilities * probabilities.log()).sum(1)
+    other_logits = logits.detach() + 0.5 * random(len(prefixes), vocabulary)
+
     return World(
         logits=logits,
         logprobs=at_actions(logits.log_softmax(1)[prefix_of, token_of]),
@@ -122,6 +131,8 @@ def world(vocabulary: int = 5, length: int = 3, seed: int = 0) -> World:
         true_values=at_actions(true_table[prefix_of]),
         terminated=terminated,
         cut_off_value=cut_off_value,
+        entropy=at_actions(entropies[prefix_of]),
+        sample_logprobs=at_actions(other_logits.log_softmax(1)[prefix_of, token_of]),
     )
 
 
@@ -327,3 +338,157 @@ def test_leave_one_out_process_has_less_variance_than_leave_one_out() -> None:
 
     process = credit.leave_one_out_process(w.rewards[rows], mask, group, gamma=1.0)
     assert variance(process) < variance(credit.leave_one_out(w.rewards[rows], mask, group))
+
+
+# --- the table of docs/algorithms.md ------------------------------------------------------------------------
+
+
+def small_world() -> World:
+    """15 sequences, so that each pair of them can be a batch of its own."""
+    return world(vocabulary=3, seed=1)
+
+
+Transform = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(advantages, action mask, group, entropy) of a batch of two rows -> advantages."""
+
+
+def returns_then(change: Transform) -> Tensor:
+    """Mean gradient of reward-to-go changed by what looks at a whole batch: over all batches of two rows."""
+    w = small_world()
+    returns = credit.reward_to_go(w.rewards, w.action_mask, gamma=1.0)
+    together = torch.tensor([0, 0])
+    pairs = torch.tensor(list(itertools.product(range(len(w.rewards)), repeat=2)))
+    changed = torch.cat([change(returns[p], w.action_mask[p], together, w.entropy[p]) for p in pairs])
+    return w.group_gradient(lambda rewards, mask, group: changed, 2)
+
+
+def by_rows(advantages: Callable[[World], Tensor], gamma: float = 1.0) -> Tensor:
+    w = small_world()
+    return w.estimator_gradient(advantages(w), gamma)
+
+
+def in_pairs(assign: Callable[..., Tensor], **choices: object) -> Tensor:
+    return small_world().group_gradient(functools.partial(assign, **choices), 2)
+
+
+def critic(function: Callable[..., tuple[Tensor, Tensor]], *, true: bool = False, **choices: object) -> Tensor:
+    gamma = 0.9 if true else 1.0
+
+    def advantages(w: World) -> Tensor:
+        values = w.true_values if true else w.values
+        return function(w.rewards, values, w.action_mask, w.bootstrap, gamma=gamma, **choices)[0]
+
+    return by_rows(advantages, gamma)
+
+
+def parts(scale: str) -> Tensor:
+    def assign(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
+        late = torch.where(mask.cumsum(1) > 1, rewards, 0.0)
+        both = (rewards - late, 1.0), (late, 0.5)
+        streams = [credit.Stream(2.0 * part, 0.5 * k, scale=scale) for part, k in both]
+        last = credit.Stream(late, 0.5, scale=scale)
+        return credit.per_part([*streams, last], mask, group)
+
+    return small_world().group_gradient(assign, 2)
+
+
+def from_other_samples(**choices: object) -> Tensor:
+    """Rows of another policy, weighted: the mean over what that one samples."""
+    w = small_world()
+    new, mask = w.logprobs.detach(), w.action_mask
+    weights = importance_weights(new, w.sample_logprobs, mask, **choices)
+    loss = policy_gradient(w.logprobs, credit.reward_to_go(w.rewards, mask, gamma=1.0), mask) * weights
+    likely = w.sample_logprobs.sum(1).exp()
+    return torch.autograd.grad(-(likely * loss.sum(1)).sum(), w.logits, retain_graph=True)[0]
+
+
+def unweighted() -> Tensor:
+    w = small_world()
+    loss = policy_gradient(w.logprobs, credit.reward_to_go(w.rewards, w.action_mask, gamma=1.0), w.action_mask)
+    return torch.autograd.grad(-(w.sample_logprobs.sum(1).exp() * loss.sum(1)).sum(), w.logits, retain_graph=True)[0]
+
+
+def redistributed(w: World) -> Tensor:
+    spread = credit.redistribute(w.rewards.sum(1), w.values.abs(), w.action_mask, share=1.0)
+    return credit.reward_to_go(spread, w.action_mask, gamma=1.0)
+
+
+def adaptive(w: World) -> Tensor:
+    lam = credit.length_adaptive_lambda(w.action_mask, alpha=1.0, dtype=torch.float64)
+    return credit.gae(w.rewards, w.values, w.action_mask, w.bootstrap, gamma=1.0, lam=lam)[0]
+
+
+def otb(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
+    return credit.optimal_token_baseline(rewards, mask.double(), mask, group, gamma=1.0)
+
+
+PLAIN = {"gamma": 1.0, "bootstrapped": False}
+CUT_OFF = {"gamma": 1.0, "bootstrapped": True}
+DISCOUNTED = {"gamma": 0.9, "bootstrapped": True}
+
+TABLE: dict[str, tuple[Callable[[], Tensor], dict[str, object]]] = {
+    "`reward_to_go`": (lambda: by_rows(lambda w: credit.reward_to_go(w.rewards, w.action_mask, gamma=1.0)), PLAIN),
+    "`gae`, lambda 1, any critic": (lambda: critic(credit.gae, lam=1.0), CUT_OFF),
+    "`gae`, lambda 0.95, the true critic": (lambda: critic(credit.gae, true=True, lam=0.95), DISCOUNTED),
+    "`gae`, lambda 0.95, a wrong critic": (lambda: critic(credit.gae, lam=0.95), CUT_OFF),
+    "`gae`, lambda 0, a wrong critic": (lambda: critic(credit.gae, lam=0.0), CUT_OFF),
+    "`gae` with `length_adaptive_lambda`, a wrong critic": (lambda: by_rows(adaptive), CUT_OFF),
+    "`macro_gae`, size 1, lambda 1": (lambda: critic(credit.macro_gae, lam=1.0, size=1), CUT_OFF),
+    "`macro_gae`, size 2, lambda 1": (lambda: critic(credit.macro_gae, lam=1.0, size=2), CUT_OFF),
+    "`self_critical`": (
+        lambda: by_rows(
+            lambda w: credit.self_critical(w.rewards, w.action_mask, torch.full_like(w.cut_off_value, 0.7))
+        ),
+        PLAIN,
+    ),
+    "`leave_one_out`": (lambda: in_pairs(credit.leave_one_out), PLAIN),
+    "`leave_one_out_process`": (lambda: in_pairs(credit.leave_one_out_process, gamma=1.0), PLAIN),
+    "`per_part`, by token, scale none": (lambda: parts("none"), PLAIN),
+    "`per_part`, by token, scale group": (lambda: parts("group"), PLAIN),
+    "`group_relative`, without std, times G / (G - 1)": (
+        lambda: 2 * in_pairs(credit.group_relative, scale_by_std=False),
+        PLAIN,
+    ),
+    "`group_relative`, with std": (lambda: in_pairs(credit.group_relative, scale_by_std=True), PLAIN),
+    "`group_process`, without std": (lambda: in_pairs(credit.group_process, gamma=1.0, scale_by_std=False), PLAIN),
+    "`optimal_token_baseline`": (lambda: in_pairs(otb), PLAIN),
+    "reward-to-go, then `whiten`": (lambda: returns_then(lambda a, m, g, h: credit.whiten(a, m, g)), PLAIN),
+    "reward-to-go, then `scale_only`": (lambda: returns_then(lambda a, m, g, h: credit.scale_only(a, m, g)), PLAIN),
+    "reward-to-go, then `center_by_group`": (
+        lambda: returns_then(lambda a, m, g, h: credit.center_by_group(a, m, g)),
+        PLAIN,
+    ),
+    "reward-to-go, then `clip` at 1": (lambda: returns_then(lambda a, m, g, h: credit.clip(a, m, g, limit=1.0)), PLAIN),
+    "reward-to-go, then `keep_high_entropy`, half": (
+        lambda: returns_then(lambda a, m, g, h: credit.keep_high_entropy(a, m, h, share=0.5)),
+        PLAIN,
+    ),
+    "reward-to-go, then `entropy_shaped`": (
+        lambda: returns_then(lambda a, m, g, h: credit.entropy_shaped(a, m, h)),
+        PLAIN,
+    ),
+    "reward-to-go of `redistribute`, weights that know the end": (lambda: by_rows(redistributed), PLAIN),
+    "`importance_weights` by sequence, unbounded": (lambda: from_other_samples(high=1e9, level="sequence"), PLAIN),
+    "`importance_weights` by sequence, cap 2": (lambda: from_other_samples(high=2.0, level="sequence"), PLAIN),
+    "`importance_weights` by token, unbounded": (lambda: from_other_samples(high=1e9), PLAIN),
+    "`importance_weights` by token, cap 2": (lambda: from_other_samples(high=2.0), PLAIN),
+    "other samples without weights": (unweighted, PLAIN),
+}
+
+
+@functools.cache
+def row(name: str) -> str:
+    """As it stands on the page: exact, or how far the mean is from the gradient, and at which angle."""
+    make, objective = TABLE[name]
+    got, exact = make(), small_world().objective_gradient(**objective)  # type: ignore[arg-type]
+    if distance(got, exact) < EXACT:
+        return f"| {name} | exact | |"
+    bias = float((got - exact).norm() / exact.norm())
+    cosine = float(torch.cosine_similarity(got.flatten(), exact.flatten(), dim=0))
+    return f"| {name} | {bias:.2f} | {cosine:.3f} |"
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_page_states_each_estimators_bias(name: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    assert row(name) in page.splitlines()

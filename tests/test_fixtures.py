@@ -20,6 +20,7 @@ from pertoken.objectives import (
     aggregate,
     cispo,
     clipped_surrogate,
+    dppo,
     importance_weights,
     kl_loss,
     kl_per_token,
@@ -367,6 +368,13 @@ def test_cispo(name: str, low: float, high: float) -> None:
     loss = aggregate(cispo(lp, w, i["adv"], mask, clip_low=low, clip_high=high), mask)
     equal(loss, o[name]["loss_token_mean"])
     equal(gradient(loss, lp), o[name]["grad_token_mean"])
+
+
+def test_dppo() -> None:
+    i, o = case("sapo_dppo_gmpo")
+    loss, left_out = dppo(i["new_logp"], i["old_logp"], i["adv"], i["mask"], clip_low=0.05, clip_high=0.05)
+    equal((i["mask"] & ~left_out).double(), o["dppo_tv_keep"])
+    equal(aggregate(loss, i["mask"]), o["dppo_tv_loss"])
 
 
 def test_bypassing_the_old_policy() -> None:
@@ -980,6 +988,19 @@ CASES: dict[str, Any] = {
                 [0.471394553536, 0.700495522065, 0.498504357196, 1.0],
                 [-0.728605446464, -0.549504477935, -0.651495642804, 0.0],
             ],
+        },
+    },
+    "sapo_dppo_gmpo": {
+        "inputs": {
+            "new_logp": [[-1.0, -0.65, -1.4, -0.35], [-0.95, -1.2, -0.9, 0.0]],
+            "old_logp": [[-1.2, -0.5, -2.0, -0.3], [-0.8, -1.5, -0.4, 0.0]],
+            "adv": [[0.5, 0.5, -1.0, 2.0], [-0.7, -0.7, 0.3, 0.0]],
+            "mask": [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]],
+            "dppo_tv": 0.05,
+        },
+        "outputs": {
+            "dppo_tv_keep": [[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]],
+            "dppo_tv_loss": -0.367927678757,
         },
     },
     "cispo": {

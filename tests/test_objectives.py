@@ -93,6 +93,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "gspo": {"level": "sequence", "clip_low": 0.05, "clip_high": 0.05},
     "gspo-token": {"level": "sequence_token", "clip_low": 0.05, "clip_high": 0.05},
     "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.1},
+    "dppo": {"surrogate": "dppo", "clip_low": 0.05, "clip_high": 0.05},
     "tis": {"importance_cap": 1.2},
     "tis by sequence": {"importance_cap": 1.2, "importance_level": "sequence"},
     "icepop": {"importance_cap": 1.2, "importance_floor": 0.8, "importance_outside": "mask"},
@@ -141,6 +142,24 @@ def test_clip_range_has_two_sides() -> None:
     w, up = f64([[1.25, 0.7]]), torch.ones(1, 2, dtype=torch.bool)
     got = objectives.clipped_surrogate(w, f64([[1, -1]]), up, clip_low=0.4, clip_high=0.1)
     equal(got, [[-1.1, 0.7]])
+
+
+def test_dppo_leaves_out_what_has_moved_far_already_and_keeps_what_moves_back() -> None:
+    """Probabilities 0.2 and 0.8, each way, for a good and a bad token; the bounds themselves are kept."""
+    new, old = f64([[0.8, 0.8, 0.2, 0.2]]).log().requires_grad_(), f64([[0.2, 0.2, 0.8, 0.8]]).log()
+    up, advantages = torch.ones(1, 4, dtype=torch.bool), f64([[1, -1, 1, -1]])
+    loss, left_out = objectives.dppo(new, old, advantages, up, clip_low=0.5, clip_high=0.5)
+    assert left_out.tolist() == [[True, False, False, True]]
+    equal(torch.autograd.grad(loss.sum(), new)[0], [[0, 4, -0.25, 0]])
+    for side in ({"clip_low": 0.5, "clip_high": 0.7}, {"clip_low": 0.7, "clip_high": 0.5}):
+        assert objectives.dppo(new, old, advantages, up, **side)[1].sum() == 1
+    nothing = objectives.dppo(new, old, torch.zeros_like(old), up, clip_low=0.5, clip_high=0.5)[1]
+    assert nothing.tolist() == [[False, False, True, True]]
+    for start, end, sign in ((0.5, 1.0, 1.0), (1.0, 0.5, -1.0)):  # a move of 0.5 is on the bound, and counts
+        there, back = f64([[end]]).log(), f64([[start]]).log()
+        assert not objectives.dppo(there, back, f64([[sign]]), one_action, clip_low=0.5, clip_high=0.5)[1]
+    weight = objectives.dppo(f64([[-1.0]]), f64([[-9.0]]), f64([[1.0]]), one_action, clip_low=0.5, clip_high=0.5)[0]
+    equal(weight, [[20.0]])
 
 
 def test_dual_clip_bounds_bad_tokens_only() -> None:
@@ -336,10 +355,10 @@ def test_a_batch_without_actions_is_zero_with_zero_gradient(over: Any, denominat
 # --- gradients ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in CHOICES if name not in ("gspo-token", "cispo")])
+@pytest.mark.parametrize("name", [name for name in CHOICES if name not in ("gspo-token", "cispo", "dppo")])
 @pytest.mark.parametrize("over", ["token", "sequence"])
 def test_gradient_equals_finite_differences(name: str, over: Any) -> None:
-    """All but gspo-token and cispo, whose gradients are by design not those of their values."""
+    """All but gspo-token, cispo and dppo, whose gradients are by design not those of their values."""
     c = Case(11, rows=3, width=5)
 
     def loss_of(x: Tensor, entropy: Tensor) -> Tensor:
@@ -362,7 +381,7 @@ def test_critic_gradient_equals_finite_differences(clip: float | None) -> None:
     assert torch.autograd.gradcheck(loss_of, (c.values,), eps=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["ppo", "dapo", "dual clip", "gspo-token", "cispo"])
+@pytest.mark.parametrize("name", ["ppo", "dapo", "dual clip", "gspo-token", "cispo", "dppo"])
 def test_on_policy_every_surrogate_has_the_policy_gradient(name: str) -> None:
     c = Case(13, off_policy=0.0)
     expected = torch.autograd.grad(c.policy(surrogate="policy_gradient").per_token.sum(), c.x)[0]
@@ -554,3 +573,93 @@ def test_trap_34_sequence_token_keeps_the_place_of_credit_and_sequence_does_not(
         slopes[level] = torch.autograd.grad(loss.sum(), x)[0]
     equal(slopes["sequence"], [[-0.5, -0.5]])
     equal(slopes["sequence_token"], [[-1.0, 0.0]])
+
+
+# --- edges and defaults ---------------------------------------------------------------------------------------
+
+
+def test_a_row_of_one_action_has_its_own_ratio_at_every_level() -> None:
+    x, old, mask = f64([[9, -1.0]]), f64([[7, -1.5]]), torch.tensor([[False, True]])
+    levels: tuple[Any, ...] = ("token", "sequence", "sequence_token")
+    for level in levels:
+        equal(objectives.ratio(x, old, mask, level=level)[0, 1], torch.tensor(0.5).double().exp())
+    settings: Any = {"level": "geometric", "outside": "mask"}
+    equal(objectives.importance_weights(x, old, mask, high=1.6, **settings), [[0, 0]])  # exp(0.5) = 1.65
+    equal(objectives.importance_weights(x, old, mask, high=1.7, **settings), f64([[0, 0.5]]).exp() * mask)
+
+
+def test_weights_on_the_bounds_are_kept() -> None:
+    one = f64([[0.0]])
+    equal(objectives.importance_weights(one, one, one_action, high=1.0, low=1.0, outside="mask"), [[1.0]])
+
+
+def test_ratios_beyond_20_nats_are_held_there_on_both_sides() -> None:
+    bound = f64([[20.0]]).exp()
+    equal(objectives.ratio(f64([[25.0]]), f64([[0.0]]), one_action) / bound, [[1.0]])
+    equal(objectives.ratio(f64([[-25.0]]), f64([[0.0]]), one_action) * bound, [[1.0]])
+
+
+def test_defaults_are_those_that_the_docstrings_state() -> None:
+    c = Case(22)
+    weights = objectives.importance_weights(c.old.logprobs, c.batch.sample_logprobs, c.mask, high=1.2)
+    settings: Any = {"high": 1.2, "low": 0.0, "level": "token", "outside": "truncate"}
+    equal(weights, objectives.importance_weights(c.old.logprobs, c.batch.sample_logprobs, c.mask, **settings))
+    arguments = c.x, c.old.logprobs, c.ref.logprobs, c.mask
+    equal(objectives.kl_loss(*arguments), objectives.kl_loss(*arguments, estimator="ratio_k3").detach())
+    plain = objectives.clipped_surrogate(
+        objectives.ratio(c.x, c.old.logprobs, c.mask), c.credit.advantages, c.mask, clip_low=0.2, clip_high=0.2
+    )
+    equal(c.policy().per_token, plain.detach())
+
+
+def test_policy_loss_hands_its_choices_on() -> None:
+    c = Case(27, off_policy=1.0)
+    w = objectives.ratio(c.x, c.old.logprobs, c.mask)
+    advantages, sample = c.credit.advantages, c.batch.sample_logprobs
+    bounded = objectives.clipped_surrogate(w, advantages, c.mask, clip_low=0.2, clip_high=0.2, dual_clip=1.1)
+    equal(c.policy(dual_clip=1.1).per_token, bounded.detach())
+    kept, left_out = objectives.dppo(c.x, c.old.logprobs, advantages, c.mask, clip_low=0.1, clip_high=0.1)
+    divergence = c.policy(surrogate="dppo", clip_low=0.1, clip_high=0.1)
+    equal(divergence.per_token, kept.detach())
+    equal(divergence.aux["clipped"], left_out.double())
+    assert 0 < left_out.sum() < c.mask.sum()
+    cases: tuple[tuple[Any, float], ...] = (("token", 1.5), ("sequence", 1.5), ("geometric", 1.2))
+    for level, high in cases:
+        expected = objectives.importance_weights(
+            c.old.logprobs, sample, c.mask, high=high, low=1 / high, level=level, outside="mask"
+        )
+        got = c.policy(
+            importance_cap=high, importance_floor=1 / high, importance_level=level, importance_outside="mask"
+        ).aux["importance_weight"]
+        equal(got, expected)
+        assert 0 < (expected != 0).sum() < c.mask.sum()
+
+
+def test_a_weight_on_its_bound_does_not_count_as_clipped() -> None:
+    c = Case(24, off_policy=0.0)
+    aux = c.policy(surrogate="cispo", clip_low=0.0, clip_high=0.0).aux
+    equal(aux["clipped"], torch.zeros_like(c.x))
+
+
+def test_critic_loss_hands_its_clip_on() -> None:
+    c = Case(25)
+    assert c.old.values is not None
+    assert c.credit.returns is not None
+    expected = objectives.value_loss(c.values, c.old.values, c.credit.returns, c.mask, clip=0.1)
+    got = objectives.critic_loss(c.new, c.old, c.credit, c.batch, clip=0.1).per_token
+    equal(got, expected.detach())
+    assert not got.equal(objectives.critic_loss(c.new, c.old, c.credit, c.batch).per_token)
+
+
+def test_what_is_missing_is_named() -> None:
+    c = Case(26)
+    bare = PolicyOutput(c.old.logprobs, c.old.entropy)
+    for new, old, given in ((c.new, bare, c.credit), (bare, c.old, c.credit), (c.new, c.old, Credit(c.x.detach()))):
+        with pytest.raises(ValueError, match=r"^critic_loss needs .* an estimator with a critic$"):
+            objectives.critic_loss(new, old, given, c.batch)
+    with pytest.raises(ValueError, match=r"^importance_weights: .* for outside='mask'$"):
+        objectives.importance_weights(c.x, c.x, c.mask, high=2.0, low=0.5)
+    with pytest.raises(ValueError, match=r"^exact KL: score .* \(Policy.score\(..., against=...\)\)$"):
+        objectives.exact_kl(bare, c.mask)
+    with pytest.raises(ValueError, match=r"^over='constant' has no count .* \(e.g. rows \* max_new_tokens\)$"):
+        count(c.mask, over="constant")

@@ -106,7 +106,7 @@ def known_answers():
     del sys.modules["known_answers"]
 
 
-@pytest.mark.parametrize("name", ["rloo", "cispo"])
+@pytest.mark.parametrize("name", ["rloo", "cispo", "dppo"])
 def test_a_method_finds_the_known_best_policy(known_answers, name):
     """The benchmark's task with 3 tokens in place of 8."""
     small = {"rollout": {"prompts_per_step": 2, "sampling": {"max_new_tokens": 3}}, "update": {"learning_rate": 3e-2}}

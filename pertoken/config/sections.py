@@ -469,9 +469,10 @@ TaskConfig = Annotated[
 class ObjectiveConfig(Section):
     """From advantages to the loss: ratio, surrogate, corrections, aggregation."""
 
-    surrogate: Literal["policy_gradient", "clipped", "cispo"] = "clipped"
+    surrogate: Literal["policy_gradient", "clipped", "cispo", "dppo"] = "clipped"
     """policy_gradient: -log-prob * advantage; clipped: PPO's clipped ratio; cispo: -log-prob * advantage * the clipped
-    ratio as a constant, so that every token keeps a gradient."""
+    ratio as a constant, so that every token keeps a gradient; dppo: the same without tokens whose probability has moved
+    by more than clip_low or clip_high already."""
     level: Literal["token", "sequence", "sequence_token"] = "token"
     """Ratio of each token; or the geometric mean over its row (GSPO), or that value with each token's own gradient
     (GSPO-token), which keeps token-level credit."""
@@ -497,6 +498,12 @@ class ObjectiveConfig(Section):
     """Pay entropy_coefficient only in steps whose mean entropy per token (nats) is below this; null always pays it."""
     over: Literal["token", "sequence", "constant"] = "token"
     """Average over all tokens, over sequences of their token means, or divide by rows * max_new_tokens."""
+
+    @model_validator(mode="after")
+    def _by_token(self) -> "ObjectiveConfig":
+        if self.surrogate == "dppo" and self.level != "token":
+            raise ValueError(f"surrogate dppo bounds each token by itself: level token, not {self.level}")
+        return self
 
 
 class UpdateConfig(Section):

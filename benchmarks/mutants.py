@@ -1,0 +1,103 @@
+"""Changes each operator, number, name and default of the token maths, one at a time: which change does no test see?
+
+    pip install "mutmut>=3.8"
+    python benchmarks/mutants.py                       # some 15 minutes on one core; or: make mutants
+    python benchmarks/mutants.py --only 'pertoken.credit.x_gae*' 'pertoken.objectives.x_ratio*'
+
+mutmut runs in a copy of this checkout, build/mutants, with the tests of the maths alone; each mutant meets the tests
+that call its function, fastest first, until one fails. Prints the share that was killed, and each survivor with the
+reason why no test can tell it, or without one. Exits with 1 below 95% or if a survivor has no reason.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PLACE = ROOT / "build" / "mutants"
+FILES = ("pertoken/credit.py", "pertoken/objectives.py")
+TESTS = ("tests/test_credit.py", "tests/test_objectives.py", "tests/test_fixtures.py", "tests/test_exact_gradient.py")
+ENOUGH = 0.95
+
+SETTINGS = f"""
+[tool.mutmut]
+source_paths = ["pertoken"]
+only_mutate = {list(FILES)}
+also_copy = ["tests", "docs", "pyproject.toml"]
+pytest_add_cli_args_test_selection = {list(TESTS)}
+pytest_add_cli_args = ["-p", "no:cacheprovider"]
+"""
+
+SAME: dict[str, str] = {
+    "torch.where(advantages <= 0, torch.minimum(loss, -advantages * dual_clip), loss)": "an advantage of 0 has loss 0",
+    "importance_weights: level: Mismatch =": "any name but the other two means by token; no other passes the types",
+    "row_sums.sum() / (divisor or 2)": "a count is 0 where nothing acts, and the sum is 0 there",
+    "width = int(macro.max()) + 2 if macro.numel() else 1": "a macro action more, without members",
+    "width = int(macro.max()) + 1 if macro.numel() else 2": "a macro action more, without members",
+    "speaking = torch.ones_like(group, dtype=None)": "any number but 0 says that the row speaks",
+    "speaking = torch.ones_like(group, )": "any number but 0 says that the row speaks",
+    "_moments(advantages, action_mask, group, unbiased=False)[0]": "the mean has no n - 1",
+    "torch.arange(width, device=None)": "tests have one device",
+    "torch.arange(width, )": "tests have one device",
+    "_moments: mean = _over_group(shifted.sum(1, keepdim=True), group": "a number less itself is 0 whatever the count",
+    "kl_loss: raise ValueError(None)": "the type checker of the tests refuses k1 before it is reached",
+}
+"""Part of `function: changed line` -> why no test can tell."""
+
+
+def copy() -> None:
+    """The checkout as it stands, committed or not, without what was built from it."""
+    shutil.rmtree(PLACE, ignore_errors=True)
+    list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(list_files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (PLACE / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, PLACE / name)
+    with (PLACE / "pyproject.toml").open("a", encoding="utf-8") as file:
+        file.write(SETTINGS)
+
+
+def mutmut(*arguments: str) -> str:
+    command = [sys.executable, "-m", "mutmut", *arguments]
+    done = subprocess.run(command, cwd=PLACE, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed in {PLACE}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def change(mutant: str) -> tuple[str, str]:
+    """The line before and after."""
+    lines = mutmut("show", mutant).splitlines()
+    was, now = ([line[1:].strip() for line in lines if re.match(rf"\{sign}(?!\{sign})", line)] for sign in "-+")
+    return " ".join(was), " ".join(now)
+
+
+def main() -> None:
+    """Make the copy, run, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], help="names of mutants, with wildcards")
+    only = parser.parse_args().only
+    copy()
+    mutmut("run", "--max-children", "1", *only)
+    outcomes = re.findall(r"^\s*(\S+): ([\w ]+)$", mutmut("results", "--all", "true"), flags=re.MULTILINE)
+    asked = [(name, outcome) for name, outcome in outcomes if outcome != "not checked"]
+    alive = [name for name, outcome in asked if outcome not in ("killed", "timeout", "segfault")]
+    share = 1 - len(alive) / len(asked)
+    print(f"{len(asked)} mutants, {len(asked) - len(alive)} killed ({share:.1%}), {len(alive)} survived\n")
+    print("| function | was | became | why no test can tell |\n|---|---|---|---|")
+    unexplained = 0
+    for name in alive:
+        was, now = change(name)
+        function = re.sub(r".*\.x_(.*)__mutmut_\d+", r"\1", name)
+        reason = next((why for part, why in SAME.items() if part in f"{function}: {now}"), "")
+        unexplained += not reason
+        cells = (text.replace("|", "\\|") for text in (was, now))
+        print(f"| `{function}` | {' | '.join(f'`{cell}`' for cell in cells)} | {reason or '**unexplained**'} |")
+    sys.exit(int(share < ENOUGH or unexplained > 0))
+
+
+if __name__ == "__main__":
+    main()
