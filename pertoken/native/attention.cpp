@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <type_traits>
 #include <vector>
 
@@ -32,6 +33,9 @@ constexpr int64_t kTile = 64;  // queries, and keys, of a tile
 
 inline int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
 
+typedef uint32_t __attribute__((aligned(2), may_alias)) Word;
+inline const uint16_t* bits(const BFloat16* x) { return &x->x; }
+
 template <typename T>
 constexpr bool kPairs = std::is_same_v<T, BFloat16>;  // right operands of bfloat16 products have their rows in pairs
 
@@ -41,23 +45,42 @@ void multiply(int64_t m, int64_t n, int64_t k, bool add, const T* a, const T* b,
   brgemm(m, n, k, k, n, n, add, a, b, out, kPairs<T>);
 }
 
-// `count` rows of `columns` numbers, `stride` apart, as the right operand [height, width], which zeros fill up.
+// `count` rows of `columns` numbers, `stride` apart, as the right operand [height, width], which zeros fill up. Pairs of
+// bfloat16 numbers are moved as one word, in loops that become vector code.
 template <typename T>
 void as_right(const T* rows, int64_t stride, int64_t count, int64_t columns, int64_t height, int64_t width, T* out) {
-  constexpr int64_t kStep = kPairs<T> ? 2 : 1;
-  std::fill(out, out + height * width, T(0.0f));
-  for (int64_t k = 0; k < count; k += kStep)
-    for (int64_t s = 0; s < std::min(kStep, count - k); ++s)
-      for (int64_t n = 0; n < columns; ++n) out[(k * width) + n * kStep + s] = rows[(k + s) * stride + n];
+  if (count < height || columns < width) std::fill(out, out + height * width, T(0.0f));
+  if constexpr (kPairs<T>) {
+    Word* to = reinterpret_cast<Word*>(out);
+    for (int64_t k = 0; k < count; k += 2, to += width) {
+      const uint16_t* upper = bits(rows + k * stride);
+      const uint16_t* lower = bits(rows + (k + 1) * stride);
+      if (k + 1 < count)
+        for (int64_t n = 0; n < columns; ++n) to[n] = static_cast<uint32_t>(lower[n]) << 16 | upper[n];
+      else
+        for (int64_t n = 0; n < columns; ++n) to[n] = upper[n];
+    }
+  } else {
+    for (int64_t k = 0; k < count; ++k) std::copy_n(rows + k * stride, columns, out + k * width);
+  }
 }
 
 // The same of the transposed rows: [columns, count] as [height, width].
 template <typename T>
 void as_right_turned(const T* rows, int64_t stride, int64_t count, int64_t columns, int64_t height, int64_t width, T* out) {
-  constexpr int64_t kStep = kPairs<T> ? 2 : 1;
-  std::fill(out, out + height * width, T(0.0f));
-  for (int64_t n = 0; n < count; ++n)
-    for (int64_t k = 0; k < columns; ++k) out[k / kStep * kStep * width + n * kStep + k % kStep] = rows[n * stride + k];
+  if (columns < height || count < width) std::fill(out, out + height * width, T(0.0f));
+  if constexpr (kPairs<T>) {
+    Word* to = reinterpret_cast<Word*>(out);
+    for (int64_t n = 0; n < count; ++n) {
+      const uint16_t* row = bits(rows + n * stride);
+      const Word* pairs = reinterpret_cast<const Word*>(row);
+      for (int64_t k = 0; k < columns / 2; ++k) to[k * width + n] = pairs[k];
+      if (columns % 2) to[columns / 2 * width + n] = row[columns - 1];
+    }
+  } else {
+    for (int64_t n = 0; n < count; ++n)
+      for (int64_t k = 0; k < columns; ++k) out[k * width + n] = rows[n * stride + k];
+  }
 }
 
 struct Sequence {
@@ -221,16 +244,21 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::vecto
 
 // With P = exp(scale Q K' - mass) and D = rowsum(dO * O):
 //   dV = P' dO,  dS = P * (dO V' - D),  dQ = scale dS K,  dK = scale dS' Q.
-// A piece of work has some tiles of keys of a prompt and its rows, and everyone who looks at them; it computes P and dS with
-// keys as rows. Pieces that have the same queries add to `to_q` of their own.
+// A piece of work has some rows behind a prompt (the first has the prompt as well), and all keys that they look at; it computes
+// P and dS with keys as rows. What pieces of one prompt add to its keys and values is kept by share, and summed in the end.
 template <typename T>
 void backward(const Tensor& gradient, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
               const Tensor& masses, const std::vector<Sequence>& all, int64_t window, float scale, const Shape& shape,
-              std::vector<Tensor>& to_q, Tensor& to_k, Tensor& to_v) {
+              int64_t shares, Tensor& to_q, Tensor& to_k, Tensor& to_v) {
   const T *by = gradient.const_data_ptr<T>(), *from_q = q.const_data_ptr<T>(), *from_k = k.const_data_ptr<T>(),
           *from_v = v.const_data_ptr<T>(), *from_out = out.const_data_ptr<T>();
   const float* mass = masses.const_data_ptr<float>();
-  T *into_k = to_k.data_ptr<T>(), *into_v = to_v.data_ptr<T>();
+  T *into_q = to_q.data_ptr<T>(), *into_k = to_k.data_ptr<T>(), *into_v = to_v.data_ptr<T>();
+  const auto room = [&](const Tensor& t) {  // [shares, *t], of which the cells of prompts are used
+    return at::empty(shares == 1 ? 0 : shares * t.numel(), t.options().dtype(at::kFloat));
+  };
+  const Tensor k_room = room(k), v_room = room(v);
+  float *k_shares = k_room.data_ptr<float>(), *v_shares = v_room.data_ptr<float>();
   std::vector<std::vector<int64_t>> families;  // a sequence that continues none, and those that continue it
   std::vector<int64_t> family_of(all.size());
   for (size_t n = 0; n < all.size(); ++n) {
@@ -238,19 +266,25 @@ void backward(const Tensor& gradient, const Tensor& q, const Tensor& k, const Te
     family_of[n] = all[n].prompt < 0 ? static_cast<int64_t>(families.size()) - 1 : family_of[all[n].prompt];
     families[family_of[n]].push_back(n);
   }
-  const int64_t shares = to_q.size(), pieces = static_cast<int64_t>(families.size()) * shape.kv_heads * shares;
+  const int64_t pieces = static_cast<int64_t>(families.size()) * shape.kv_heads * shares;
   const int64_t k_size = kTile * shape.depth, v_size = kTile * shape.v_depth;
   in_turns<T>(pieces, [&](int64_t task) {
     const int64_t share = task % shares, h = task / shares % shape.kv_heads;
     const std::vector<int64_t>& family = families[task / shares / shape.kv_heads];
+    const int64_t rows_of_family = family.size() - 1;
+    const auto row_at = [&](int64_t portion) { return family.begin() + 1 + rows_of_family * portion / shares; };
+    const std::vector<int64_t> mine(row_at(share), row_at(share + 1));
     struct Asker {
       int64_t number;
       Queries queries;
     };
     std::vector<Asker> askers;
-    for (const int64_t n : family)
+    const auto asks = [&](int64_t n) {
       for (int64_t tile = 0; tile < tiles_of(all[n].length * shape.shared); ++tile)
         askers.push_back({n, Queries(all[n], shape, tile)});
+    };
+    if (share == 0) asks(family[0]);
+    for (const int64_t n : mine) asks(n);
     const int64_t count = askers.size();
     std::vector<T> q_right(count * k_size), q_turned(count * k_size), g_right(count * v_size), g_turned(count * v_size);
     std::vector<float> logs(count * kTile, INFINITY), dots(count * kTile, 0.0f), q_sums(count * k_size, 0.0f);
@@ -276,10 +310,8 @@ void backward(const Tensor& gradient, const Tensor& q, const Tensor& k, const Te
     }
     std::vector<T> key(k_size), key_turned(k_size), value(v_size), p(kTile * kTile), ds(kTile * kTile), ds_right(kTile * kTile);
     std::vector<float> scores(kTile * kTile), dp(kTile * kTile), k_sums(k_size), v_sums(v_size);
-    int64_t turn = 0;
-    for (const int64_t n : family)
+    const auto look_at_keys_of = [&](int64_t n) {
       for (int64_t tile = 0; tile < tiles_of(all[n].length); ++tile) {
-        if (turn++ % shares != share) continue;
         const int64_t first = all[n].start + tile * kTile, keys_here = std::min(kTile, all[n].length - tile * kTile);
         std::fill(key.begin(), key.end(), T(0.0f));
         std::fill(key_turned.begin(), key_turned.end(), T(0.0f));
@@ -324,27 +356,44 @@ void backward(const Tensor& gradient, const Tensor& q, const Tensor& k, const Te
           multiply(kTile, shape.depth, kTile, true, ds.data(), q_right.data() + a * k_size, k_sums.data());
           multiply(shape.depth, kTile, kTile, true, key_turned.data(), ds_right.data(), q_sums.data() + a * k_size);
         }
-        for (int64_t j = 0; j < keys_here; ++j) {
-          const int64_t cell = (first + j) * shape.kv_heads + h;
-          for (int64_t i = 0; i < shape.width; ++i) narrow(k_sums[j * shape.depth + i], into_k + cell * shape.width + i);
-          for (int64_t i = 0; i < shape.v_width; ++i)
-            narrow(v_sums[j * shape.v_depth + i], into_v + cell * shape.v_width + i);
-        }
-      }
-    const auto write = [&](auto* into) {
-      for (int64_t a = 0; a < count; ++a) {
-        const auto& [n, queries] = askers[a];
-        for (int64_t r = 0; r < queries.count; ++r) {
-          auto* cell = into + queries.cell(all[n], shape, h, r) * shape.width;
-          for (int64_t i = 0; i < shape.width; ++i) narrow(q_sums[a * k_size + i * kTile + r], cell + i);
-        }
+        const auto write = [&](auto* k_at, auto* v_at) {
+          for (int64_t j = 0; j < keys_here; ++j) {
+            const int64_t cell = (first + j) * shape.kv_heads + h;
+            for (int64_t i = 0; i < shape.width; ++i) narrow(k_sums[j * shape.depth + i], k_at + cell * shape.width + i);
+            for (int64_t i = 0; i < shape.v_width; ++i)
+              narrow(v_sums[j * shape.v_depth + i], v_at + cell * shape.v_width + i);
+          }
+        };
+        if (shares > 1 && n == family[0])
+          write(k_shares + share * k.numel(), v_shares + share * v.numel());
+        else
+          write(into_k, into_v);
       }
     };
-    if (shares == 1)
-      write(to_q[0].data_ptr<T>());
-    else
-      write(to_q[share].data_ptr<float>());
+    look_at_keys_of(family[0]);
+    for (const int64_t n : mine) look_at_keys_of(n);
+    for (int64_t a = 0; a < count; ++a) {
+      const auto& [n, queries] = askers[a];
+      for (int64_t r = 0; r < queries.count; ++r) {
+        T* cell = into_q + queries.cell(all[n], shape, h, r) * shape.width;
+        for (int64_t i = 0; i < shape.width; ++i) narrow(q_sums[a * k_size + i * kTile + r], cell + i);
+      }
+    }
   });
+  if (shares == 1) return;
+  const auto add_up = [&](const float* from, int64_t first, int64_t count, int64_t size, T* to) {
+    for (int64_t i = first; i < first + count; ++i) {
+      float sum = 0;
+      for (int64_t share = 0; share < shares; ++share) sum += from[share * size + i];
+      narrow(sum, to + i);
+    }
+  };
+  for (const std::vector<int64_t>& family : families) {
+    const Sequence& prompt = all[family[0]];
+    const int64_t k_cells = shape.kv_heads * shape.width, v_cells = shape.kv_heads * shape.v_width;
+    add_up(k_shares, prompt.start * k_cells, prompt.length * k_cells, k.numel(), into_k);
+    add_up(v_shares, prompt.start * v_cells, prompt.length * v_cells, v.numel(), into_v);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& gradient, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -356,15 +405,11 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& gradient, const
   const int64_t families = std::count_if(all.begin(), all.end(), [](const Sequence& s) { return s.prompt < 0; });
   const int64_t pieces = std::max<int64_t>(1, families * shape.kv_heads), wanted = 3 * at::get_num_threads();
   const int64_t shares = at::get_num_threads() == 1 ? 1 : (wanted + pieces - 1) / pieces;
-  Tensor to_k = at::empty_like(k), to_v = at::empty_like(v);
-  std::vector<Tensor> to_q;
-  for (int64_t share = 0; share < shares; ++share)
-    to_q.push_back(at::empty(q.sizes(), q.options().dtype(shares == 1 ? q.scalar_type() : at::kFloat)));
+  Tensor to_q = at::empty_like(q), to_k = at::empty_like(k), to_v = at::empty_like(v);
   with_type(v, [&](auto kind) {
-    backward<decltype(kind)>(gradient, q, k, v, out, masses, all, window, scale, shape, to_q, to_k, to_v);
+    backward<decltype(kind)>(gradient, q, k, v, out, masses, all, window, scale, shape, shares, to_q, to_k, to_v);
   });
-  for (int64_t share = 1; share < shares; ++share) to_q[0].add_(to_q[share]);
-  return {to_q[0].to(q.scalar_type()), to_k, to_v};
+  return {to_q, to_k, to_v};
 }
 
 }  // namespace
