@@ -10,7 +10,8 @@ An arm is `pertoken`, with settings behind slashes: `generic` (without the compi
 rotation of the Llama family: what any Hugging Face model gets), `float32`, `lora`, `micro=<tokens per micro-batch>`,
 `recompute` (activations computed again in the backward pass); or
 `trl/<precision>/<rows per micro-batch>[/lora]`. TRL runs without gradient checkpointing, which makes it faster. Both
-sides log their usual metrics. `--table` runs the scaling table; `--plot FILE` draws the steps (extra `plots`).
+sides log their usual metrics. `--table` runs the scaling table, each shape in turns with the job; `--plot FILE` draws
+the steps (extra `plots`).
 """
 
 import argparse
@@ -265,25 +266,27 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Arm]:
-    """All arms over all steps, in turns; the first `warmup` steps are thrown away."""
+def measure(args: argparse.Namespace, jobs: dict[str, tuple[str, argparse.Namespace]]) -> dict[str, Arm]:
+    """All jobs, each an arm and its settings, over all steps, in turns; the first `warmup` steps are thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        job, data = make_job(args), Path(folder) / "prompts.jsonl"
-        rows = (json.dumps({"prompt": prompt, "reference": ""}) for prompt in job["prompts"])
-        data.write_text("\n".join(rows), encoding="utf-8")
-        place = Path(folder) / "job.json"
-        place.write_text(json.dumps(job | {"data": str(data)}), encoding="utf-8")
-        arms = [Arm(name, place) for name in args.arms]
+        arms = {}
+        for label, (name, settings) in jobs.items():
+            job, place = make_job(settings), Path(folder) / str(len(arms))
+            place.mkdir()
+            rows = (json.dumps({"prompt": prompt, "reference": ""}) for prompt in job["prompts"])
+            (place / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+            (place / "job.json").write_text(json.dumps(job | {"data": str(place / "prompts.jsonl")}), encoding="utf-8")
+            arms[label] = Arm(name, place / "job.json")
         for turn in range(args.warmup + args.steps):
-            for arm in arms:
+            for label, arm in arms.items():
                 arm.step()
                 last = arm.steps[-1]
-                print(f"  {arm.name} step {turn + 1}: {last['seconds']:.2f} s, {last['tokens']:.0f} tokens, "
+                print(f"  {label} step {turn + 1}: {last['seconds']:.2f} s, {last['tokens']:.0f} tokens, "
                       f"foreign load {last['foreign']:.2f}", file=sys.stderr, flush=True)  # fmt: skip
-        for arm in arms:
+        for arm in arms.values():
             arm.close()
             arm.steps = arm.steps[args.warmup :]
-    return {arm.name: arm for arm in arms}
+    return arms
 
 
 def table(arms: dict[str, Arm]) -> str:
@@ -349,18 +352,30 @@ def plot(arms: dict[str, Arm], file: Path) -> None:
 
 
 def scaling(args: argparse.Namespace) -> str:
-    """One axis at a time around the job: group size, prompt length, completion length."""
-    rows = ["| completions | prompt tokens | new tokens | s/step | packed tokens | ms per packed token |",
-            "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    shapes = (
-        [(n, 94, 64) for n in (4, 8, 16)] + [(4, p, 64) for p in (64, 256, 1024)] + [(4, 94, c) for c in (32, 128, 512)]
-    )
-    for completions, prompt, new in shapes:
-        args.completions, args.prompt_tokens, args.new_tokens = completions, (prompt, prompt), new
-        arm = measure(args)[args.arms[0]]
-        seconds = median(step["seconds"] for step in arm.steps)
-        packed = args.prompts * (prompt + completions * new)
-        rows.append(f"| {completions} | {prompt} | {new} | {seconds:.2f} | {packed} | {1000 * seconds / packed:.2f} |")
+    """One axis at a time around the job, in turns with the job itself: group size, prompt length, completion length."""
+    rows = ["| completions | prompt tokens | new tokens | s/step | packed tokens | ms / packed token | of the job's |",
+            "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    shapes = [(8, 94, 64), (16, 94, 64), (4, 64, 64), (4, 256, 64), (4, 1024, 64)]
+    shapes += [(4, 94, 32), (4, 94, 128), (4, 94, 512)]
+
+    def of(completions: int, prompt: int, new: int) -> argparse.Namespace:
+        return argparse.Namespace(**vars(args) | {
+            "completions": completions, "prompt_tokens": (prompt, prompt), "new_tokens": new
+        })  # fmt: skip
+
+    def packed(job: argparse.Namespace) -> int:
+        return int(job.prompts * (job.prompt_tokens[0] + job.completions * job.new_tokens))
+
+    job = of(4, 94, 64)
+    for shape in (of(*sizes) for sizes in shapes):
+        arms = measure(args, {"the job": (args.arms[0], job), "shape": (args.arms[0], shape)})
+        steps = {label: [step["seconds"] for step in arm.steps] for label, arm in arms.items()}
+        times = [a / packed(shape) / (b / packed(job)) for a, b in zip(steps["shape"], steps["the job"], strict=True)]
+        seconds = median(steps["shape"])
+        rows.append(
+            f"| {shape.completions} | {shape.prompt_tokens[0]} | {shape.new_tokens} | {seconds:.2f} | {packed(shape)} "
+            f"| {1000 * seconds / packed(shape):.2f} | {median(times):.2f} ({min(times):.2f}-{max(times):.2f}) |"
+        )
         print(rows[-1], file=sys.stderr, flush=True)
     return "\n".join(rows)
 
@@ -393,7 +408,7 @@ def main() -> None:
     if args.table:
         print(scaling(args))
         return
-    arms = measure(args)
+    arms = measure(args, {name: (name, args) for name in args.arms})
     print(table(arms))
     if args.plot:
         plot(arms, args.plot)

@@ -126,3 +126,20 @@ def test_too_large_a_tensor_is_an_error_and_sizes_are_free():
     grown = torch.ones(3)
     grown.resize_(1000)
     assert grown[:3].tolist() == [1.0] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not native.available(), reason="glibc's heap, and a C++ compiler")
+def test_what_onednn_had_before_is_freed_after():
+    """In a process of its own, which would crash: oneDNN frees its tensors by the allocator of the day."""
+    code = (
+        "import torch\n"
+        "from pertoken.memory import Heap\n"
+        "pack = lambda: torch.randn(64, 64).to_mkldnn()\n"
+        "before = [pack() for _ in range(20)]\n"
+        "heap = Heap(torch.device('cpu'))\n"
+        "after = [pack() for _ in range(20)]\n"
+        "del before, after\n"
+        "print('alive')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr[-500:]

@@ -15,13 +15,19 @@
 
 namespace {
 
-// The address that `malloc` gave stands in front of the numbers.
-constexpr uintptr_t kInFront = sizeof(void*);
+// In front of the numbers stand a mark and the address that `malloc` gave. Tensors in oneDNN's own layouts are freed by the allocator
+// of the day, those among them that torch's own had made: they have no mark, and are their own address.
+constexpr uintptr_t kInFront = 2 * sizeof(uintptr_t);
+
+uintptr_t mark_of(const void* numbers) { return reinterpret_cast<uintptr_t>(numbers) ^ 0x9e3779b97f4a7c15u; }
 
 void give_back(void* numbers) {
   if (numbers == nullptr) return;
   c10::profiledCPUMemoryReporter().Delete(numbers);
-  std::free(static_cast<void**>(numbers)[-1]);
+  uintptr_t* end = static_cast<uintptr_t*>(numbers);
+  if (end[-2] != mark_of(numbers)) return std::free(numbers);
+  end[-2] = 0;
+  std::free(reinterpret_cast<void*>(end[-1]));
 }
 
 struct Heap final : c10::Allocator {
@@ -32,7 +38,8 @@ struct Heap final : c10::Allocator {
     TORCH_CHECK_WITH(OutOfMemoryError, room != nullptr, "can't allocate memory: you tried to allocate ", size, " bytes.");
     const uintptr_t first = reinterpret_cast<uintptr_t>(room) + kInFront;
     void* numbers = reinterpret_cast<void*>((first + c10::gAlignment - 1) / c10::gAlignment * c10::gAlignment);
-    static_cast<void**>(numbers)[-1] = room;
+    static_cast<uintptr_t*>(numbers)[-1] = reinterpret_cast<uintptr_t>(room);
+    static_cast<uintptr_t*>(numbers)[-2] = mark_of(numbers);
     c10::profiledCPUMemoryReporter().New(numbers, size);
     return {numbers, numbers, &give_back, device};
   }
