@@ -64,7 +64,7 @@ class Heap:
         self._device = device
         self._usual: float | None = None
         self._updates = 0
-        if sys.platform == "linux" and native.available():
+        if device.type == "cpu" and sys.platform == "linux" and native.available():
             torch.ops.pertoken.use_heap()
         return_freed_memory(self.LASTING)
 
