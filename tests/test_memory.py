@@ -12,6 +12,13 @@ from pertoken.memory import give_back_freed_memory, installed_memory, peak_memor
 CPU = torch.device("cpu")
 
 
+def alone(code: str) -> str:
+    """What `code` prints in a process of its own, whose heap no other test has used."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout.strip()
+
+
 def test_a_large_tensor_shows_and_stays_in_the_peak():
     give_back_freed_memory()  # else the block may lie in memory that this process has already
     before = used_memory(CPU)
@@ -36,8 +43,7 @@ def test_freed_memory_goes_back():
         "give_back_freed_memory()\n"
         "print(full - kept, kept - used_memory(cpu))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    by_itself, when_told = map(float, done.stdout.split())
+    by_itself, when_told = map(float, alone(code).split())
     assert by_itself < 0.1
     assert when_told > 0.2
 
@@ -72,8 +78,7 @@ def test_freed_memory_is_used_again_without_new_pages():
         "for _ in range(5): torch.ones(1 << 24)\n"
         "print(faults() - before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 5 * (1 << 26) // 4096 // 10
+    assert int(alone(code)) < 5 * (1 << 26) // 4096 // 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
@@ -94,8 +99,7 @@ def test_what_the_first_update_leaves_is_not_among_activations():
         "again = torch.ones(50_000_000)\n"  # as much in one piece
         "print(used_memory(cpu) - first)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) == pytest.approx(0.4, abs=0.05)  # 0.6 if their pages were still there, among others
+    assert float(alone(code)) == pytest.approx(0.4, abs=0.05)  # 0.6 if their pages were still there, among others
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not native.available(), reason="glibc's heap, and a C++ compiler")
@@ -113,8 +117,7 @@ def test_a_tensor_fits_where_one_of_its_size_has_been():
         "again = [torch.empty(250_000 + 16 * n) for n in range(1, 9, 2)]\n"
         "print([t.data_ptr() for t in again] == at)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+    assert alone(code) == "True"
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not native.available(), reason="glibc's heap, and a C++ compiler")
@@ -141,5 +144,4 @@ def test_what_onednn_had_before_is_freed_after():
         "del before, after\n"
         "print('alive')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr[-500:]
+    assert alone(code) == "alive"
