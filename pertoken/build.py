@@ -13,6 +13,7 @@ from pertoken.config import DocstringsTask, KLConfig, OfflineConfig, RewardConfi
 from pertoken.errors import ConfigError, ModelError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
+from pertoken.forward import decoder_start
 from pertoken.guards import Guards
 from pertoken.memory import GIGABYTE, installed_memory, used_memory
 from pertoken.objectives import AdaptiveKL, FixedKL
@@ -288,7 +289,8 @@ def build_examples(method: OfflineConfig, task: ItemTask, policy: Policy) -> Exa
     if not train:
         raise TaskError(f"task {task.name}: the train split is empty")
     kind = offline.kind_of(method, train)
-    return Examples.of(kind, policy.tokenizer, policy.eos_ids, policy.context_length)
+    start = decoder_start(policy.hf_model)
+    return Examples.of(kind, policy.tokenizer, policy.eos_ids, policy.context_length, start)
 
 
 def _not_used(config: RunConfig) -> list[str]:

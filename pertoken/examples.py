@@ -26,9 +26,13 @@ class Examples:
     end: int
     """The id behind each answer."""
     context_length: int
+    start: tuple[int, ...] = ()
+    """What answers stand behind where prompts are read apart from them (`forward.decoder_start`)."""
 
     @classmethod
-    def of(cls, kind: Kind, tokenizer: Any, end_ids: Sequence[int], context_length: int) -> "Examples":
+    def of(
+        cls, kind: Kind, tokenizer: Any, end_ids: Sequence[int], context_length: int, start: tuple[int, ...] = ()
+    ) -> "Examples":
         """With the id that this tokenizer ends a text with; ModelError if there is none."""
         own = tokenizer.eos_token_id
         if own is None and not end_ids:
@@ -36,7 +40,7 @@ class Examples:
                 "neither tokenizer nor model names an end-of-text token, so answers cannot be taught to end: set "
                 "tokenizer.eos_token and save it with the model."
             )
-        return cls(kind, tokenizer, end_ids[0] if own is None else own, context_length)
+        return cls(kind, tokenizer, end_ids[0] if own is None else own, context_length, start)
 
     def texts(self, item: Item) -> list[tuple[str, str, bool]]:
         """The answers of `item`: a name, the text, and whether it is one to learn."""
@@ -64,7 +68,7 @@ class Examples:
         for group, (item, other) in enumerate(zip(items, (*items[1:], *items[:1]), strict=True)):
             prompt = prompt_ids(item, self.tokenizer)
             for name, text, _ in self.texts(other):
-                answer = self._ids(text)[: self.context_length - len(prompt)]
+                answer = self._ids(text)[: self.context_length - len(self.start or prompt)]
                 rows.append(self._row(f"{step}/{item.id}+{other.id}/{name}", item, group, prompt, answer, step))
         return rows
 
@@ -76,7 +80,7 @@ class Examples:
         limit = min(max_tokens or self.context_length, self.context_length)
         found = list[Item]()
         for item in items:
-            longest = max(len(row.tokens) for row in self.episodes([item])[0])
+            longest = max(self._length(row) for row in self.episodes([item])[0])
             if longest <= limit:
                 found.append(item)
             elif max_tokens is None:
@@ -89,8 +93,14 @@ class Examples:
         left_out = len(items) - len(found)
         return found, [f"left out {left_out} of {len(items)} items: over {limit} tokens"] if left_out else []
 
+    def _length(self, row: Episode) -> int:
+        """Of what the context holds at once: all of it, or the longer of prompt and answer."""
+        prompt = row.prompt_length
+        return max(prompt, len(self.start) + len(row.tokens) - prompt) if self.start else len(row.tokens)
+
     def _ids(self, text: str) -> list[int]:
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.end]
+        """An answer as the model would write it; some tokenizers write otherwise than they read (Marian, NLLB)."""
+        return [*self.tokenizer(text_target=text, add_special_tokens=False)["input_ids"], self.end]
 
     def _row(self, name: str, item: Item, group: int, prompt: list[int], answer: list[int], step: int) -> Episode:
         unknown = [0.0] * len(answer)  # nobody sampled it

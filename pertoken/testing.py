@@ -50,6 +50,24 @@ def tiny_model(
     return model
 
 
+def tiny_encoder_decoder(kind: Literal["t5", "marian"] = "t5", *, seed: int = 0) -> Any:
+    """A random two-layer encoder-decoder LM for `byte_tokenizer`, float32, in eval mode; padding begins its texts."""
+    from transformers import MarianConfig, MarianMTModel, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    ends: dict[str, Any] = {"vocab_size": 258, "d_model": 32, "pad_token_id": 257, "eos_token_id": 256, "decoder_start_token_id": 257}
+    if kind == "t5":
+        model: Any = T5ForConditionalGeneration(T5Config(**ends, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+    else:
+        model = MarianMTModel(
+            MarianConfig(
+                **ends, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+                encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128, forced_eos_token_id=None,
+            )
+        )  # fmt: skip
+    return model.eval()
+
+
 _SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 63, "pad_token_id": None,
@@ -76,15 +94,41 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Families of causal LMs that attend, place and normalise in different ways: model type, configuration."""
 
+_READS_AND_WRITES = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 63, "decoder_start_token_id": 2,
+}  # fmt: skip
+_T5 = {
+    "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "pad_token_id": 0,
+    "eos_token_id": 63, "decoder_start_token_id": 0,
+}  # fmt: skip
+
+ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("t5", _T5),
+    "t5 v1.1": ("t5", _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5": ("mt5", _T5),
+    "bart": ("bart", _READS_AND_WRITES),
+    "bart, first token forced": ("bart", _READS_AND_WRITES | {"forced_bos_token_id": 0}),
+    "marian": ("marian", _READS_AND_WRITES | {"scale_embedding": True}),
+    "mbart": ("mbart", _READS_AND_WRITES),
+    "m2m_100": ("m2m_100", _READS_AND_WRITES),
+    "pegasus": ("pegasus", _READS_AND_WRITES),
+}
+"""Families of encoder-decoder LMs, NLLB among them (its models are `m2m_100`): model type, configuration."""
+
 
 def family_model(name: str) -> Any:
     """A random two-layer model of a family, float32, in eval mode: 64 ids, of which 63 ends a text."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind, settings = FAMILIES[name]
+    auto, families = (
+        (AutoModelForSeq2SeqLM, ENCODER_DECODERS) if name in ENCODER_DECODERS else (AutoModelForCausalLM, FAMILIES)
+    )
+    kind, settings = families[name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings), attn_implementation="eager")
+    model = auto.from_config(CONFIG_MAPPING[kind](**settings), attn_implementation="eager")  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

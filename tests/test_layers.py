@@ -30,9 +30,10 @@ MAY: dict[str, set[str]] = {
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
     "prompts": {"errors", "types"},
+    "forward": {"errors"},
     # the stages of a step: each knows the types, none knows a sibling
     **{
-        stage: {"errors", "cache", "native", "background", "workers", "rows", "sampling", "types", "prompts"}
+        stage: {"errors", "cache", "native", "background", "workers", "rows", "sampling", "types", "prompts", "forward"}
         for stage in STAGES
     },
     **{maths: {"types"} for maths in MATHS},
@@ -74,7 +75,7 @@ MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "
 MAY["resampling"] = MAY["state"] | {"state"}
 MAY["trainer"] |= {"assignment", "state", "resampling"}
 MAY["offline"] = MAY["trainer"] | {"trainer"}
-MAY["build"] = MAY["offline"] | {"offline", "text_metrics"}
+MAY["build"] = MAY["offline"] | {"offline", "text_metrics", "forward"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
 MAY["run"] = MAY["build"] | {"build", "doctor"}

@@ -1,6 +1,7 @@
 """Checks of what the user brings: data and rewards."""
 
 from pertoken.doctor.base import Probe, Verdict, check, skipped, within
+from pertoken.forward import decoder_start
 from pertoken.prompts import prompt_ids
 from pertoken.reward_check import OPINION, check_reward
 from pertoken.types import Item
@@ -22,9 +23,9 @@ def data(probe: Probe) -> Verdict:
     policy, items = probe.run.policy, probe.run.items
     longest = sorted(items, key=lambda item: -len(str(item.prompt)))[:LONGEST]
     prompts = [prompt_ids(item, policy.tokenizer) for item in longest]
-    room = policy.context_length - max(map(len, prompts))
-    wanted = probe.config.rollout.sampling.max_new_tokens
-    short = sum(policy.context_length - len(ids) < wanted for ids in prompts)
+    before = [len(decoder_start(policy.hf_model) or ids) for ids in prompts]
+    room, wanted = policy.context_length - max(before), probe.config.rollout.sampling.max_new_tokens
+    short = sum(policy.context_length - taken < wanted for taken in before)
     chats = [item for item in longest if not isinstance(item.prompt, str)]
     template = getattr(policy.tokenizer, "chat_template", None)
     bos = policy.tokenizer.bos_token_id

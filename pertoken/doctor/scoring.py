@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GenerationConfig
 
 from pertoken import batching, trainer
 from pertoken.doctor.base import (
@@ -22,9 +21,10 @@ from pertoken.doctor.base import (
     skipped,
     within,
 )
-from pertoken.policy.scoring import Trunk, score_batch
+from pertoken.forward import decoder_start, own_logits
+from pertoken.policy.scoring import Layout, Trunk, by_own_logits, score_batch
 from pertoken.prompts import prompt_ids
-from pertoken.rollout.by_generate import own_settings_aside
+from pertoken.rollout.by_generate import begun, greedy_settings, own_settings_aside
 from pertoken.rollout.collect import collect
 from pertoken.sampling import Controls, Sampling
 from pertoken.state import items_of
@@ -77,15 +77,14 @@ def padding(probe: Probe) -> Verdict:
     batch = dataclasses.replace(probe.batch.rows(rows), controls=Controls(), support=None)
     wide, model, dtype = _widened(batch, (run.policy.eos_ids or (0,))[0]), run.policy.hf_model, probe.dtype
     found: dict[str, Tensor] = {}
+    own_way: Layout = run.policy.layout
     with torch.no_grad():
-        for layout in dict.fromkeys(("padded", run.policy.layout)):
+        for layout in [own_way] if own_way == "encoder_decoder" else sorted({"padded", own_way}):
             for columns, some in (("", batch), (" with more padding", wide)):
                 scored = score_batch(Trunk(model, None, dtype, layout), some)
                 found[f"the {layout} layout{columns}"] = scored.logprobs[some.action_mask]
         with torch.autocast(batch.tokens.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask, use_cache=False).logits
-        own = logits[:, :-1].float().log_softmax(-1).gather(2, batch.tokens[:, 1:, None])[..., 0]
-    own = own[batch.action_mask[:, 1:]]
+            own = by_own_logits(model, batch)[batch.action_mask]
     gaps = {name: largest(logprobs - own) for name, logprobs in found.items()}
     worst = max(gaps, key=lambda name: gaps[name])
     return within(
@@ -221,16 +220,21 @@ def _generate(probe: Probe, prompt: Sequence[int], tokens: int) -> list[int]:
     """The greedy answer by transformers alone."""
     model: Any = probe.run.policy.hf_model
     ids = torch.tensor([list(prompt)], device=probe.run.policy.device)
-    config = GenerationConfig(
-        max_new_tokens=min(tokens, probe.run.policy.context_length - len(prompt)), do_sample=False,
+    start = decoder_start(model)
+    before = len(start or prompt)
+    config = greedy_settings(
+        start, max_new_tokens=min(tokens, probe.run.policy.context_length - before),
         eos_token_id=list(probe.run.policy.eos_ids) or None, pad_token_id=(probe.run.policy.eos_ids or (0,))[0],
     )  # fmt: skip
     with (
         own_settings_aside(model),
         torch.autocast(ids.device.type, dtype=probe.dtype, enabled=probe.dtype is not None),
     ):
-        out: Any = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return list(out[0, len(prompt) :].tolist())
+        out: Any = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,
+            **begun(start, 1, ids.device),
+        )  # fmt: skip
+    return list(out[0, before:].tolist())
 
 
 @torch.no_grad()
@@ -246,8 +250,9 @@ def _first_difference(
     place = f"token {at + 1} behind a prompt of {len(prompt)} tokens"
     if at in (len(got), len(wanted)):
         return float("inf"), f"{place}: one of them ends there, the other goes on"
-    model, ids = probe.run.policy.hf_model, [*prompt, *wanted[:at]]
-    logprobs = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].log_softmax(0)
+    model = probe.run.policy.hf_model
+    asked, said = (torch.tensor([list(ids)], dtype=torch.long, device=model.device) for ids in (prompt, wanted[:at]))
+    logprobs = own_logits(model, asked, said)[0, -1].log_softmax(0)
     gap = float((logprobs[wanted[at]] - logprobs[got[at]]).abs())
     name = probe.run.policy.tokenizer.convert_ids_to_tokens
     return gap, f"{place}: the engine takes {name(got[at])!r}, transformers.generate {name(wanted[at])!r}"

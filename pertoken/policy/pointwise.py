@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pertoken import native
 from pertoken.cache import cache_folder
+from pertoken.forward import own_logits
 from pertoken.policy.layers import FusedGatedMLP, FusedNorm
 
 LEAST_WIDTH = 512
@@ -123,7 +124,8 @@ def _candidates(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module, 
             stack.callback(module.register_forward_hook(look).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, dtype=dtype, enabled=dtype is not None))
-        model(input_ids=torch.arange(4, device=device)[None], use_cache=False)
+        ids = torch.arange(4, device=device)[None]
+        own_logits(model, ids[:, :2], ids[:, 2:])
     return seen
 
 

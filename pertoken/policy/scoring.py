@@ -1,11 +1,14 @@
 """Log-probs, entropies and values of actions: the only place that knows how tokens lie in a forward pass.
 
-Everyone else sees `[B, T]` tensors. In here the rows of a batch are laid out in one of two ways:
+Everyone else sees `[B, T]` tensors. In here the rows of a batch are laid out in one of three ways:
 
 * `packed`: all tokens in one long row, the common prompt of a group once and each of its rows behind it, without
   padding but for a few idle tokens at the end (`attention.py`);
 * `padded`: each row for itself, right-padded. The slow, obvious twin: the fallback for models whose attention
-  cannot be packed, and the oracle in tests.
+  cannot be packed, and the oracle in tests;
+* `encoder_decoder`: the encoder reads each distinct prompt once, the decoder writes what follows it, each row for
+  itself behind the ids that a decoder begins with. What is a prompt elsewhere is a source here, and nothing else
+  changes: the cells of a row are those of its prompt and then those of its completion.
 
 The language-model head runs on the hidden states that predict actions and on nothing else, and never makes
 float32 logits of all of them (`head.py`). The shift from logits at `t-1` to token `t` is made here, once, in
@@ -28,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pertoken.errors import NumericsError
+from pertoken.forward import decode, decoder_start, encode, own_logits, some_ids
 from pertoken.policy.attention import packed
 from pertoken.policy.gradients import into_grad
 from pertoken.policy.head import linear_logprobs
@@ -37,7 +41,7 @@ from pertoken.policy.pointwise import Pointwise
 from pertoken.sampling import NO_TOKEN, Controls, processed_logits
 from pertoken.types import PolicyOutput, TokenBatch
 
-Layout = Literal["packed", "padded"]
+Layout = Literal["packed", "padded", "encoder_decoder"]
 
 ACTIONS_PER_CHUNK = 256
 """Head rows at once where sampling controls are rebuilt: 256 x 49k vocabulary x 4 bytes = 50 MB of logits."""
@@ -63,6 +67,16 @@ class Trunk:
 
 
 @dataclass(frozen=True)
+class _Sources:
+    """What the encoder of an encoder-decoder model reads: N prompts of at most L tokens."""
+
+    input_ids: Int[Tensor, "N L"]
+    mask: Bool[Tensor, "N L"]
+    of_row: Int[Tensor, " R"]
+    """Which of them the decoder's rows look at."""
+
+
+@dataclass(frozen=True)
 class _Rows:
     """A batch as the model will see it: R rows of width S, and where each action is predicted."""
 
@@ -76,6 +90,8 @@ class _Rows:
     """Flat index (into R * S) of the hidden state that predicts each action, in row-major order of the batch."""
     last: Int[Tensor, " B"]
     """Flat index of the hidden state after each row's last token."""
+    sources: _Sources | None = None
+    """Read by the encoder, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,7 @@ def score_batch(
     only with `entropy_grad`: it costs another pass over the vocabulary. `hidden` asks for the states behind them;
     with `against` comes the KL to that policy, of the same processed distributions.
     """
-    rows = _lay_out(batch, trunk.layout)
+    rows = _behind_sources(trunk.model, batch) if trunk.layout == "encoder_decoder" else _lay_out(batch, trunk.layout)
     device = batch.tokens.device.type
     with torch.autocast(device, dtype=trunk.autocast_dtype, enabled=trunk.autocast_dtype is not None):
         flat = _hidden_states(trunk, rows)
@@ -143,9 +159,15 @@ def _hidden_states(trunk: Trunk, rows: _Rows) -> Float[Tensor, "RS H"]:
 
     again = trunk.recompute and torch.is_grad_enabled()
     with set_up(), _recomputed(model, set_up) if again else contextlib.nullcontext():
-        states: Tensor = model.base_model(
-            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, return_dict=True, **mask
-        ).last_hidden_state
+        states: Tensor
+        if rows.sources is None:
+            states = model.base_model(
+                input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, return_dict=True, **mask
+            ).last_hidden_state
+        else:
+            sources = rows.sources
+            read = encode(model, sources.input_ids, sources.mask)[sources.of_row]
+            states = decode(model, rows.input_ids, read, sources.mask[sources.of_row], use_cache=False, **mask)
     return states.flatten(0, 1)
 
 
@@ -192,20 +214,29 @@ def _recomputed(model: nn.Module, set_up: Callable[[], AbstractContextManager[No
 
 
 def head_logits(model: Any, hidden: Float[Tensor, "A H"]) -> Float[Tensor, "A V"]:
-    """Logits of hidden states, with what some families put behind the head (soft cap, scale)."""
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    behind = _behind_head(model)
-    logits = logits * behind.get("logit_scale", 1.0) / behind.get("logits_scaling", 1.0)
-    cap = behind.get("final_logit_softcapping")
+    """Logits of hidden states, with what some families put behind the head (scale, bias, soft cap)."""
+    logits: Tensor = model.get_output_embeddings()(hidden) * _head_scale(model)
+    bias, cap = _bias_behind_head(model), _soft_cap(model)
+    logits = logits if bias is None else logits + bias
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def _behind_head(model: Any) -> dict[str, float]:
-    """What a family does to the logits: Cohere multiplies, Granite divides, Gemma caps them; {} for most."""
+def _head_scale(model: Any) -> float:
+    """What a family multiplies the head's product by: Cohere multiplies, Granite divides, T5 scales what goes in."""
     config = model.config.get_text_config()
-    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    found = {name: getattr(config, name, None) for name in names}
-    return {name: float(value) for name, value in found.items() if isinstance(value, int | float) and value != 1.0}
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return float(scale * config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else scale)
+
+
+def _bias_behind_head(model: Any) -> Float[Tensor, " V"] | None:
+    """What BART and those after it add to the logits; a constant."""
+    bias: Tensor | None = getattr(model, "final_logits_bias", None)
+    return None if bias is None else bias[0]
+
+
+def _soft_cap(model: Any) -> float:
+    """Gemma's bound of the logits; 0 without one."""
+    return float(getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0)
 
 
 def _to_cells(per_action: Float[Tensor, "A *more"], batch: TokenBatch) -> Float[Tensor, "B T *more"]:
@@ -267,6 +298,41 @@ def _pack(batch: TokenBatch, lengths: Tensor, row: Tensor, column: Tensor) -> _R
     )
 
 
+def _behind_sources(model: Any, batch: TokenBatch) -> _Rows:
+    """Each distinct prompt to the encoder; the rest of each row to the decoder, behind the ids that it begins with."""
+    tokens, device = batch.tokens.cpu(), batch.tokens.device
+    sizes, prompts, groups = batch.attention_mask.sum(1).tolist(), batch.prompt_lengths(), batch.prompt_groups()
+    start = torch.tensor(decoder_start(model))
+    of_row = torch.empty(len(sizes), dtype=torch.long)
+    for place, members in enumerate(groups):
+        of_row[members] = place
+    read, mask = _side_by_side([tokens[members[0], : prompts[members[0]]] for members in groups], device)
+    written, own = _side_by_side(
+        [torch.cat([start, tokens[b, prompts[b] : sizes[b]]]) for b in range(len(sizes))], device
+    )
+    row, column = batch.action_mask.nonzero(as_tuple=True)
+    width, everyone = written.shape[1], torch.arange(len(sizes), device=device)
+    first = torch.tensor(prompts, device=device) - len(start)
+    return _Rows(
+        written,
+        torch.arange(width, device=device).expand_as(written),
+        own,
+        (),
+        row * width + column - first[row] - 1,
+        everyone * width + own.sum(1) - 1,
+        _Sources(read, mask, of_row.to(device)),
+    )
+
+
+def _side_by_side(
+    rows: Sequence[Int[Tensor, "_"]], device: torch.device
+) -> tuple[Int[Tensor, "R S"], Bool[Tensor, "R S"]]:
+    """Rows padded on the right, and where their own cells are."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    return ids.to(device), mask.to(device)
+
+
 # --- head ------------------------------------------------------------------------------------------------
 
 
@@ -280,13 +346,15 @@ def _head(
         nothing = hidden.float().sum(1)
         return (nothing,) * (2 if against is None else 3)
     layer = model.get_output_embeddings()
-    plain = controls.only_temperature and type(layer) is nn.Linear and not _behind_head(model)
-    if plain and against is None:
+    scale, bias = _head_scale(model), _bias_behind_head(model)
+    plain = controls.only_temperature and type(layer) is nn.Linear and not _soft_cap(model)
+    if plain and against is None and (bias is None or (scale == 1.0 and layer.bias is None)):
         dtype = trunk.autocast_dtype or layer.weight.dtype
-        temperature = controls.sampling.temperature or 1.0
+        temperature = (controls.sampling.temperature or 1.0) / scale
         idle = -len(targets) % EVEN
         logprobs, entropy = linear_logprobs(
-            pad(hidden.to(dtype), (0, 0, 0, idle)), layer.weight, layer.bias, pad(targets, (0, idle)),
+            pad(hidden.to(dtype), (0, 0, 0, idle)), layer.weight, layer.bias if bias is None else bias,
+            pad(targets, (0, idle)),
             temperature=temperature, entropy_grad=entropy_grad, into_grad=trunk.into_grad,
         )  # fmt: skip
         return logprobs[: len(targets)], entropy[: len(targets)]
@@ -382,24 +450,24 @@ def unpack_support(packed: Tensor, vocab: int) -> Bool[Tensor, "A V"]:
 def find_layout(model: Any) -> Layout:
     """`packed` if this model gives the same log-probs with it as row by row, else `padded`; measured, not assumed.
 
-    The probe is a batch of two groups with ragged rows of arbitrary tokens, in float32. The padded result is
+    The probe is a batch of two groups with ragged rows of arbitrary tokens, in float32. The result row by row is
     itself compared with the model's own forward, which shows a head that `head_logits` does not know.
     """
     rows = probe(model, [9, 7, 8, 6], prompt=3, groups=[0, 0, 1, 1])
+    plain: Layout = "encoder_decoder" if decoder_start(model) else "padded"
     mode = model.training
     model.eval()
     try:
         with torch.no_grad():
-            by_row = score_batch(Trunk(model, None, None, "padded"), rows).logprobs
-            own = model(input_ids=rows.tokens, attention_mask=rows.attention_mask, use_cache=False).logits.float()
-            oracle = own[:, :-1].log_softmax(-1).gather(2, rows.tokens[:, 1:, None]).squeeze(2)
-            oracle = oracle.masked_fill(~rows.action_mask[:, 1:], 0.0)
-            worst = (by_row[:, 1:] - oracle).abs().max().item()
+            by_row = score_batch(Trunk(model, None, None, plain), rows).logprobs
+            worst = (by_row - by_own_logits(model, rows)).abs().max().item()
             if not worst < 1e-3:
                 raise NumericsError(
                     f"{type(model).__name__}: log-probs by hidden states and head are {worst:.3g} nats off those "
                     "of the model's own logits. Its head does something unknown here; please report the model."
                 )
+            if plain == "encoder_decoder":
+                return plain
             try:
                 in_one = score_batch(Trunk(model, None, None, "packed"), rows).logprobs
             except Exception:  # a model whose attention cannot be replaced may fail in any way
@@ -409,11 +477,25 @@ def find_layout(model: Any) -> Layout:
         model.train(mode)
 
 
+def by_own_logits(model: Any, batch: TokenBatch) -> Float[Tensor, "B T"]:
+    """Log-probs of the actions of `batch` by the model's own forward pass, row after row and without any padding.
+
+    The oracle of the layouts: softmax(logits), whatever `batch.controls` say.
+    """
+    found = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+    lengths, prompts = batch.attention_mask.sum(1).tolist(), batch.prompt_lengths()
+    for b, (size, prompt) in enumerate(zip(lengths, prompts, strict=True)):
+        ids, rest = batch.tokens[b : b + 1, :size], batch.tokens[b, prompt:size]
+        logprobs = own_logits(model, ids[:, :prompt], ids[:, prompt:])[0, : size - prompt].float().log_softmax(1)
+        found[b, prompt:size] = logprobs.gather(1, rest[:, None])[:, 0]
+    return torch.where(batch.action_mask, found, 0.0)
+
+
 def probe(model: Any, lengths: Sequence[int], *, prompt: int, groups: Sequence[int]) -> TokenBatch:
     """Rows of arbitrary tokens, `lengths` of them; rows of one group begin with the same `prompt` tokens."""
-    vocab, width, device = model.get_input_embeddings().weight.shape[0], max(lengths), model.device
+    width, device = max(lengths), model.device
     column, rows = torch.arange(width), len(lengths)
-    tokens = ((torch.arange(rows * width) * 7 + 3) % vocab).view(rows, width)
+    tokens = some_ids(model, rows * width).cpu().view(rows, width)
     tokens[:, :prompt] = tokens[[groups.index(g) for g in groups], :prompt]
     inside = column < torch.tensor(lengths)[:, None]
     zeros = torch.zeros(rows, width, device=device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from pertoken.forward import decoder_start
 from pertoken.rollout.engine import copy_parameters
 from pertoken.rollout.rows import OnToken, Row, Rows
 from pertoken.sampling import Controls
@@ -33,6 +34,7 @@ class TransformersEngine:
         self._model = model if dtype is None else copy.deepcopy(model).to(dtype).requires_grad_(False)
         self._model.eval()
         self._tokenizer, self._max_rows, self._context = tokenizer, max_rows, context_length
+        self._start = decoder_start(self._model)
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy the trained parameters into the engine's model; nothing to copy if it is the policy's own."""
@@ -58,7 +60,7 @@ class TransformersEngine:
             return []
         rows = Rows(
             prompts, controls, seeds, device=self._model.device, context=self._context, tokenizer=self._tokenizer,
-            taken=taken, on_token=on_token,
+            start=self._start, taken=taken, on_token=on_token,
         )  # fmt: skip
         by_length = sorted(rows.rows, key=lambda row: len(prompts[row.index]))
         for _, same in groupby(by_length, key=lambda row: len(prompts[row.index])):
@@ -73,10 +75,21 @@ class TransformersEngine:
             self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=GenerationConfig(max_new_tokens=rows.budget, do_sample=False),
+                generation_config=greedy_settings(self._start, max_new_tokens=rows.budget),
+                **begun(self._start, len(ids), ids.device),
                 logits_processor=LogitsProcessorList([_Chosen(rows, batch)]),
                 stopping_criteria=StoppingCriteriaList([_Ended(batch)]),
             )
+
+
+def greedy_settings(start: Sequence[int], **settings: Any) -> GenerationConfig:
+    """Settings of `generate` for a model whose decoder begins with `start` (`decoder_start`)."""
+    return GenerationConfig(do_sample=False, decoder_start_token_id=start[0] if start else None, **settings)
+
+
+def begun(start: Sequence[int], rows: int, device: torch.device) -> dict[str, Tensor]:
+    """What `generate` is told to go on from beside the prompts; nothing for a causal model."""
+    return {"decoder_input_ids": torch.tensor(start, device=device).expand(rows, -1)} if start else {}
 
 
 @contextlib.contextmanager

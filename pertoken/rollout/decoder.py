@@ -10,13 +10,14 @@ from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from pertoken import native
+from pertoken.forward import decoder_start, own_logits, some_ids
 
 NAME = "pertoken_slots"
 """Under this name transformers finds `slot_attention`; it has no mask function, so no mask is ever built."""
@@ -135,23 +136,24 @@ class RecomputingDecoder:
 
     def __init__(self, model: Any, head_logits: Any) -> None:
         self._model, self._head_logits = model, head_logits
-        self._rows: list[list[int]] = []
+        self._rows: list[tuple[list[int], list[int]]] = []
+        """Prompt and what follows it."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Nothing to do: the engine's model holds the weights."""
 
     def reserve(self, slots: int, prompt: int, own: int) -> None:
-        self._rows = [[] for _ in range(slots)]
+        self._rows = [([], []) for _ in range(slots)]
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> Float[Tensor, "n V"]:
         for prompt, places in zip(prompts, slots, strict=True):
             for slot in places:
-                self._rows[slot] = list(prompt)
-        return torch.cat([self._logits([list(prompt)]) for prompt in prompts])
+                self._rows[slot] = (list(prompt), [])
+        return torch.cat([self._logits([(list(prompt), [])]) for prompt in prompts])
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
-        for row, token in zip(self._rows, tokens.tolist(), strict=False):
-            row.append(token)
+        for (_, own), token in zip(self._rows, tokens.tolist(), strict=False):
+            own.append(token)
         return self._logits(self._rows[: len(tokens)])
 
     def release(self) -> None:
@@ -160,14 +162,23 @@ class RecomputingDecoder:
     def move(self, source: int, target: int) -> None:
         self._rows[target] = self._rows[source]
 
-    def _logits(self, rows: list[list[int]]) -> Float[Tensor, "R V"]:
-        lengths = torch.tensor([len(row) for row in rows], device=self._model.device)
-        width = int(lengths.max())
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=lengths.device)
-        mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+    def _logits(self, rows: list[tuple[list[int], list[int]]]) -> Float[Tensor, "R V"]:
+        device, everyone = self._model.device, torch.arange(len(rows))
+        if decoder_start(self._model):
+            prompts, mask = padded([prompt for prompt, _ in rows], device)
+            written, _ = padded([own for _, own in rows], device)
+            return own_logits(self._model, prompts, written, mask)[everyone, [len(own) for _, own in rows]]
+        ids, mask = padded([prompt + own for prompt, own in rows], device)
         states = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        logits: Tensor = self._head_logits(self._model, states[torch.arange(len(rows)), lengths - 1])
+        logits: Tensor = self._head_logits(self._model, states[everyone, mask.sum(1) - 1])
         return logits
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "R L"], Bool[Tensor, "R L"]]:
+    """Rows of ids, padded on the right, and which cells are theirs."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
+    return ids, torch.arange(width, device=device) < torch.tensor([len(row) for row in rows], device=device)[:, None]
 
 
 def in_passes(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -190,16 +201,15 @@ def agrees(decoder: Decoder, model: Any, *, tolerance: float) -> bool:
 
     tolerance: largest difference in standard deviations of the logits.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(12, device=model.device) * 31 + 7) % vocabulary
+    ids = some_ids(model, 12)
     try:
         decoder.reserve(3, 8, 4)
         found = [*decoder.prefill([ids[2:7].tolist(), ids[:8].tolist()], [[1], [0, 2]])]
         found += [decoder.step(ids[k : k + 1].expand(3))[2] for k in range(8, 12)]
     except Exception:  # attention that cannot be replaced, or an operator that is missing, may fail in any way
         return False
-    short, full = (model(input_ids=x[None], use_cache=False).logits[0].float() for x in (ids[2:7], ids))
-    wanted = torch.cat([short[-1:], full[7:]])
+    short, full = own_logits(model, ids[None, 2:7], ids[None, :0]), own_logits(model, ids[None, :8], ids[None, 8:])
+    wanted = torch.cat([short[0], full[0]]).float()
     return bool((torch.stack(found).float() - wanted).abs().max() < tolerance * wanted.std())
 
 

@@ -15,9 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pertoken.forward import decoder_start
 from pertoken.rollout.decoder import Decoder, HFDecoder, RecomputingDecoder, agrees
 from pertoken.rollout.fused import fused_decoder
 from pertoken.rollout.packing import pack_linears, unpack_linears
+from pertoken.rollout.reading import ReadingDecoder
 from pertoken.rollout.rows import OnToken, Row, Rows
 from pertoken.sampling import Controls
 from pertoken.types import Completion
@@ -57,7 +59,7 @@ class RolloutEngine(Protocol):
 
 
 class NativeEngine:
-    """The engine on a Hugging Face causal LM, at most `max_rows` sequences at a time."""
+    """The engine on a Hugging Face causal or encoder-decoder LM, at most `max_rows` sequences at a time."""
 
     def __init__(
         self,
@@ -85,7 +87,9 @@ class NativeEngine:
         self._tokenizer = tokenizer
         self._max_rows = max_rows
         self._context = context_length or getattr(self._hf.config, "max_position_embeddings", None) or 1 << 30
-        self.decoder: Decoder = fused or HFDecoder(self._hf, head_logits)
+        self._start = decoder_start(self._hf)
+        own = ReadingDecoder if self._start else HFDecoder
+        self.decoder: Decoder = fused or own(self._hf, head_logits)
         if fused is None and not agrees(self.decoder, self._hf, tolerance=1e-3 if dtype is None else 0.3):
             self.decoder = RecomputingDecoder(self._hf, head_logits)
 
@@ -118,7 +122,7 @@ class NativeEngine:
             return []
         rows = Rows(
             prompts, controls, seeds, device=self._hf.device, context=self._context, tokenizer=self._tokenizer,
-            taken=taken, on_token=on_token,
+            start=self._start, taken=taken, on_token=on_token,
         )  # fmt: skip
         slots = min(self._max_rows, len(prompts))
         room = min(rows.budget, self._context - min(map(len, prompts)))

@@ -73,11 +73,13 @@ class Rows:
         device: torch.device,
         context: int,
         tokenizer: Any,
+        start: Sequence[int] = (),
         taken: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> None:
         """context: most tokens that a row may have, prompt included. tokenizer: makes text of ids, for stop strings.
-        taken: see `RolloutEngine.generate`.
+        start: what completions stand behind where prompts are read apart from them (`decoder_start`); then the context
+        holds it, and each prompt by itself. taken: see `RolloutEngine.generate`.
 
         Raises ModelError for a prompt that is empty or fills the context.
         """
@@ -93,7 +95,7 @@ class Rows:
         self.rows = [Row(index, taken=count) for index, count in enumerate(taken or [0] * len(prompts))]
         self.controls, self.budget = controls, controls.sampling.max_new_tokens
         self._device, self._context, self._tokenizer = device, context, tokenizer
-        self._tell = on_token
+        self._start, self._tell = start, on_token
         self._uniforms = torch.stack([_uniforms(seed, self.budget) for seed in seeds])
         self._eos = torch.tensor(controls.eos_ids or (NO_TOKEN,), device=device)
 
@@ -143,7 +145,7 @@ class Rows:
             return "eos"
         if sampling.stop and count >= sampling.min_new_tokens and self._says_stop(row):
             return "stop_string"
-        if len(self.prompts[row.index]) + len(row.tokens) >= self._context:
+        if len(self._start or self.prompts[row.index]) + len(row.tokens) >= self._context:
             return "context"
         return "length" if count >= self.budget else None
 

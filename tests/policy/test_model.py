@@ -9,7 +9,7 @@ import torch
 from pertoken.cache import cache_folder
 from pertoken.errors import ModelError
 from pertoken.policy.model import Policy, _embedded_folder, end_ids, load_model, resolve_precision
-from pertoken.testing import byte_tokenizer, tiny_model
+from pertoken.testing import byte_tokenizer, family_model, tiny_model
 
 
 def test_a_saved_model_comes_back_in_float32_and_eval_mode(model_folder):
@@ -76,6 +76,17 @@ def test_the_cache_folder_can_be_moved(monkeypatch, tmp_path):
     monkeypatch.delenv("PERTOKEN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "pertoken"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "bloom", "marian"])
+def test_families_with_attention_or_tables_of_their_own_come_back_as_they_were(name, tmp_path):
+    model = family_model(name)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    again = load_model(str(tmp_path))[0]
+    frozen = [{key for key, p in one.named_parameters() if not p.requires_grad} for one in (model, again)]
+    assert frozen[0] == frozen[1]
+    assert bool(frozen[0]) == (name == "marian")
 
 
 def test_every_end_that_the_model_knows_ends_a_completion():
