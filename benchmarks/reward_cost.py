@@ -32,7 +32,7 @@ import torch
 
 from pertoken.errors import MissingExtraError, PertokenError, RewardError
 from pertoken.policy.model import load_model
-from pertoken.rewards import Scene, WarmsUp, resolve
+from pertoken.rewards import Learns, Scene, WarmsUp, resolve
 from pertoken.rewards.names import BUILT_IN
 from pertoken.rewards.semantics import EMBEDDED, minilm_folder
 from pertoken.rewards.token_model import TokenScorer
@@ -44,7 +44,7 @@ SIZES = {128: (64, 20), 1024: (16, 100)}
 """Tokens per completion: number of completions, words per reference."""
 FEW = {
     "bertscore": (4, 1), "documents": (4, 1), "entailment": (8, 1), "similarity": (16, 2), "classifier": (16, 4),
-    "token_model": (16, 4), "link_grammar": (64, 8), "ter": (64, 4),
+    "token_model": (16, 4), "link_grammar": (64, 8), "ter": (64, 4), "prime": (2, 1),
 }  # fmt: skip
 """Rewards that take long: number of completions at each size."""
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -62,6 +62,9 @@ SLOW = [
 ]  # fmt: skip
 """Settings that are measured at the smaller size only."""
 
+
+MODEL = "smollm2-135m-instruct"
+"""Whose tokens they are."""
 
 METRIC = """
 import datasets
@@ -146,7 +149,8 @@ class Needs:
         return [(f"{Path(self._causal).name} twice", {"model": self._causal, "reference": self._causal})]
 
     def _prime(self) -> Ways | str:
-        return "a pass of each of its two models, and an update of one"
+        said = f"{MODEL} twice, and an update of one of them"
+        return [(said, {"model": MODEL, "outcome": "right"})]
 
     def _facts(self) -> Ways | str:
         if self._knowledge is None:
@@ -268,7 +272,7 @@ def seconds(run: Any) -> float:
 def measure(only: list[str], needs: Needs) -> list[str]:
     """The rows of the table."""
     torch.set_num_threads(1)
-    tokenizer = load_model("smollm2-135m-instruct")[1]
+    tokenizer = load_model(MODEL)[1]
     scenes = {size: scene(size, tokenizer) for size in SIZES}
     costs = [
         1000 * seconds(lambda each=each: each.samples) / (each.batch.num_actions / 1000) for each in scenes.values()
@@ -310,7 +314,7 @@ def _costs(reward: Any, few: Mapping[int, int], tokenizer: Any, *, twice: bool, 
         each = scene(size, tokenizer, num_rows=few[size])
         _ = each.samples  # alignment has a row of its own
         try:
-            spent = seconds(lambda each=each: reward(each))
+            spent = seconds(lambda each=each: _whole(reward, each))
             if twice and size == sizes[0]:
                 spent = min(spent, seconds(lambda each=each: reward(each)))
         except RewardError as error:  # longer than the context of a model
@@ -318,6 +322,13 @@ def _costs(reward: Any, few: Mapping[int, int], tokenizer: Any, *, twice: bool, 
             break
         found.append(1000 * spent / (each.batch.num_actions / 1000))
     return found
+
+
+def _whole(reward: Any, each: Scene) -> None:
+    """All that a step asks of a reward: its values, and that it learns, if it does."""
+    reward(each)
+    if isinstance(reward, Learns):
+        reward.learn(each, {reward.outcome: torch.arange(len(each.episodes)) % 2.0})
 
 
 def _row(name: str, parameters: str, costs: list[float]) -> str:

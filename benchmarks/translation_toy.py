@@ -86,6 +86,7 @@ def prepare(folder: Path, kind: str, seed: int) -> None:
             MarianConfig(
                 **ends, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
                 decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, max_position_embeddings=32,
+                scale_embedding=True, init_std=0.1,
                 forced_eos_token_id=None,
             )
         )  # fmt: skip
@@ -102,7 +103,7 @@ def stages(folder: Path, seed: int) -> dict[str, object]:
             "answer": "de",
         },
         "evaluation": {
-            "split": "test", "items": 200, "every": 20, "metric": "exact_match",
+            "split": "test", "items": 200, "every": 50, "metric": "exact_match",
             "sampling": {"temperature": 0.0, "max_new_tokens": 12},
         },
     }  # fmt: skip
@@ -111,8 +112,8 @@ def stages(folder: Path, seed: int) -> dict[str, object]:
         "policy": {"model": str(folder / "model"), "precision": "float32", "compile": False},
         "stages": [
             {
-                "name": "sft", "method": {"type": "sft", "batch": 32}, "stop": {"steps": 60},
-                "update": {"learning_rate": 3e-3, "warmup_steps": 5},
+                "name": "sft", "method": {"type": "sft", "batch": 64}, "stop": {"steps": 120},
+                "update": {"learning_rate": 2e-3, "warmup_steps": 20},
             },
             {
                 "name": "rl", "policy": {"model": "stage:sft"}, "stop": {"steps": 120},

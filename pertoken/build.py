@@ -19,7 +19,7 @@ from pertoken.memory import GIGABYTE, installed_memory, used_memory
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
-from pertoken.policy.model import Lora, Policy, ValueHead, load_model
+from pertoken.policy.model import Lora, Policy, ValueHead, load_model, set_languages
 from pertoken.policy.scoring import head_logits
 from pertoken.prompts import prompt_ids
 from pertoken.rewards import (
@@ -171,6 +171,8 @@ def build_policy(config: RunConfig) -> Policy:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(settings.model, device=device)
+    if settings.languages is not None:
+        set_languages(model, tokenizer, **settings.languages.model_dump())
     head = None
     if settings.value_head is not None:
         head = ValueHead(model.config.get_text_config().hidden_size, detach_trunk=settings.value_head.detach_trunk)

@@ -5,6 +5,8 @@ What each name means, and which direction is good, stands in `tracking/glossary.
 """
 
 import re
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +18,7 @@ Texts = Sequence[str]
 References = Sequence[Sequence[str]]
 """The references of each text; several count as the best of them (ROUGE) or together (BLEU, chrF)."""
 
-ITEM_METRICS = ("rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "words", "repetition")
+ITEM_METRICS = ("rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "exact_match", "answer_f1", "words", "repetition")
 """Metrics with one value per item, whose mean over items is reported with an interval."""
 CORPUS_METRICS = ("corpus_bleu", "corpus_chrf", "distinct_1", "distinct_2")
 """Metrics of all texts together."""
@@ -35,6 +37,8 @@ def item_metrics(texts: Texts, references: References) -> dict[str, list[float]]
         columns |= {name: [scores[name] for scores in rouge] for name in rouge[0]}
         columns["bleu"] = [_sacrebleu("sentence_bleu", t, list(r)) for t, r in zip(texts, references, strict=True)]
         columns["chrf"] = [_sacrebleu("sentence_chrf", t, list(r)) for t, r in zip(texts, references, strict=True)]
+        for name, measure in (("exact_match", exact_match), ("answer_f1", answer_f1)):
+            columns[name] = [max(measure(t, one) for one in r) for t, r in zip(texts, references, strict=True)]
     columns["words"] = [float(len(words(text))) for text in texts]
     columns["repetition"] = [repetition(text) for text in texts]
     return columns
@@ -56,6 +60,45 @@ def _comparable(references: References) -> bool:
     if any(isinstance(known, str) for known in references):
         raise ValueError("references: expected a list of texts for each text, got a plain string")
     return bool(references) and all(references)
+
+
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Chinese and Japanese set no spaces: each of their characters counts as a word."""
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def answer_words(text: str) -> list[str]:
+    """What counts of an answer: words in small letters, without English articles and ASCII punctuation.
+
+    Those of SQuAD's script (Rajpurkar et al. 2016, https://aclanthology.org/D16-1264), and of Chinese and Japanese each
+    character by itself.
+
+    >>> answer_words("The U.S. Navy!"), answer_words("在 1999 年")
+    (['us', 'navy'], ['在', '1999', '年'])
+    """
+    bare = re.sub(r"\b(?:a|an|the)\b", " ", text.lower().translate(_NO_PUNCTUATION))
+    return re.sub(f"([{_UNSPACED}])", r" \1 ", bare).split()
+
+
+def exact_match(text: str, reference: str) -> float:
+    """1 if both say the same words in the same order, as `answer_words` counts them, else 0.
+
+    >>> exact_match("the cat.", "Cat"), exact_match("a cat sat", "cat")
+    (1.0, 0.0)
+    """
+    return float(answer_words(text) == answer_words(reference))
+
+
+def answer_f1(text: str, reference: str) -> float:
+    """F1 of the words that two answers share, each as often as both have it; without words in one of them, exact match.
+
+    >>> answer_f1("in the city of Paris", "Paris, France"), answer_f1("", "")
+    (0.3333333333333333, 1.0)
+    """
+    said, known = Counter(answer_words(text)), Counter(answer_words(reference))
+    if not said or not known:
+        return float(said == known)
+    return 2 * (said & known).total() / (said.total() + known.total())
 
 
 def repetition(text: str, n: int = 3) -> float:
@@ -125,8 +168,6 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:
     return Interval(round(float(sample.mean()), 12), round(float(low), 12), round(float(high), 12))
 
 
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-"""Chinese and Japanese set no spaces: each of their characters counts as a word."""
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[.,'’-][^\W{_UNSPACED}]+)*")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedTokenizerFast
 
 from pertoken import run
 from pertoken.batching import to_batch
@@ -11,7 +11,7 @@ from pertoken.doctor import examine
 from pertoken.errors import ModelError
 from pertoken.examples import Examples
 from pertoken.forward import decoder_start
-from pertoken.policy.model import Lora, Policy, ValueHead, load_model
+from pertoken.policy.model import Lora, Policy, ValueHead, load_model, set_languages
 from pertoken.policy.scoring import by_own_logits, head_logits
 from pertoken.rollout.by_generate import TransformersEngine, own_settings_aside
 from pertoken.rollout.collect import to_episode
@@ -145,6 +145,34 @@ def test_a_model_that_does_not_say_how_it_begins_is_refused():
         source.decoder_start_token_id = source.bos_token_id = source.forced_bos_token_id = None
     with pytest.raises(ModelError, match="decoder_start_token_id"):
         decoder_start(model)
+
+
+class Polyglot(PreTrainedTokenizerFast):
+    """Marks prompts as NLLB's tokenizer does, with a byte alphabet."""
+
+    src_lang = "eng_Latn"
+
+    def encode(self, text, **settings):
+        return [self.convert_tokens_to_ids(self.src_lang), *super().encode(text), self.eos_token_id]
+
+
+def polyglot():
+    tokenizer = Polyglot(tokenizer_object=byte_tokenizer().backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["eng_Latn", "deu_Latn"], "unk_token": "<unk>"})
+    return tokenizer
+
+
+def test_a_language_is_begun_with_and_not_learnt():
+    model, tokenizer = tiny_encoder_decoder("marian"), polyglot()
+    model.resize_token_embeddings(len(tokenizer))
+    set_languages(model, tokenizer, "deu_Latn", "eng_Latn")
+    english, german = tokenizer.convert_tokens_to_ids(["eng_Latn", "deu_Latn"])
+    assert decoder_start(model) == (257, english)
+    assert tokenizer.encode("a")[0] == german
+    with pytest.raises(ModelError, match="did you mean 'deu_Latn'"):
+        set_languages(model, tokenizer, "eng_Latn", "deu_Latin")
+    with pytest.raises(ModelError, match="knows no languages by name"):
+        set_languages(model, byte_tokenizer(), "eng_Latn", "deu_Latn")
 
 
 @pytest.mark.parametrize("kind", ["t5", "marian"])

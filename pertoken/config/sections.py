@@ -37,6 +37,15 @@ class ValueHeadConfig(Section):
     stays as it is."""
 
 
+class LanguagesConfig(Section):
+    """What a model that translates between many languages reads and writes, as its tokenizer names them."""
+
+    source: str
+    """Language of the prompts, `eng_Latn` for instance (NLLB), `en_XX` (mBART-50) or `en` (M2M100)."""
+    target: str
+    """Language of the completions: each of them stands behind the token of this language."""
+
+
 class PolicyConfig(Section):
     """The language model that is trained."""
 
@@ -44,6 +53,8 @@ class PolicyConfig(Section):
     """Embedded name, hub name, model folder, or .gguf file."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Matrix work in bfloat16 (master weights stay float32), or all in float32. auto: bfloat16 where it is fast."""
+    languages: LanguagesConfig | None = None
+    """For models that translate between many languages; null for all others."""
     device: str = "auto"
     """auto takes a GPU if there is one."""
     lora: LoraConfig | None = None

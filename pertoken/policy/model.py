@@ -8,6 +8,7 @@ head on the shared trunk, and one precision setting for all matrix work. What it
 import contextlib
 import copy
 import io
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -336,6 +337,31 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def set_languages(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, target: str
+) -> None:
+    """Let `tokenizer` mark prompts as of `source`, and the decoder of `model` begin with the token of `target`.
+
+    Raises ModelError if they know no languages, or not these.
+    """
+    names: Any = tokenizer
+    if not hasattr(names, "src_lang") or not model.config.is_encoder_decoder:
+        raise ModelError(
+            f"policy.languages: {type(tokenizer).__name__} knows no languages by name; leave it out (Marian models that "
+            "know several read the language in the prompt, as in '>>fra<< text')."
+        )
+    ids = {}
+    for language in (source, target):
+        token = names.get_lang_token(language) if language in getattr(names, "lang_code_to_token", ()) else language
+        ids[language] = names.convert_tokens_to_ids(token)
+        if ids[language] in (None, names.unk_token_id):
+            known = [text for text in names.get_added_vocab() if re.fullmatch(r"_*[a-z]{2,3}(_[A-Za-z]+)?_*", text)]
+            raise ModelError(f"policy.languages: no language {language!r} here; {closest(language, known)}")
+    names.src_lang = source
+    for settings in (model.config, model.generation_config):
+        settings.forced_bos_token_id = ids[target]  # type: ignore[union-attr]
 
 
 def _freeze_tables(model: PreTrainedModel, auto: Any) -> None:
