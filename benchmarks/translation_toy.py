@@ -18,7 +18,14 @@ from pathlib import Path
 
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, set_seed
+from transformers import (
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
 
 from pertoken.tracking.reader import RunReader
 

@@ -366,6 +366,37 @@ def show_config(
 
 
 @app.command()
+def data(
+    settings: Settings = None,
+    alike: Annotated[float, typer.Option(help="From this similarity on, two prompts say nearly the same.")] = 0.8,
+    shown: Annotated[int, typer.Option(help="So many pairs are shown.")] = 10,
+) -> None:
+    """Look at a task's data: sizes, lengths, answers, prompts that say nearly the same; exit code 1 if any of these is
+    both learnt from and held out."""
+    from pertoken.build import build_task
+    from pertoken.tasks.overview import overview
+
+    found = overview(build_task(_config(settings).task), least=alike)
+    table = Table("split", "items", "characters of prompts: 25%, 50%, 75%, all", "of answers", box=None, pad_edge=False)
+    for split, each in found.splits.items():
+        lengths = [
+            " ".join(f"{size:,.0f}" for size in vars(of).values()) if of else "" for of in (each.prompts, each.answers)
+        ]
+        table.add_row(split, f"{each.items:,}", *lengths)
+    out.print(table)
+    for split, each in found.splits.items():
+        if each.classes:
+            shares = ", ".join(f"{answer!r} {count / each.items:.0%}" for answer, count in each.classes.items())
+            out.print(f"{split}: {shares}", markup=False)
+    for pair in found.alike[:shown]:
+        where = f"{pair.first.id} ({pair.splits[0]}) and {pair.second.id} ({pair.splits[1]})"
+        out.print(f"{pair.similarity:.0%} alike{' (a leak)' if pair.leaks else ''}: {where}", markup=False)
+    out.print(f"{len(found.alike)} pairs alike, {found.leaks} of them across train and what is held out")
+    if found.leaks:
+        raise typer.Exit(1)
+
+
+@app.command()
 def algorithms(
     name: Annotated[str | None, typer.Argument(help="One of them; all are listed without it.")] = None,
 ) -> None:

@@ -55,7 +55,13 @@ def tiny_encoder_decoder(kind: Literal["t5", "marian"] = "t5", *, seed: int = 0)
     from transformers import MarianConfig, MarianMTModel, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(seed)
-    ends: dict[str, Any] = {"vocab_size": 258, "d_model": 32, "pad_token_id": 257, "eos_token_id": 256, "decoder_start_token_id": 257}
+    ends: dict[str, Any] = {
+        "vocab_size": 258,
+        "d_model": 32,
+        "pad_token_id": 257,
+        "eos_token_id": 256,
+        "decoder_start_token_id": 257,
+    }
     if kind == "t5":
         model: Any = T5ForConditionalGeneration(T5Config(**ends, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
     else:

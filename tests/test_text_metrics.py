@@ -166,7 +166,10 @@ def test_answers_are_compared_by_their_words():
     """4 words of which 2 are shared with 3: 2 * 2 / (4 + 3)."""
     assert one("It is the Eiffel Tower", "the Eiffel Tower, Paris")["answer_f1"] == pytest.approx(4 / 7)
     assert one("Eiffel tower.", "The Eiffel Tower")["exact_match"] == 1
-    assert one("tower Eiffel", "Eiffel Tower") == one("tower Eiffel", "Eiffel Tower") | {"exact_match": 0, "answer_f1": 1}
+    assert one("tower Eiffel", "Eiffel Tower") == one("tower Eiffel", "Eiffel Tower") | {
+        "exact_match": 0,
+        "answer_f1": 1,
+    }
     assert one("b b", "b")["answer_f1"] == pytest.approx(2 / 3)  # a word counts as often as both have it
     several = item_metrics(["Rome"], [["Paris", "Rome"]])
     assert (several["exact_match"], several["answer_f1"]) == ([1], [1])

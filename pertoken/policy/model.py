@@ -339,9 +339,7 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def set_languages(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, target: str
-) -> None:
+def set_languages(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, target: str) -> None:
     """Let `tokenizer` mark prompts as of `source`, and the decoder of `model` begin with the token of `target`.
 
     Raises ModelError if they know no languages, or not these.

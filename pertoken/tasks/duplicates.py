@@ -43,12 +43,13 @@ def alike_items(items: Mapping[Split, Sequence[Item]], *, least: float = 0.8) ->
     everyone = [(split, item) for split in SPLITS for item in items.get(split, ())]
     found = [
         Alike(everyone[i][1], everyone[j][1], (everyone[i][0], everyone[j][0]), similarity)
-        for i, j, similarity in alike([_said(item) for _, item in everyone], least=least)
+        for i, j, similarity in alike([said(item) for _, item in everyone], least=least)
     ]
     return sorted(found, key=lambda pair: (not pair.leaks, -pair.similarity))
 
 
-def _said(item: Item) -> str:
+def said(item: Item) -> str:
+    """The prompt of an item as one text."""
     return item.prompt if isinstance(item.prompt, str) else "\n".join(message["content"] for message in item.prompt)
 
 

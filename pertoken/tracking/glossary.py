@@ -152,8 +152,10 @@ HELD_OUT: dict[str, Term] = {
     "bleu": Term("N-gram precision with a brevity penalty, output by output.", "sacrebleu, 0 to 100", "BLEU", "higher"),
     "chrf": Term("Character n-grams shared with the reference answer.", "sacrebleu, 0 to 100", "chrF", "higher"),
     "exact_match": Term(
-        "Answers that say the words of a reference and no others.", "share, without case, articles and punctuation",
-        "exact match", "higher",
+        "Answers that say the words of a reference and no others.",
+        "share, without case, articles and punctuation",
+        "exact match",
+        "higher",
     ),
     "answer_f1": Term("Words that answer and reference share.", "F1 as in SQuAD, 0 to 1", "answer F1", "higher"),
     "corpus_bleu": Term("The same, n-grams of all outputs together.", "sacrebleu", "BLEU, corpus", "higher"),

@@ -48,3 +48,17 @@ def test_a_similarity_that_is_none(least):
     with pytest.raises(TaskError, match="least"):
         alike_items({}, least=least)
         list(alike(["a"], least=least))
+
+
+def test_the_data_command_tells_of_sizes_classes_and_leaks(pertoken, tmp_path):
+    rows = [f'{{"q": "is number {k} an even one or not", "a": "{"yes" if k % 2 == 0 else "no"}"}}' for k in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows[:30]) + "\n")
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[30:]).replace("is number 33", "Is  number 3!") + "\n")
+    arguments = ["data", f"task.path={tmp_path}", "task.prompt='{q}'", "task.answer=a"]
+    code, output, _ = pertoken(*arguments, "--alike", "1")
+    assert code == 1
+    assert "100% alike (a leak): train-4 (train) and test-4 (test)" in output
+    assert "train: 'yes' 50%, 'no' 50%" in output
+    assert "1 pairs alike, 1 of them across train and what is held out" in output
+    (tmp_path / "test.jsonl").write_text('{"q": "something else altogether", "a": "yes"}\n')
+    assert pertoken(*arguments, "--alike", "1")[0] == 0
