@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, generate, profile, doctor, report, show, export, config, algorithms, runs,
+"""The command line: train, evaluate, generate, profile, doctor, report, show, export, config, data, algorithms, runs,
 reward, credit."""
 
 import hashlib

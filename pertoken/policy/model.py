@@ -347,8 +347,8 @@ def set_languages(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     names: Any = tokenizer
     if not hasattr(names, "src_lang") or not model.config.is_encoder_decoder:
         raise ModelError(
-            f"policy.languages: {type(tokenizer).__name__} knows no languages by name; leave it out (Marian models that "
-            "know several read the language in the prompt, as in '>>fra<< text')."
+            f"policy.languages: {type(tokenizer).__name__} knows no languages by name; leave it out (Marian models "
+            "that know several read the language in the prompt, as in '>>fra<< text')."
         )
     ids = {}
     for language in (source, target):

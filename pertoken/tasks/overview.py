@@ -1,4 +1,4 @@
-"""What a task's data looks like before anything learns from it: how much, how long, which answers, what is said twice."""
+"""What a task's data looks like before anything learns from it: how much, how long, which answers, what comes twice."""
 
 from collections import Counter
 from collections.abc import Sequence
