@@ -9,7 +9,16 @@ import numpy as np
 import torch
 
 from pertoken import offline
-from pertoken.config import DocstringsTask, KLConfig, OfflineConfig, RewardConfig, RolloutConfig, RunConfig, TaskConfig
+from pertoken.config import (
+    DocstringsTask,
+    KLConfig,
+    MixtureTask,
+    OfflineConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+)
 from pertoken.errors import ConfigError, ModelError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
@@ -39,8 +48,10 @@ from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
 from pertoken.state import Run
 from pertoken.tasks.base import ItemTask, Split, batch_of
+from pertoken.tasks.course import Course
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
+from pertoken.tasks.mixture import LearningProgress, evenly, mixed, shares_of
 from pertoken.types import Item
 from pertoken.weights import Anchor, Average
 
@@ -60,13 +71,16 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     policy = build_policy(config)
     examples = None
     if config.offline is None:
+        size = config.rollout.prompts_per_step
         items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
-        batch_of(items, 0, config.rollout.prompts_per_step, config.seed)  # or there are too few
     else:
         examples = build_examples(config.offline, task, policy)
         items, notes = examples.fitting(task.items("train"), config.offline.max_tokens)
-        batch_of(items, 0, config.offline.batch, config.seed)
+        size = config.offline.batch
         notes += _not_used(config)
+    course = build_course(config, items, size)
+    if course is None:
+        batch_of(items, 0, size, config.seed)  # or there are too few
     _refuse_unknown_tokens(items, policy)
     if isinstance(task, FileTask):
         notes += [f"skipped {bad}" for bad in task.bad_rows]
@@ -98,6 +112,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         engine=engine,
         controls=Controls.resolve(config.rollout.sampling, policy.tokenizer, policy.eos_ids),
         items=items,
+        course=course,
         rewards=rewards,
         kl=build_kl(config),
         optimizer=optimizer,
@@ -207,9 +222,33 @@ def build_engine(policy: Policy, config: RolloutConfig) -> NativeEngine | Transf
 
 def build_task(config: TaskConfig) -> ItemTask:
     """The task that the configuration names, its data read and checked."""
-    if isinstance(config, DocstringsTask):
-        return load_docstring_task(**config.model_dump(exclude={"type"}))
-    return load_file_task(**config.model_dump(exclude={"type"}))
+    if isinstance(config, MixtureTask):
+        tasks = dict[str, ItemTask]()
+        for name, member in config.tasks.items():
+            try:
+                tasks[name] = build_task(member)
+            except TaskError as error:
+                raise TaskError(f"task.tasks.{name}: {error}") from error
+        return mixed(tasks)
+    settings = config.model_dump(exclude={"type", "weight", "metric"})
+    return load_docstring_task(**settings) if isinstance(config, DocstringsTask) else load_file_task(**settings)
+
+
+def build_course(config: RunConfig, items: Sequence[Item], size: int) -> Course | None:
+    """Which of `items` each step takes, `size` at a time; None where that is one pass after the other over all."""
+    task = config.task
+    if not isinstance(task, MixtureTask):
+        return None
+    pools: dict[str, list[Item]] = {name: [] for name in task.tasks}
+    for item in items:
+        pools[item.task].append(item)
+    for name, pool in pools.items():
+        if not pool:
+            raise TaskError(f"task.tasks.{name}: it has no training items")
+    weights = {name: member.weight for name, member in task.tasks.items()}
+    shares = shares_of(weights, {name: len(pool) for name, pool in pools.items()}, task.temperature)
+    progress = LearningProgress(**task.progress.model_dump()) if task.progress else None
+    return Course(pools, shares, size=size, seed=config.seed, progress=progress)
 
 
 def build_rewards(configs: Sequence[RewardConfig], where: str = "rewards") -> list[Weighted]:
@@ -233,6 +272,7 @@ def build_rewards(configs: Sequence[RewardConfig], where: str = "rewards") -> li
                 None if config.normalise == "none" else Normaliser(config.normalise),
                 config.attempts,
                 config.max_failed_share,
+                config.tasks,
             )
         except ConfigError as error:  # of a schedule, a constraint or a clip
             raise ConfigError(f"{place}: {error}") from error
@@ -316,12 +356,20 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
         examples = build_examples(config.offline, task, policy)
         items, left_out = examples.fitting(items, config.offline.max_tokens)
         notes += [f"{evaluation.split}: {note}" for note in left_out]
-        given = offline.HeldOutAnswers(config.offline, examples, items[: evaluation.items])
-    items = items[: evaluation.items]
+        given = offline.HeldOutAnswers(config.offline, examples, evenly(items, evaluation.items))
+    items, by_task = evenly(items, evaluation.items), dict[str, str]()
+    if isinstance(config.task, MixtureTask):
+        present = {item.task for item in items}
+        notes += [
+            f"task.tasks.{name}: no {evaluation.split} items, so what it comes to is not followed"
+            for name in config.task.tasks
+            if name not in present
+        ]
+        by_task = {name: m.metric or evaluation.metric for name, m in config.task.tasks.items() if name in present}
     _refuse_too_long(items, policy)
     _refuse_unknown_tokens(items, policy)
     controls = Controls.resolve(evaluation.sampling, policy.tokenizer, policy.eos_ids)
-    return Evaluator(items, controls, metric=evaluation.metric, given=given), notes
+    return Evaluator(items, controls, metric=evaluation.metric, given=given, by_task=by_task), notes
 
 
 def _fitting(

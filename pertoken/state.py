@@ -22,6 +22,7 @@ from pertoken.rollout.collect import Draws, stem_from
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
 from pertoken.tasks.base import batch_of
+from pertoken.tasks.course import Course
 from pertoken.types import Item
 from pertoken.weights import Anchor, Average
 
@@ -45,6 +46,8 @@ class Progress:
     """What the learning rate is multiplied by beside its schedule of steps (`update.schedule` kl, plateau)."""
     alarm: str | None = None
     """The first alarm that sounded, and in which step."""
+    tasks: dict[str, list[float]] = field(default_factory=dict)
+    """Of a mixture, each task's held-out metric: at its start, and at its best so far."""
 
 
 @dataclass
@@ -65,6 +68,8 @@ class Run:
     """What the run was expected to take at its height, before it began (GB)."""
     guards: Guards
     """What looks for signs that the reward is gamed."""
+    course: Course | None = None
+    """Which items a step takes, where that is more than one pass after the other over all of them."""
     beside: list[Weighted] = field(default_factory=list)
     """Rewards that are measured on the samples of each step and paid for never."""
     task_name: str = ""
@@ -117,6 +122,7 @@ class Run:
             "multipliers": found,
             "guards": self.guards.state_dict(),
             "ahead": ahead,
+            "course": None if self.course is None else self.course.get_state(),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -146,6 +152,10 @@ class Run:
         self.notes += [f"the checkpoint has no {kind} of this run: it starts anew" for kind in anew]
         if "guards" in state:
             self.guards.load_state_dict(state["guards"])
+        if self.course is not None and state.get("course") is not None:
+            self.course.set_state(state["course"])
+        elif self.course is not None:
+            self.notes.append("task: the checkpoint does not say how far each task has come; all begin anew")
         if state.get("ahead") is not None:
             ahead, items = Draws.of_state(state["ahead"]), items_of(self, self.progress.step + 1)
             if stem_from(ahead, items, self.policy.tokenizer, self.controls, self.config.rollout.samples_per_prompt):
@@ -172,6 +182,10 @@ def _go_on(part: Weighted, state: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def items_of(run: Run, step: int) -> Sequence[Item]:
-    """The items whose prompts `step` samples for."""
-    return batch_of(run.items, step - 1, run.config.rollout.prompts_per_step, run.config.seed)
+def items_of(run: Run, step: int, again: int = 0) -> Sequence[Item]:
+    """The items that `step` learns from; with `again` > 0 others in their place."""
+    if run.course is not None:
+        return run.course.items(step, again)
+    method, seed = run.config.offline, run.config.seed + again * 7_368_787
+    size = run.config.rollout.prompts_per_step if method is None else method.batch
+    return batch_of(run.items, step - 1, size, seed)

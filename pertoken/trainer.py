@@ -6,7 +6,7 @@ alone. All state that a step depends on hangs on one `Run`.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from pertoken.resampling import beside, with_differences
 from pertoken.rewards import Learns, Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
 from pertoken.rollout.collect import Draws, draw_completions, to_episodes
-from pertoken.state import Run, items_of
+from pertoken.state import Progress, Run, items_of
 from pertoken.tracking.checkpoints import CheckpointStore
+from pertoken.tracking.glossary import HELD_OUT, find
 from pertoken.tracking.runlog import RunLog
 from pertoken.types import Credit, Episode, PolicyOutput, TokenBatch, TokenRewards
 from pertoken.weights import Average
@@ -56,6 +57,7 @@ def loop(
         scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
         rewards = reward_and_draw_ahead(run, scene)
         run.notes += failure_notes(scene, rewards)
+        observe_tasks(run, scene, rewards)
         drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
         credit = assign(credit_of(run.config, step), rewards, batch, old, drawn.greedy, drawn.states)
         clock.lap("reward")
@@ -69,7 +71,7 @@ def loop(
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
         measured = clock.seconds | memory(run) | writing_figures(scene) | beside_figures(run.beside, scene)
-        measured |= drawn.figures() | learnt
+        measured |= drawn.figures() | learnt | (run.course.figures(step) if run.course else {})
         report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured))
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)
@@ -172,7 +174,7 @@ def reward(run: Run, scene: Scene) -> TokenRewards:
 
 def learn_rewards(run: Run, scene: Scene, paid: TokenRewards) -> dict[str, float]:
     """Let the parts of the reward learn that do, from what was paid for the samples of the step; figures of it."""
-    learners = [part.reward for part in run.rewards if isinstance(part.reward, Learns)]
+    learners = [part for part in run.rewards if isinstance(part.reward, Learns)]
     if not learners:
         return {}
     outcomes = {}
@@ -181,9 +183,25 @@ def learn_rewards(run: Run, scene: Scene, paid: TokenRewards) -> dict[str, float
         sums = cells.sum(1).cpu() / (weight or math.nan)  # one that is not paid now says nothing
         outcomes[name] = sums.masked_fill(paid.abstained[name].cpu(), math.nan) if name in paid.abstained else sums
     found: dict[str, float] = {}
-    for learner in learners:
-        found |= learner.learn(scene, outcomes)
+    for part in learners:
+        strangers = torch.tensor([not part.is_about(episode.item) for episode in scene.episodes])
+        found |= part.reward.learn(
+            scene, {name: sums.masked_fill(strangers, math.nan) for name, sums in outcomes.items()}
+        )
     return found
+
+
+def observe_tasks(run: Run, scene: Scene, rewards: TokenRewards) -> None:
+    """Tell what shares the prompts out what the samples of each task have earned, the KL penalty left out."""
+    if run.course is None or rewards.earned is None:
+        return
+    earned = rewards.earned
+    if run.config.kl.place == "reward" and "kl" in rewards.parts:
+        earned = earned - rewards.parts["kl"].sum(1).cpu()
+    by_task: dict[str, list[float]] = {}
+    for episode, amount in zip(scene.episodes, earned.tolist(), strict=True):
+        by_task.setdefault(episode.item.task, []).append(amount)
+    run.course.observe(by_task)
 
 
 def failure_notes(scene: Scene, rewards: TokenRewards) -> list[str]:
@@ -523,6 +541,7 @@ def evaluate(run: Run, log: RunLog) -> Evaluation | None:
         return None
     run.engine.load_weights(run.policy.trainable(), version=step)
     result = run.evaluator(run.engine, run.policy, run.reference, run.rewards)
+    result = with_history(result, run.evaluator.by_task, run.progress)
     log.evaluation(step, config.split, result.summary, result.rows)
     value = result.summary["metrics"][config.metric]
     run.progress.evaluated, run.progress.metric = step, value
@@ -536,6 +555,22 @@ def evaluate(run: Run, log: RunLog) -> Evaluation | None:
     if run.average is not None:
         _evaluate_average(run, run.average, log)
     return result
+
+
+def with_history(result: Evaluation, by_task: Mapping[str, str], progress: Progress) -> Evaluation:
+    """`result` with how much better the metric of each task is than where it began, and how much worse than its best.
+
+    by_task: the metric that a task is followed by. progress: what was best so far; hears of this evaluation.
+    """
+    figures: dict[str, float] = {}
+    for task, metric in by_task.items():
+        value, term = result.summary["metrics"][f"{metric}/{task}"], find(metric, HELD_OUT)
+        sign = -1.0 if term is not None and term.better == "lower" else 1.0
+        start, best = progress.tasks.get(task, (value, value))
+        best = sign * max(sign * best, sign * value)
+        progress.tasks = progress.tasks | {task: [start, best]}
+        figures |= {f"since_start/{task}": sign * (value - start), f"below_best/{task}": sign * (best - value)}
+    return replace(result, summary=result.summary | {"metrics": result.summary["metrics"] | figures})
 
 
 def _evaluate_average(run: Run, average: Average, log: RunLog) -> None:

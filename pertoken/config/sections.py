@@ -251,9 +251,11 @@ class RewardConfig(BaseModel):
     """Factor of this part in the total; or points [step, weight], linear between them and constant outside."""
     clip: tuple[float, float] | None = None
     """Bounds [low, high] of each token's value (of an episode reward: of its number) before normalising and weight."""
-    normalise: Literal["none", "batch", "group", "running"] = "none"
-    """Sums of the part over an episode become deviations from their mean: in the batch, in the prompt's group, or over
-    all episodes so far (running, saved in checkpoints). Then the weight."""
+    normalise: Literal["none", "batch", "task", "group", "running"] = "none"
+    """Sums of the part over an episode become deviations from their mean: in the batch, in the batch's episodes of the
+    same task, in the prompt's group, or over all episodes so far (running, saved in checkpoints). Then the weight."""
+    tasks: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Of a mixture, the tasks that it is about: it has no opinion on the others; null is about all."""
     constraint: ConstraintConfig | None = None
     """Find the weight that keeps a bound, in place of `weight`."""
     time_limit: float | None = Field(default=None, gt=0)
@@ -458,11 +460,66 @@ def _task_type(values: Any) -> str:
     """A task that names a path reads files; so a recipe is moved to other data by `task.path=...` alone."""
     if not isinstance(values, dict):
         return str(getattr(values, "type", ""))
-    return str(values.get("type") or ("file" if "path" in values else "docstrings"))
+    return str(values.get("type") or next((kind for key, kind in _TOLD_BY.items() if key in values), "docstrings"))
+
+
+_TOLD_BY = {"path": "file", "tasks": "mixture"}
+"""What a section without a type is of, by a key in it."""
+
+
+class Member(Section):
+    """What a task can be told as one of several."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the prompts is proportional to this."""
+    metric: str | None = None
+    """Held-out metric that it is followed by; null is evaluation.metric."""
+
+
+class DocstringsMember(Member, DocstringsTask):
+    """The embedded task, as one of several."""
+
+
+class FileMember(Member, FileTask):
+    """Your own data, as one of several tasks."""
+
+
+class ProgressConfig(Section):
+    """More prompts for tasks whose reward changes most, up or down (teacher-student curriculum learning)."""
+
+    smoothing: float = Field(default=0.1, gt=0, le=1)
+    """Share of the newest step in the running mean of a task's change of reward per step."""
+    temperature: float = Field(default=0.02, gt=0)
+    """A task that changes by so many standard deviations of its reward per step more than another gets e times as many
+    prompts (before explore)."""
+    explore: float = Field(default=0.2, gt=0, le=1)
+    """Share of the prompts that is handed out by weights alone."""
+
+
+class MixtureTask(Section):
+    """Several tasks at once: each step takes prompts of all of them, by shares."""
+
+    type: Literal["mixture"] = "mixture"
+    tasks: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")],
+        Annotated[
+            Annotated[DocstringsMember, Tag("docstrings")] | Annotated[FileMember, Tag("file")],
+            Discriminator(_task_type),
+        ],
+    ] = Field(min_length=1)
+    """The tasks by names of yours, each a task section with a weight. Names stand before the ids of items."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Shares proportional to weight * (number of training items)^(1 / this): 1 goes by size, more evens out; null goes
+    by weights alone."""
+    progress: ProgressConfig | None = None
+    """Let shares follow what is learnt; null keeps them."""
 
 
 TaskConfig = Annotated[
-    Annotated[DocstringsTask, Tag("docstrings")] | Annotated[FileTask, Tag("file")], Discriminator(_task_type)
+    Annotated[DocstringsTask, Tag("docstrings")]
+    | Annotated[FileTask, Tag("file")]
+    | Annotated[MixtureTask, Tag("mixture")],
+    Discriminator(_task_type),
 ]
 
 
@@ -580,7 +637,7 @@ class EvaluationConfig(Section):
     split: Literal["validation", "test"] = "validation"
     """Which split."""
     items: int = Field(default=128, ge=0)
-    """How many items; 0 turns evaluation off."""
+    """How many items, of a mixture as many of each task as there are; 0 turns evaluation off."""
     every: int | None = Field(default=None, ge=1)
     """Also after every so many steps; null evaluates before and after only."""
     metric: str = "rouge_l"

@@ -40,6 +40,13 @@ PLAN: dict[str, dict[str, str]] = {
         "Said again": r"completion/repetition",
         "Empty": r"completion/empty_share",
     },
+    "Tasks": {
+        "Reward of each task": r"task_reward/.*",
+        "Prompts of each task": r"task_share/.*",
+        "Change of each task": r"task_change/.*",
+        "Completion length of each task": r"task_length/.*",
+        "KL of each task": r"task_kl/.*",
+    },
     "How far the policy has moved": {
         "KL to the reference": r"kl/reference",
         "KL per completion": r"kl/sequence",
