@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run: policy, task, rewards, engine, optimiser, evaluator."""
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from pertoken import offline
 from pertoken.config import (
+    CurriculumConfig,
     DocstringsTask,
     KLConfig,
     MixtureTask,
@@ -48,7 +50,7 @@ from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
 from pertoken.state import Run
 from pertoken.tasks.base import ItemTask, Split, batch_of
-from pertoken.tasks.course import Course
+from pertoken.tasks.course import Course, Limit, Pool
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
 from pertoken.tasks.mixture import LearningProgress, evenly, mixed, shares_of
@@ -78,7 +80,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         items, notes = examples.fitting(task.items("train"), config.offline.max_tokens)
         size = config.offline.batch
         notes += _not_used(config)
-    course = build_course(config, items, size)
+    course = build_course(config, items, size, policy)
     if course is None:
         batch_of(items, 0, size, config.seed)  # or there are too few
     _refuse_unknown_tokens(items, policy)
@@ -230,25 +232,55 @@ def build_task(config: TaskConfig) -> ItemTask:
             except TaskError as error:
                 raise TaskError(f"task.tasks.{name}: {error}") from error
         return mixed(tasks)
-    settings = config.model_dump(exclude={"type", "weight", "metric"})
-    return load_docstring_task(**settings) if isinstance(config, DocstringsTask) else load_file_task(**settings)
+    settings = config.model_dump(exclude={"type", "weight", "metric", "curriculum"})
+    if isinstance(config, DocstringsTask):
+        return load_docstring_task(**settings)
+    if config.curriculum and config.curriculum.difficulty:
+        settings["info"] = tuple(dict.fromkeys((*config.info, config.curriculum.difficulty)))
+    return load_file_task(**settings)
 
 
-def build_course(config: RunConfig, items: Sequence[Item], size: int) -> Course | None:
+def build_course(config: RunConfig, items: Sequence[Item], size: int, policy: Policy) -> Course | None:
     """Which of `items` each step takes, `size` at a time; None where that is one pass after the other over all."""
-    task = config.task
+    task, seed = config.task, config.seed
     if not isinstance(task, MixtureTask):
-        return None
-    pools: dict[str, list[Item]] = {name: [] for name in task.tasks}
+        curriculum = task.curriculum
+        return Course({"": _pool(items, curriculum, policy)}, {"": 1.0}, size=size, seed=seed) if curriculum else None
+    by_task: dict[str, list[Item]] = {name: [] for name in task.tasks}
     for item in items:
-        pools[item.task].append(item)
-    for name, pool in pools.items():
-        if not pool:
+        by_task[item.task].append(item)
+    for name, found in by_task.items():
+        if not found:
             raise TaskError(f"task.tasks.{name}: it has no training items")
     weights = {name: member.weight for name, member in task.tasks.items()}
-    shares = shares_of(weights, {name: len(pool) for name, pool in pools.items()}, task.temperature)
+    shares = shares_of(weights, {name: len(found) for name, found in by_task.items()}, task.temperature)
+    pools = {name: _pool(found, task.tasks[name].curriculum, policy) for name, found in by_task.items()}
     progress = LearningProgress(**task.progress.model_dump()) if task.progress else None
-    return Course(pools, shares, size=size, seed=config.seed, progress=progress)
+    return Course(pools, shares, size=size, seed=seed, progress=progress)
+
+
+def _pool(items: Sequence[Item], curriculum: CurriculumConfig | None, policy: Policy) -> Pool:
+    """`items`, with what the curriculum measures each of them by."""
+    limits = curriculum.limits if curriculum else {}
+
+    def measure(name: str, item: Item) -> float:
+        if name == "prompt_tokens" or curriculum is None:
+            return float(len(prompt_ids(item, policy.tokenizer)))
+        return _number(item, str(curriculum.difficulty))
+
+    return Pool(items, [Limit(n, [measure(n, i) for i in items], Schedule(points)) for n, points in limits.items()])
+
+
+def _number(item: Item, column: str) -> float:
+    """The number in a column of an item."""
+    value = item.info.get(column)
+    try:
+        number = float(value) if isinstance(value, str | int | float) else math.nan
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise TaskError(f"item {item.id}: curriculum.difficulty {column!r}: expected a number, got {str(value)[:40]!r}")
+    return number
 
 
 def build_rewards(configs: Sequence[RewardConfig], where: str = "rewards") -> list[Weighted]:
@@ -361,7 +393,7 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
     if isinstance(config.task, MixtureTask):
         present = {item.task for item in items}
         notes += [
-            f"task.tasks.{name}: no {evaluation.split} items, so what it comes to is not followed"
+            f"task.tasks.{name}: none of the {len(items)} {evaluation.split} items is of it, so it is not followed"
             for name in config.task.tasks
             if name not in present
         ]

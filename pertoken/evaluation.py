@@ -98,16 +98,16 @@ class Evaluator:
         summary["metrics"][PERPLEXITY] = float((nats.sum() / counts.sum()).exp())
         summary["main"] = self.metric
         for task, metric in self.by_task.items():
-            rows = [k for k, item in enumerate(self.items) if item.task == task]
+            chosen = [k for k, item in enumerate(self.items) if item.task == task]
             name = f"{metric}/{task}"
             if metric in per_item:
-                values = [per_item[metric][k] for k in rows]
+                values = [per_item[metric][k] for k in chosen]
                 summary["metrics"][name], summary["intervals"][name] = fmean(values), _interval(values)
             elif metric == PERPLEXITY:
-                summary["metrics"][name] = float((nats[rows].sum() / counts[rows].sum()).exp())
+                summary["metrics"][name] = float((nats[chosen].sum() / counts[chosen].sum()).exp())
             else:
-                answers = [_references(self.items[k]) for k in rows]
-                summary["metrics"][name] = corpus_metrics([outputs[k] for k in rows], answers)[metric]
+                answers = [_references(self.items[k]) for k in chosen]
+                summary["metrics"][name] = corpus_metrics([outputs[k] for k in chosen], answers)[metric]
         scene = Scene(batch, episodes, policy.tokenizer, old, ref)
         fixed = [part.fixed() for part in rewards]
         parts, found = score(fixed, scene), findings(fixed, scene)

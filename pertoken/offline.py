@@ -37,6 +37,7 @@ from pertoken.tracking.runlog import RunLog
 from pertoken.trainer import (
     Clock,
     checkpoint,
+    curriculum_figures,
     distance_figures,
     evaluate,
     memory,
@@ -78,6 +79,7 @@ def loop(
         clock.lap("update")
         seconds = sum(clock.seconds.values())
         metrics |= {"tokens/per_second": rows.batch.num_actions / seconds} | clock.seconds | memory(run)
+        metrics |= curriculum_figures(run, step)
         report = StepReport(step, metrics, rows.episodes, streams)
         run.progress.step = step
         run.progress.tokens += rows.batch.num_actions

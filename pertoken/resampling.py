@@ -45,7 +45,7 @@ def with_differences(run: Run, episodes: list[Episode], step: int) -> list[Episo
             continue
         used |= {item.id for item in items}
         found = collect(
-            run.engine, items, run.policy.tokenizer, run.controls,
+            run.engine, items, run.policy.tokenizer, run.controls_at(step),
             samples_per_prompt=rollout.samples_per_prompt, run_seed=seed, step=step,
         )  # fmt: skip
         useless = _groups_without_difference(run, found, step)
@@ -60,7 +60,7 @@ def with_differences(run: Run, episodes: list[Episode], step: int) -> list[Episo
 
 def _groups_without_difference(run: Run, episodes: Sequence[Episode], step: int) -> set[int]:
     """Groups whose samples all earn the same, by the rewards alone: a KL penalty makes no difference that teaches."""
-    batch = to_batch(episodes, run.controls, device=str(run.policy.device))
+    batch = to_batch(episodes, run.controls_at(step), device=str(run.policy.device))
     totals = score(run.rewards, Scene(batch, episodes, run.policy.tokenizer, step=step)).total.sum(1)
     return {group for group in batch.group.tolist() if not float(totals[batch.group == group].std()) > 1e-6}
 

@@ -5,7 +5,7 @@ All state that a step depends on hangs on one `Run`; what is done with it is in 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
+from pertoken.schedule import Schedule
 from pertoken.tasks.base import batch_of
 from pertoken.tasks.course import Course
 from pertoken.types import Item
@@ -91,6 +92,14 @@ class Run:
     before_step: dict[str, Any] | None = None
     """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
 
+    def controls_at(self, step: int) -> Controls:
+        """The sampling controls of `step`: with as many tokens as `rollout.length_schedule` gives it."""
+        points = self.config.rollout.length_schedule
+        if points is None:
+            return self.controls
+        most = {"max_new_tokens": math.floor(Schedule(points)(step) + 1e-9)}
+        return replace(self.controls, sampling=self.controls.sampling.model_copy(update=most))
+
     def stop_reason(self) -> str | None:
         """Why the run ends now, in words; None while it goes on."""
         stop, now, metric = self.config.stop, self.progress, self.config.evaluation.metric
@@ -157,8 +166,9 @@ class Run:
         elif self.course is not None:
             self.notes.append("task: the checkpoint does not say how far each task has come; all begin anew")
         if state.get("ahead") is not None:
-            ahead, items = Draws.of_state(state["ahead"]), items_of(self, self.progress.step + 1)
-            if stem_from(ahead, items, self.policy.tokenizer, self.controls, self.config.rollout.samples_per_prompt):
+            ahead, step, rollout = Draws.of_state(state["ahead"]), self.progress.step + 1, self.config.rollout
+            items, controls = items_of(self, step), self.controls_at(step)
+            if stem_from(ahead, items, self.policy.tokenizer, controls, rollout.samples_per_prompt):
                 self.ahead = ahead
             else:
                 self.notes.append("rollout: prompts or sampling are others now; what was drawn ahead is drawn anew")

@@ -49,16 +49,16 @@ def loop(
         begun, step = time.monotonic(), run.progress.step + 1
         run.before_step = run.state_dict()
         clock = Clock()
-        episodes = generate(run, step)
+        episodes, controls = generate(run, step), run.controls_at(step)
         clock.lap("rollout")
-        batch = to_batch(episodes, run.controls, device=str(run.policy.device))
+        batch = to_batch(episodes, controls, device=str(run.policy.device))
         old, ref = score_old(run, batch), score_reference(run, batch)
         clock.lap("score")
         scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
         rewards = reward_and_draw_ahead(run, scene)
         run.notes += failure_notes(scene, rewards)
         observe_tasks(run, scene, rewards)
-        drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
+        drawn = beside(scene, run.config, run.engine, run.policy, controls, run.rewards)
         credit = assign(credit_of(run.config, step), rewards, batch, old, drawn.greedy, drawn.states)
         clock.lap("reward")
         run.before_step = None
@@ -71,7 +71,7 @@ def loop(
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
         measured = clock.seconds | memory(run) | writing_figures(scene) | beside_figures(run.beside, scene)
-        measured |= drawn.figures() | learnt | (run.course.figures(step) if run.course else {})
+        measured |= drawn.figures() | learnt | curriculum_figures(run, step)
         report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured))
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)
@@ -109,7 +109,7 @@ def draw(run: Run, step: int) -> Draws:
     """The samples of `step`, by the weights of now."""
     rollout, seed = run.config.rollout, run.config.seed
     return draw_completions(
-        run.engine, items_of(run, step), run.policy.tokenizer, run.controls,
+        run.engine, items_of(run, step), run.policy.tokenizer, run.controls_at(step),
         samples_per_prompt=rollout.samples_per_prompt, run_seed=seed, step=step,
     )  # fmt: skip
 
@@ -174,7 +174,7 @@ def reward(run: Run, scene: Scene) -> TokenRewards:
 
 def learn_rewards(run: Run, scene: Scene, paid: TokenRewards) -> dict[str, float]:
     """Let the parts of the reward learn that do, from what was paid for the samples of the step; figures of it."""
-    learners = [part for part in run.rewards if isinstance(part.reward, Learns)]
+    learners = [(part, part.reward) for part in run.rewards if isinstance(part.reward, Learns)]
     if not learners:
         return {}
     outcomes = {}
@@ -183,11 +183,9 @@ def learn_rewards(run: Run, scene: Scene, paid: TokenRewards) -> dict[str, float
         sums = cells.sum(1).cpu() / (weight or math.nan)  # one that is not paid now says nothing
         outcomes[name] = sums.masked_fill(paid.abstained[name].cpu(), math.nan) if name in paid.abstained else sums
     found: dict[str, float] = {}
-    for part in learners:
+    for part, learner in learners:
         strangers = torch.tensor([not part.is_about(episode.item) for episode in scene.episodes])
-        found |= part.reward.learn(
-            scene, {name: sums.masked_fill(strangers, math.nan) for name, sums in outcomes.items()}
-        )
+        found |= learner.learn(scene, {name: sums.masked_fill(strangers, math.nan) for name, sums in outcomes.items()})
     return found
 
 
@@ -202,6 +200,13 @@ def observe_tasks(run: Run, scene: Scene, rewards: TokenRewards) -> None:
     for episode, amount in zip(scene.episodes, earned.tolist(), strict=True):
         by_task.setdefault(episode.item.task, []).append(amount)
     run.course.observe(by_task)
+
+
+def curriculum_figures(run: Run, step: int) -> dict[str, float]:
+    """What is logged of that which changes over steps: shares of tasks, items let in, tokens of a completion."""
+    found = run.course.figures(step) if run.course else {}
+    most = run.controls_at(step).sampling.max_new_tokens
+    return found if run.config.rollout.length_schedule is None else found | {"curriculum/new_tokens": float(most)}
 
 
 def failure_notes(scene: Scene, rewards: TokenRewards) -> list[str]:

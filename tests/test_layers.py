@@ -27,18 +27,30 @@ MAY: dict[str, set[str]] = {
     "background": set(),
     "workers": {"errors", "memory"},
     "rows": {"errors"},
+    "schedule": {"errors"},
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
     "prompts": {"errors", "types"},
     # the stages of a step: each knows the types, none knows a sibling
     **{
-        stage: {"errors", "cache", "native", "background", "workers", "rows", "sampling", "types", "prompts"}
+        stage: {
+            "errors",
+            "cache",
+            "native",
+            "background",
+            "workers",
+            "rows",
+            "schedule",
+            "sampling",
+            "types",
+            "prompts",
+        }
         for stage in STAGES
     },
     **{maths: {"types"} for maths in MATHS},
     # beside the stages
     "presets": set(),
-    "config": {"errors", "sampling", "presets"},
+    "config": {"errors", "schedule", "sampling", "presets"},
     "text_metrics": {"errors", "types"},
     "tasks": {"errors", "sampling", "types", "rows"},
     "tracking": {"errors", "types", "text_metrics"},
@@ -53,6 +65,7 @@ MAY: dict[str, set[str]] = {
             "errors",
             "memory",
             "background",
+            "schedule",
             "sampling",
             "types",
             "config",

@@ -32,7 +32,10 @@ STEPS = 3
 def values(model_folder, tmp_path):
     """The sections of a run of two tasks, whose items have the same ids."""
     for name in ("say", "ask"):
-        rows = [{"id": str(k), "prompt": f"{name} {k}", "reference": f"the {name} {k}", "bad": "no"} for k in range(60)]
+        rows = [
+            {"id": str(k), "prompt": f"{name} {k}", "reference": f"the {name} {k}", "bad": "no", "level": k}
+            for k in range(60)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     member = {"prompt": "{prompt}:", "id": "id"}
     return {
@@ -88,7 +91,10 @@ PROGRESS = {"smoothing": 0.5, "temperature": 0.05, "explore": 0.3}
 def test_interrupted_after_each_step_it_ends_as_if_it_never_was(values, tmp_path):
     """What is drawn ahead is planned before the step in between has been looked at; that is saved, too."""
     values["task"] = values["task"] | {"progress": PROGRESS, "temperature": 2}
-    sections = {"rollout": {"ahead": True}, "evaluation": {"every": None}}
+    values["task"]["tasks"]["say"]["curriculum"] = {"prompt_tokens": [[1, 6], [3, 8]]}
+    values["task"]["tasks"]["ask"]["curriculum"] = {"difficulty": "level", "hardest": [[1, 9], [2, 30]]}
+    schedule = {"ahead": True, "length_schedule": [[1, 2], [3, 6]]}
+    sections = {"rollout": schedule, "evaluation": {"every": None}}
     run.train(config_of(values | {"folder": str(tmp_path / "whole")}, **sections))
     parts = in_parts(config_of(values | {"folder": str(tmp_path / "parts")}, **sections))
     assert parts == kills.outcome(tmp_path / "whole")
@@ -96,9 +102,15 @@ def test_interrupted_after_each_step_it_ends_as_if_it_never_was(values, tmp_path
     shares = metrics["task_share/say"]
     assert [a + b for a, b in zip(shares, metrics["task_share/ask"], strict=True)] == [1.0] * STEPS
     assert len(set(metrics["task_change/say"])) > 1, "what is learnt is followed"
+    assert metrics["curriculum/prompt_tokens/say"] == [6, 7, 8]
+    assert metrics["curriculum/hardest/ask"] == [9, 30, 30]
+    assert metrics["curriculum/new_tokens"] == [2, 4, 6]
+    assert metrics["curriculum/items/say"] < [1.0] * STEPS
     items = {step: {row["item"] for row in rows} for step, rows in parts["episodes"].items()}
     assert len(items[1]) == 4
-    assert items[1].isdisjoint(items[STEPS])
+    assert max(int(item.partition("/")[2]) for item in items[1]) <= 9, "a digit is a token, and of `ask` no higher"
+    lengths = {s: max(sum(row["tokens"]["action"]) for row in rows) for s, rows in parts["episodes"].items()}
+    assert lengths == {1: 2, STEPS: 6}
 
 
 def test_each_task_is_followed_in_training_and_held_out(values):
@@ -181,12 +193,20 @@ REFUSED = {
     "task.progress goes by the rewards of samples": {"method": {"type": "sft"}, "progress": True},
     "task.rejected, of each task": {"method": {"type": "dpo"}},
     "tells tasks apart": {"task": {"path": "a.jsonl"}},
+    "length_schedule: 9 tokens at step 3 are not between 1 and": {"rollout": {"length_schedule": [[1, 2], [3, 9]]}},
+    "hardest lets in more over steps": {"curriculum": {"difficulty": "level", "hardest": [[1, 2], [2, 1]]}},
+    "steps rise": {"curriculum": {"prompt_tokens": [[2, 2], [1, 3]]}},
+    "set both": {"curriculum": {"hardest": [[2, 2]]}},
 }
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
 def test_what_cannot_work_is_refused(values, sentence):
     changes = dict(REFUSED[sentence])
+    if "curriculum" in changes:
+        changes = {"task": {"path": "a.jsonl", "curriculum": changes["curriculum"]}}
+    elif "rollout" in changes:
+        changes["rollout"] = values["rollout"] | changes["rollout"]
     if changes.pop("progress", False):
         changes["task"] = values["task"] | {"progress": {}}
     with pytest.raises(ValueError, match=sentence.removeprefix("rewards.0: ")):

@@ -1,11 +1,13 @@
 """The sections of a run's configuration: policy, task, rollout, rewards, credit, objective, and the rest."""
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from pertoken.config.reading import Section
 from pertoken.sampling import Sampling
+from pertoken.schedule import Points, Schedule
 
 
 class LoraConfig(Section):
@@ -57,7 +59,43 @@ class PolicyConfig(Section):
     """Keep the model's dropout in the update pass. Off, log-probs of the same weights are always the same."""
 
 
-class DocstringsTask(Section):
+class CurriculumConfig(Section):
+    """Training items come in over steps, short prompts or easy ones first; held-out items are all there at any time."""
+
+    prompt_tokens: Points | None = None
+    """Longest prompt that a step takes: points [step, tokens], linear between them and constant outside; longer ones
+    wait. null sets no bound."""
+    difficulty: str | None = None
+    """Column with a number, higher for what is harder; of your own data it joins `info`."""
+    hardest: Points | None = None
+    """Highest difficulty that a step takes: points [step, number], as above."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> "CurriculumConfig":
+        if (self.difficulty is None) != (self.hardest is None):
+            raise ValueError("difficulty names a column and hardest says how much of it is let in: set both")
+        if not self.limits:
+            raise ValueError("a curriculum needs prompt_tokens, or difficulty and hardest")
+        for name, points in self.limits.items():
+            if any(later < number for (_, number), (_, later) in pairwise(Schedule(points).points)):
+                raise ValueError(f"{name} lets in more over steps, so its numbers never fall; got {list(points)}")
+        return self
+
+    @property
+    def limits(self) -> dict[str, Points]:
+        """What is bounded, and by which points."""
+        found = {"prompt_tokens": self.prompt_tokens, "hardest": self.hardest}
+        return {name: points for name, points in found.items() if points is not None}
+
+
+class Data(Section):
+    """What every task can be told whose items come from one place."""
+
+    curriculum: CurriculumConfig | None = None
+    """Let training items in over steps; null has all of them there from the first."""
+
+
+class DocstringsTask(Data):
     """The embedded task: one-line summaries of the documentation of installed Python packages."""
 
     type: Literal["docstrings"] = "docstrings"
@@ -82,7 +120,7 @@ class ChatMessage(Section):
     """Text with {column} places."""
 
 
-class FileTask(Section):
+class FileTask(Data):
     """Your own data: JSONL, JSON, CSV, TSV, Parquet, a folder of them, or a Hugging Face dataset."""
 
     type: Literal["file"] = "file"
@@ -213,6 +251,10 @@ class RolloutConfig(Section):
     this many further rounds (dynamic sampling); 0 takes groups as they come."""
     sampling: Sampling = Sampling()
     """Sampling controls; the update trains exactly the distribution that they define."""
+    length_schedule: Points | None = None
+    """Most tokens of a completion over steps: points [step, tokens], linear between them (rounded down) and constant
+    outside. None is above sampling.max_new_tokens, which stays what objective.over constant divides by; null always
+    takes that."""
     engine: Literal["native", "transformers"] = "native"
     """Who generates: the engine made for rollouts, or plain transformers.generate, which is slower and takes any model
     that can generate; both draw the same tokens."""
@@ -223,6 +265,17 @@ class RolloutConfig(Section):
     It pays where rewards take long. Importance weights (`objective.importance_cap`) correct for the update between."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Leave out training items with longer prompts (counted and told); null keeps all."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> "RolloutConfig":
+        least, most = max(self.sampling.min_new_tokens, 1), self.sampling.max_new_tokens
+        for step, tokens in Schedule(self.length_schedule).points if self.length_schedule is not None else ():
+            if not least <= tokens <= most:
+                raise ValueError(
+                    f"length_schedule: {tokens:g} tokens at step {step} are not between {least} and "
+                    f"sampling.max_new_tokens, {most}: set that to what the schedule ends with"
+                )
+        return self
 
 
 class ConstraintConfig(Section):
@@ -247,7 +300,7 @@ class RewardConfig(BaseModel):
     """Name of a built-in or installed reward; also names the part in logs."""
     fn: str | None = None
     """`module:function` of your own reward."""
-    weight: float | tuple[tuple[int, float], ...] = 1.0
+    weight: float | Points = 1.0
     """Factor of this part in the total; or points [step, weight], linear between them and constant outside."""
     clip: tuple[float, float] | None = None
     """Bounds [low, high] of each token's value (of an episode reward: of its number) before normalising and weight."""
@@ -489,7 +542,7 @@ class ProgressConfig(Section):
 
     smoothing: float = Field(default=0.1, gt=0, le=1)
     """Share of the newest step in the running mean of a task's change of reward per step."""
-    temperature: float = Field(default=0.02, gt=0)
+    temperature: float = Field(default=0.05, gt=0)
     """A task that changes by so many standard deviations of its reward per step more than another gets e times as many
     prompts (before explore)."""
     explore: float = Field(default=0.2, gt=0, le=1)

@@ -79,6 +79,7 @@ def small(config: RunConfig) -> RunConfig:
         "rollout.samples_per_prompt": min(rollout.samples_per_prompt, SAMPLES),
         "rollout.sampling.max_new_tokens": tokens,
         "rollout.sampling.min_new_tokens": fewest,
+        "rollout.length_schedule": None,
         "update.minibatches": min(config.update.minibatches, 2),
         "task": _few_items(config.task),
         "evaluation.items": 0,
@@ -92,7 +93,8 @@ def small(config: RunConfig) -> RunConfig:
 def _few_items(task: TaskConfig) -> TaskConfig:
     if isinstance(task, MixtureTask):
         return task.model_copy(update={"tasks": {name: _few_items(member) for name, member in task.tasks.items()}})
-    return task.model_copy(update={"num_train" if isinstance(task, DocstringsTask) else "limit": ITEMS})
+    few = "num_train" if isinstance(task, DocstringsTask) else "limit"
+    return task.model_copy(update={few: ITEMS, "curriculum": None})
 
 
 def _chosen(only: Sequence[str]) -> list[Check]:

@@ -31,12 +31,12 @@ from pertoken.rewards.align import AlignedText, align, spread
 from pertoken.rewards.composition import (
     Multiplier,
     Normaliser,
-    Schedule,
     check_clip,
     clip_episodes,
     clip_tokens,
     speaks,
 )
+from pertoken.schedule import Schedule
 from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
 
 Place = Literal["last", "spread"]

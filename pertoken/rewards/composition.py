@@ -6,8 +6,6 @@ All of it is off unless asked for. A sample that abstains takes no part in the s
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -25,34 +23,6 @@ NO_SPREAD = 1e-9
 Over = Literal["batch", "task", "group", "running"]
 """Which episodes a part is compared with: those of the batch, of their task in it, of the prompt, or all since the run
 began."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A weight that changes over steps: points (step, weight), linear between them, constant outside.
-
-    >>> warm = Schedule(((10, 0.0), (20, 1.0)))
-    >>> [warm(step) for step in (1, 10, 15, 20, 99)]
-    [0.0, 0.0, 0.5, 1.0, 1.0]
-    """
-
-    points: tuple[tuple[int, float], ...]
-
-    def __post_init__(self) -> None:
-        steps = [step for step, _ in self.points]
-        if not steps or any(later <= step for step, later in pairwise(steps)):
-            raise ConfigError(f"a schedule needs points [step, weight] whose steps rise, got {list(self.points)}")
-
-    def __call__(self, step: int) -> float:
-        for (begin, low), (end, high) in pairwise(self.points):
-            if begin <= step < end:
-                return low + (high - low) * (step - begin) / (end - begin)
-        return self.points[0][1] if step < self.points[0][0] else self.points[-1][1]
-
-    @property
-    def last(self) -> float:
-        """The weight that it ends with."""
-        return self.points[-1][1]
 
 
 class Multiplier:

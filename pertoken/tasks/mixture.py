@@ -84,7 +84,7 @@ def counts_of(shares: Shares, size: int, offset: float) -> dict[str, int]:
     [{'a': 3, 'b': 1}, {'a': 2, 'b': 2}]
     """
     counts, before, end = dict[str, int](), 0, 0.0
-    last = next(reversed(shares))
+    last = list(shares)[-1]
     for name, share in shares.items():
         end += share
         upto = size if name == last else math.ceil(end * size - offset)

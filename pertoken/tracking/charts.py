@@ -41,6 +41,9 @@ PLAN: dict[str, dict[str, str]] = {
         "Empty": r"completion/empty_share",
     },
     "Tasks": {
+        "Tokens let in": r"curriculum/(prompt|new)_tokens.*",
+        "Highest difficulty let in": r"curriculum/hardest.*",
+        "Share of the items let in": r"curriculum/items.*",
         "Reward of each task": r"task_reward/.*",
         "Prompts of each task": r"task_share/.*",
         "Change of each task": r"task_change/.*",

@@ -47,6 +47,12 @@ METRICS: dict[str, Term] = {
         "How fast the reward of the task rises or falls, which its share follows (`task.progress`).",
         "running mean of the change per step, in standard deviations of its reward",
     ),
+    "curriculum/<limit>": Term(
+        "What the curriculum gives this step: tokens of the longest prompt (`prompt_tokens`), highest difficulty "
+        "(`hardest`), share of the training items that are let in (`items`), tokens of a completion (`new_tokens`). Of "
+        "a mixture with the name of its task behind.",
+        "in units of its own",
+    ),
     "raw/<part>": Term(
         "The same part before it was clipped, normalised and weighed.", "mean over the e with an opinion of Σ part"
     ),

@@ -8,7 +8,7 @@ import pytest
 
 from pertoken.errors import TaskError
 from pertoken.tasks.base import ItemTask
-from pertoken.tasks.course import Course, take
+from pertoken.tasks.course import Course, Limit, Pool
 from pertoken.tasks.mixture import LearningProgress, counts_of, evenly, mixed, offset_of, shares_of
 from pertoken.types import Item
 
@@ -19,7 +19,9 @@ def items(count, prefix="", split=""):
 
 def two(**sizes):
     sizes = sizes or {"a": 7, "b": 5}
-    return {name: [Item(f"{name}/{k}", f"{name} {k}", task=name) for k in range(size)] for name, size in sizes.items()}
+    return {
+        name: Pool(tuple(Item(f"{name}/{k}", f"{name} {k}", task=name) for k in range(n))) for name, n in sizes.items()
+    }
 
 
 def test_shares_go_by_weight_and_by_a_root_of_the_size():
@@ -64,7 +66,7 @@ def test_what_one_task_holds_out_no_other_may_train_on():
 
 
 def test_held_out_items_are_taken_evenly_and_small_tasks_leave_room():
-    pool = [item for task in two(a=5, b=1, c=3).values() for item in task]
+    pool = [item for pool in two(a=5, b=1, c=3).values() for item in pool.items]
     assert Counter(item.task for item in evenly(pool, 6)) == {"a": 3, "b": 1, "c": 2}
     assert [item.id for item in evenly(pool, 3)] == ["a/0", "b/0", "c/0"]
     plain = items(9)
@@ -78,15 +80,15 @@ def test_each_pool_is_gone_through_in_passes():
     course = Course(pools, {"a": 0.25, "b": 0.75}, size=4, seed=0)
     steps = [course.items(step) for step in range(1, 13)]
     seen = [item.id for step in steps for item in step if item.task == "a"]
-    assert sorted(seen[:6]) == sorted(seen[6:]) == sorted(item.id for item in pools["a"])
+    assert sorted(seen[:6]) == sorted(seen[6:]) == sorted(item.id for item in pools["a"].items)
     assert seen[:6] != seen[6:]
     assert all(len({item.id for item in step}) == 4 for step in steps)
 
 
 def test_across_the_end_of_a_pass_no_item_is_taken_twice():
-    pool = items(5)
+    pool = Pool(items(5))
     for place in range(25):
-        found, end = take(pool, place, 4, seed=1)
+        found, end = pool.take(1, place, 4, seed=1)
         assert len({item.id for item in found}) == 4
         assert end >= place + 4
 
@@ -202,3 +204,29 @@ def test_shares_follow_from_the_next_planned_step_on_and_after_a_resume():
     assert resumed.items(2) == whole.items(2)
     assert resumed.items(3) == whole.items(3)
     assert whole.figures(3)["task_share/b"] >= 0.9
+
+
+def test_items_come_in_over_steps_and_those_that_wait_come_later():
+    """Items of 1 to 8; 4 are let in first, one more with every second step. All are seen once before one is twice as
+    often as what came in last."""
+    pool = Pool(items(8), [Limit("size", [float(k) for k in range(1, 9)], lambda step: 4 + (step - 1) / 2)])
+    course = Course({"": pool}, {"": 1.0}, size=2, seed=0)
+    seen = []
+    for step in range(1, 20):
+        taken = [int(item.id) + 1 for item in course.items(step)]
+        assert len(set(taken)) == 2
+        assert max(taken) <= course.figures(step)["curriculum/size"] == 4 + (step - 1) / 2
+        seen += taken
+    assert set(seen) == set(range(1, 9))
+    assert course.figures(1)["curriculum/items"] == 0.5
+    assert course.figures(9)["curriculum/items"] == 1.0
+    assert "task_share/" not in course.figures(1)
+
+
+def test_two_limits_hold_at_once_and_a_curriculum_that_begins_with_too_little_is_refused():
+    numbers = [float(k) for k in range(8)]
+    odd, size = Limit("odd", [k % 2 for k in numbers], lambda step: 0.0), Limit("size", numbers, lambda step: 4.0)
+    found, _ = Pool(items(8), [odd, size]).take(1, 0, 3, seed=0)
+    assert {item.id for item in found} == {"0", "2", "4"}
+    with pytest.raises(TaskError, match=r"only 3 of its 8 training items.* let its curriculum begin with more"):
+        Course({"": Pool(items(8), [odd, size])}, {"": 1.0}, size=4, seed=0)
