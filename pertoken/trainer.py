@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from pertoken.assignment import assign
 from pertoken.background import Background
+from pertoken.balance import Gradients
 from pertoken.batching import Part, minibatches, to_batch
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
@@ -64,7 +66,7 @@ def loop(
         run.before_step = None
         run.engine.release()  # the update needs the room, and makes its packed weights old
         heap.before_update()
-        updated = update(run, batch, old, ref, credit, step)
+        updated = update(run, batch, old, ref, credit, step, scene.task)
         learnt = learn_rewards(run, scene, rewards)
         heap.after_update()
         settle(run, step, updated.metrics.get("update/kl"))
@@ -228,10 +230,21 @@ def reward_and_draw_ahead(run: Run, scene: Scene) -> TokenRewards:
 
 
 def update(
-    run: Run, batch: TokenBatch, old: PolicyOutput, ref: PolicyOutput | None, credit: Credit, step: int
+    run: Run,
+    batch: TokenBatch,
+    old: PolicyOutput,
+    ref: PolicyOutput | None,
+    credit: Credit,
+    step: int,
+    tasks: Int[Tensor, " B"] | None = None,
 ) -> Updated:
-    """All optimiser steps on one batch. A non-finite loss or gradient skips its optimiser step and is counted."""
-    config, exact = run.config.update, _exact(run)
+    """All optimiser steps on one batch. A non-finite loss or gradient skips its optimiser step and is counted.
+
+    tasks: a number for the task of each row, which `update.balance` goes by.
+    """
+    config, exact, seed = run.config.update, _exact(run), run.config.seed * 1_000_003 + step
+    balanced = tasks is not None and config.balance == "pcgrad"
+    gradients = Gradients(run.policy.trainable(), seed=seed) if balanced else None
     rate = set_learning_rate(run, step)
     streams: dict[str, Tensor] = {}
     sums = {"loss/policy": 0.0, "loss/value": 0.0}
@@ -243,8 +256,8 @@ def update(
     drift = _Drift(config.stop_kl, adapts=config.schedule == "kl")
     parts = minibatches(
         batch, old, ref, credit, epochs=config.epochs, num_minibatches=config.minibatches,
-        tokens_per_micro_batch=config.tokens_per_micro_batch, seed=run.config.seed * 1_000_003 + step,
-        left_out=_without_effect(run, credit),
+        tokens_per_micro_batch=config.tokens_per_micro_batch, seed=seed, left_out=_without_effect(run, credit),
+        tasks=tasks if gradients else None,
     )  # fmt: skip
     for part in parts:
         against = (
@@ -265,11 +278,15 @@ def update(
         else:
             bad = bad or f"loss {loss.item()} in episodes {', '.join(part.batch.episode_ids[:4])} ..."
         drift.add(part, new)
+        if gradients and part.last_of_task:
+            gradients.put_aside()
         if part.last_of_step:
             steps += 1
             if drift.too_far():
                 run.optimizer.zero_grad(set_to_none=False)
                 break
+            if gradients:
+                gradients.combine()
             norm = step_optimizer(run, bad, step, head_only=head_only)
             moved = moved or norm is not None
             norms += [] if norm is None else [norm]
@@ -286,7 +303,7 @@ def update(
         "staleness": float(run.staleness),
     }
     metrics |= distance_figures(run)
-    metrics |= drift.figures() | _importance_figures(run, batch, streams)
+    metrics |= drift.figures() | _importance_figures(run, batch, streams) | (gradients.figures() if gradients else {})
     if run.config.rollout.redraws:
         metrics["groups/redrawn"] = float(run.redrawn)
     if run.policy.value_head is not None:

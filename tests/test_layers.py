@@ -80,8 +80,8 @@ MAY: dict[str, set[str]] = {
         *(STAGES | MATHS),
     },
 }
-MAY["weights"] = set()
-MAY["trainer"] |= {"weights"}
+MAY["weights"] = MAY["balance"] = set()
+MAY["trainer"] |= {"weights", "balance"}
 MAY["assignment"] = {"types", "config", "credit"}
 MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
 MAY["resampling"] = MAY["state"] | {"state"}

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken import build, run
+from pertoken import build, run, trainer
+from pertoken.balance import pcgrad
+from pertoken.batching import to_batch
 from pertoken.config import RunConfig, load_config
 from pertoken.doctor.examination import small
 from pertoken.errors import ConfigError, TaskError
 from pertoken.evaluation import Evaluation
 from pertoken.resampling import with_differences
-from pertoken.rewards import Weighted, episode_reward
+from pertoken.rewards import Scene, Weighted, episode_reward
 from pertoken.state import Progress, items_of
 from pertoken.tracking import RunReader
-from pertoken.trainer import generate, with_history
+from pertoken.trainer import generate, score_old, with_history
+from pertoken.types import Credit
 
 SPEC = importlib.util.spec_from_file_location("kills", Path(__file__).parents[1] / "benchmarks" / "kills.py")
 kills = importlib.util.module_from_spec(SPEC)
@@ -175,6 +178,54 @@ def test_groups_are_redrawn_from_their_own_task(values):
         assert (old == new) == (old.task == "say")
 
 
+@pytest.fixture
+def gradient_of(values, monkeypatch):
+    """What an update puts into `.grad`, as one vector, of a run with these settings, and its figures."""
+    values["kl"] = {"place": "none", "coefficient": 0.0}
+    values["rewards"] = [{"name": "length", "min_words": 3}]
+
+    def gradient(only=None, **update):
+        made = build.build_run(config_of(values, update=update))
+        episodes = generate(made, 1)
+        batch = to_batch(episodes, made.controls)
+        scene = Scene(batch, episodes, made.policy.tokenizer)
+        old, tasks = score_old(made, batch), scene.task
+        # tasks that are rewarded for opposite things: the same tokens are good for one and bad for the other
+        advantages = (
+            torch.where(batch.action_mask, batch.tokens % 7 - 3.0, 0.0) * torch.where(tasks == 0, 1.0, -1.0)[:, None]
+        )
+        if only is not None:
+            advantages[tasks != only] = 0.0
+        found = []
+        monkeypatch.setattr(
+            trainer, "step_optimizer",
+            lambda run, bad, step, head_only: found.append(
+                torch.cat([p.grad.flatten() for p in run.policy.trainable().values()]).double()
+            ),
+        )  # fmt: skip
+        metrics = trainer.update(made, batch, old, None, Credit(advantages), 1, tasks).metrics
+        return found[0], metrics
+
+    return gradient
+
+
+def test_an_update_takes_conflicts_out_whatever_its_micro_batches(gradient_of):
+    """Beside the gradients of each task by itself, projected as vectors; for two tasks there is one order."""
+    apart = [gradient_of(only=task)[0] for task in (0, 1)]
+    plain, _ = gradient_of()
+    assert torch.allclose(plain, apart[0] + apart[1], atol=1e-6)
+    cosine = torch.dot(*apart) / apart[0].norm() / apart[1].norm()
+    assert cosine < 0
+    rows = torch.stack(apart)
+    wanted = pcgrad(rows @ rows.T, [[1], [0]]) @ rows
+    assert not torch.allclose(wanted, plain, atol=1e-3)
+    for tokens in (4000, 30):
+        found, metrics = gradient_of(balance="pcgrad", tokens_per_micro_batch=tokens)
+        assert torch.allclose(found, wanted, atol=1e-5)
+        assert metrics["balance/cosine"] == pytest.approx(cosine.item(), abs=1e-4)
+        assert metrics["balance/conflicts"] == 1.0
+
+
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_answers_of_several_tasks_are_learnt_together(values, method):
     values["task"] = {"tasks": {n: m | {"rejected": "bad"} for n, m in values["task"]["tasks"].items()}}
@@ -192,6 +243,11 @@ REFUSED = {
     "task.tasks.ask: no reward is about this task": {"rewards": [{"name": "rouge_l", "tasks": ["say"]}]},
     "task.progress goes by the rewards of samples": {"method": {"type": "sft"}, "progress": True},
     "task.rejected, of each task": {"method": {"type": "dpo"}},
+    "and there is one only: name several": {
+        "task": {"path": "a.jsonl"},
+        "update": {"balance": "pcgrad"},
+        "rewards": [{"name": "chrf"}],
+    },
     "tells tasks apart": {"task": {"path": "a.jsonl"}},
     "length_schedule: 9 tokens at step 3 are not between 1 and": {"rollout": {"length_schedule": [[1, 2], [3, 9]]}},
     "hardest lets in more over steps": {"curriculum": {"difficulty": "level", "hardest": [[1, 2], [2, 1]]}},

@@ -254,6 +254,12 @@ class RunConfig(Section):
             )
             stranger = next((name for name in reward.tasks or () if name not in names), "")
             yield several and bool(stranger), f"reward {called!r}: no task {stranger!r}; {closest(stranger, names)}"
+        yield (
+            self.update.balance != "none" and (len(names) < 2 or self.offline is not None),
+            f"update.balance {self.update.balance} weighs the gradients of several tasks against each other, and "
+            + ("there is one only: name several in task.tasks (task.type mixture), or leave it out."
+               if len(names) < 2 else f"method.type {self.method.type} does not keep them apart: leave it out."),
+        )  # fmt: skip
         unpaid = [name for name in names if all(r.tasks is not None and name not in r.tasks for r in self.rewards)]
         yield (
             self.offline is None and bool(unpaid),

@@ -643,6 +643,9 @@ class UpdateConfig(Section):
     """Clip the global gradient norm; null is off."""
     max_grad_value: float | None = Field(default=None, gt=0)
     """Clip each number of the gradient to +-this, before its norm; null is off."""
+    balance: Literal["none", "pcgrad"] = "none"
+    """Of a mixture of tasks: add their gradients up as they are, or take out of each what pulls against another first
+    (pcgrad); that keeps a gradient of each task in memory."""
     l2_to_initial: float = Field(default=0.0, ge=0)
     """Add this times half the squared distance to the weights before training to the loss; keeps a copy of them."""
     l1_to_initial: float = Field(default=0.0, ge=0)

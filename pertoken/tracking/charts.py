@@ -49,6 +49,7 @@ PLAN: dict[str, dict[str, str]] = {
         "Change of each task": r"task_change/.*",
         "Completion length of each task": r"task_length/.*",
         "KL of each task": r"task_kl/.*",
+        "Tasks against each other": r"balance/.*",
     },
     "How far the policy has moved": {
         "KL to the reference": r"kl/reference",

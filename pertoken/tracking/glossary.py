@@ -139,6 +139,11 @@ METRICS: dict[str, Term] = {
     ),
     "grad/norm": Term("Length of the gradient before it is clipped.", "√ Σ g²"),
     "grad/clipped_share": Term("Optimiser steps whose gradient was clipped.", "share of the step's updates, 0 to 1"),
+    "balance/cosine": Term(
+        "How far the gradients of tasks pull the same way (`update.balance`); below 0 they work against each other.",
+        "mean over pairs of tasks of the cosine, −1 to 1",
+    ),
+    "balance/conflicts": Term("Pairs of tasks whose gradients work against each other.", "share of pairs, 0 to 1"),
     "learning_rate": Term("The optimiser's step size, after warm-up and schedule.", "per optimiser step"),
     "tokens/generated": Term("Tokens sampled in this step.", "count"),
     "tokens/beside": Term(
