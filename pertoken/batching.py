@@ -66,6 +66,8 @@ class Part:
     """Rows of the whole optimiser step."""
     last_of_step: bool
     """True when the optimiser steps after this part."""
+    last_of_task: bool
+    """True when the next part is of another task (if they are kept apart) or of another optimiser step."""
 
 
 def minibatches(
@@ -79,12 +81,14 @@ def minibatches(
     tokens_per_micro_batch: int,
     seed: int,
     left_out: Bool[Tensor, " B"] | None = None,
+    tasks: Int[Tensor, " B"] | None = None,
 ) -> Iterator[Part]:
     """`epochs` passes over the batch in `num_minibatches` optimiser steps each, each in micro-batches.
 
     Micro-batches are cut by tokens, a prompt that rows share counted once; groups stay whole wherever their size
     allows. Every row is used exactly once per epoch; the order is a function of `seed` and epoch. Rows in `left_out`
-    are counted in the denominators and not computed; an optimiser step of which nothing is left is not made.
+    are counted in the denominators and not computed; an optimiser step of which nothing is left is not made. With
+    `tasks`, a number for each row, a part holds rows of one task alone, and those of a task follow each other.
     """
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -95,9 +99,13 @@ def minibatches(
                 continue
             num_actions = int(batch.action_mask[rows].sum())
             used = rows if left_out is None else rows[~left_out.cpu()[rows]]
-            pieces = [used[part] for part in batch.rows(used).parts(tokens_per_micro_batch)] if len(used) else []
-            # Largest first: the memory that its activations leave behind has room for those of the others.
-            pieces.sort(key=lambda piece: -int(batch.attention_mask[piece].sum()))
+            apart = [used] if tasks is None else [used[tasks[used] == task] for task in tasks[used].unique()]
+            pieces, ends = list[Tensor](), set[int]()
+            for of_task in apart if len(used) else ():
+                cut = [of_task[part] for part in batch.rows(of_task).parts(tokens_per_micro_batch)]
+                # Largest first: the memory that its activations leave behind has room for those of the others.
+                pieces += sorted(cut, key=lambda piece: -int(batch.attention_mask[piece].sum()))
+                ends.add(len(pieces) - 1)
             for k, piece in enumerate(pieces):
                 yield Part(
                     rows=piece,
@@ -108,4 +116,5 @@ def minibatches(
                     num_actions=num_actions,
                     num_rows=len(rows),
                     last_of_step=k == len(pieces) - 1,
+                    last_of_task=k in ends,
                 )

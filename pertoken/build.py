@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run: policy, task, rewards, engine, optimiser, evaluator."""
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,17 @@ import numpy as np
 import torch
 
 from pertoken import offline
-from pertoken.config import DocstringsTask, KLConfig, OfflineConfig, RewardConfig, RolloutConfig, RunConfig, TaskConfig
+from pertoken.config import (
+    CurriculumConfig,
+    DocstringsTask,
+    KLConfig,
+    MixtureTask,
+    OfflineConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+)
 from pertoken.errors import ConfigError, ModelError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
@@ -40,8 +51,10 @@ from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
 from pertoken.state import Run
 from pertoken.tasks.base import ItemTask, Split, batch_of
+from pertoken.tasks.course import Course, Limit, Pool
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
+from pertoken.tasks.mixture import LearningProgress, evenly, mixed, shares_of
 from pertoken.types import Item
 from pertoken.weights import Anchor, Average
 
@@ -61,13 +74,16 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     policy = build_policy(config)
     examples = None
     if config.offline is None:
+        size = config.rollout.prompts_per_step
         items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
-        batch_of(items, 0, config.rollout.prompts_per_step, config.seed)  # or there are too few
     else:
         examples = build_examples(config.offline, task, policy)
         items, notes = examples.fitting(task.items("train"), config.offline.max_tokens)
-        batch_of(items, 0, config.offline.batch, config.seed)
+        size = config.offline.batch
         notes += _not_used(config)
+    course = build_course(config, items, size, policy)
+    if course is None:
+        batch_of(items, 0, size, config.seed)  # or there are too few
     _refuse_unknown_tokens(items, policy)
     if isinstance(task, FileTask):
         notes += [f"skipped {bad}" for bad in task.bad_rows]
@@ -91,6 +107,9 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     notes += about_held_out
     average, anchor = copies_of(config, policy)
     estimate = used_memory(policy.device) + footprint(policy).update(config.update.tokens_per_micro_batch) / GIGABYTE
+    if config.update.balance != "none":  # a gradient of each task
+        trained = sum(p.numel() * p.element_size() for p in policy.trainable().values())
+        estimate += len({item.task for item in items}) * trained / GIGABYTE
     notes += _memory_notes(estimate, policy.device)
     run = Run(
         config=config,
@@ -99,6 +118,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         engine=engine,
         controls=Controls.resolve(config.rollout.sampling, policy.tokenizer, policy.eos_ids),
         items=items,
+        course=course,
         rewards=rewards,
         kl=build_kl(config),
         optimizer=optimizer,
@@ -210,9 +230,63 @@ def build_engine(policy: Policy, config: RolloutConfig) -> NativeEngine | Transf
 
 def build_task(config: TaskConfig) -> ItemTask:
     """The task that the configuration names, its data read and checked."""
+    if isinstance(config, MixtureTask):
+        tasks = dict[str, ItemTask]()
+        for name, member in config.tasks.items():
+            try:
+                tasks[name] = build_task(member)
+            except TaskError as error:
+                raise TaskError(f"task.tasks.{name}: {error}") from error
+        return mixed(tasks)
+    settings = config.model_dump(exclude={"type", "weight", "metric", "curriculum"})
     if isinstance(config, DocstringsTask):
-        return load_docstring_task(**config.model_dump(exclude={"type"}))
-    return load_file_task(**config.model_dump(exclude={"type"}))
+        return load_docstring_task(**settings)
+    if config.curriculum and config.curriculum.difficulty:
+        settings["info"] = tuple(dict.fromkeys((*config.info, config.curriculum.difficulty)))
+    return load_file_task(**settings)
+
+
+def build_course(config: RunConfig, items: Sequence[Item], size: int, policy: Policy) -> Course | None:
+    """Which of `items` each step takes, `size` at a time; None where that is one pass after the other over all."""
+    task, seed = config.task, config.seed
+    if not isinstance(task, MixtureTask):
+        curriculum = task.curriculum
+        return Course({"": _pool(items, curriculum, policy)}, {"": 1.0}, size=size, seed=seed) if curriculum else None
+    by_task: dict[str, list[Item]] = {name: [] for name in task.tasks}
+    for item in items:
+        by_task[item.task].append(item)
+    for name, found in by_task.items():
+        if not found:
+            raise TaskError(f"task.tasks.{name}: it has no training items")
+    weights = {name: member.weight for name, member in task.tasks.items()}
+    shares = shares_of(weights, {name: len(found) for name, found in by_task.items()}, task.temperature)
+    pools = {name: _pool(found, task.tasks[name].curriculum, policy) for name, found in by_task.items()}
+    progress = LearningProgress(**task.progress.model_dump()) if task.progress else None
+    return Course(pools, shares, size=size, seed=seed, progress=progress)
+
+
+def _pool(items: Sequence[Item], curriculum: CurriculumConfig | None, policy: Policy) -> Pool:
+    """`items`, with what the curriculum measures each of them by."""
+    limits = curriculum.limits if curriculum else {}
+
+    def measure(name: str, item: Item) -> float:
+        if name == "prompt_tokens" or curriculum is None:
+            return float(len(prompt_ids(item, policy.tokenizer)))
+        return _number(item, str(curriculum.difficulty))
+
+    return Pool(items, [Limit(n, [measure(n, i) for i in items], Schedule(points)) for n, points in limits.items()])
+
+
+def _number(item: Item, column: str) -> float:
+    """The number in a column of an item."""
+    value = item.info.get(column)
+    try:
+        number = float(value) if isinstance(value, str | int | float) else math.nan
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise TaskError(f"item {item.id}: curriculum.difficulty {column!r}: expected a number, got {str(value)[:40]!r}")
+    return number
 
 
 def build_rewards(configs: Sequence[RewardConfig], where: str = "rewards") -> list[Weighted]:
@@ -236,6 +310,7 @@ def build_rewards(configs: Sequence[RewardConfig], where: str = "rewards") -> li
                 None if config.normalise == "none" else Normaliser(config.normalise),
                 config.attempts,
                 config.max_failed_share,
+                config.tasks,
             )
         except ConfigError as error:  # of a schedule, a constraint or a clip
             raise ConfigError(f"{place}: {error}") from error
@@ -320,12 +395,20 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
         examples = build_examples(config.offline, task, policy)
         items, left_out = examples.fitting(items, config.offline.max_tokens)
         notes += [f"{evaluation.split}: {note}" for note in left_out]
-        given = offline.HeldOutAnswers(config.offline, examples, items[: evaluation.items])
-    items = items[: evaluation.items]
+        given = offline.HeldOutAnswers(config.offline, examples, evenly(items, evaluation.items))
+    items, by_task = evenly(items, evaluation.items), dict[str, str]()
+    if isinstance(config.task, MixtureTask):
+        present = {item.task for item in items}
+        notes += [
+            f"task.tasks.{name}: none of the {len(items)} {evaluation.split} items is of it, so it is not followed"
+            for name in config.task.tasks
+            if name not in present
+        ]
+        by_task = {name: m.metric or evaluation.metric for name, m in config.task.tasks.items() if name in present}
     _refuse_too_long(items, policy)
     _refuse_unknown_tokens(items, policy)
     controls = Controls.resolve(evaluation.sampling, policy.tokenizer, policy.eos_ids)
-    return Evaluator(items, controls, metric=evaluation.metric, given=given), notes
+    return Evaluator(items, controls, metric=evaluation.metric, given=given, by_task=by_task), notes
 
 
 def _fitting(

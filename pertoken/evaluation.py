@@ -1,7 +1,7 @@
 """Held-out quality: the same items, answered by the policy before and after, with intervals and trivial baselines."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,7 +40,8 @@ class Evaluation:
 
     def logged(self, step: int, split: str) -> dict[str, Any]:
         """The row that `evaluations.jsonl` keeps of it: the summary, and each per-item metric as one column."""
-        items = {name: [row["metrics"][name] for row in self.rows] for name in self.rows[0]["metrics"]}
+        names = dict.fromkeys(name for row in self.rows for name in row["metrics"])
+        items = {name: [row["metrics"].get(name) for row in self.rows] for name in names}
         return {"step": step, "split": split, **self.summary, "items": {"id": [row["id"] for row in self.rows]} | items}
 
 
@@ -67,11 +68,15 @@ class Evaluator:
     metric: str
     given: GivenAnswers | None = None
     """Metrics of the answers in the data, where a method learns from such."""
+    by_task: Mapping[str, str] = field(default_factory=dict)
+    """Of a mixture, the metric that each task is followed by: measured on its items alone, as `<metric>/<task>`."""
 
     def __post_init__(self) -> None:
         known = (*ITEM_METRICS, *CORPUS_METRICS, PERPLEXITY, *(self.given.names if self.given else ()))
-        if self.metric not in known:
-            raise ConfigError(f"evaluation.metric: unknown {self.metric!r}; {closest(self.metric, known)}")
+        named = {"evaluation.metric": self.metric} | {f"task.tasks.{t}.metric": m for t, m in self.by_task.items()}
+        for where, metric in named.items():
+            if metric not in known:
+                raise ConfigError(f"{where}: unknown {metric!r}; {closest(metric, known)}")
 
     def __call__(
         self, engine: RolloutEngine, policy: Policy, reference: Reference | None, rewards: Sequence[Weighted] = ()
@@ -92,6 +97,17 @@ class Evaluator:
         per_item["nats_per_token"] = (nats / counts).tolist()
         summary["metrics"][PERPLEXITY] = float((nats.sum() / counts.sum()).exp())
         summary["main"] = self.metric
+        for task, metric in self.by_task.items():
+            chosen = [k for k, item in enumerate(self.items) if item.task == task]
+            name = f"{metric}/{task}"
+            if metric in per_item:
+                values = [per_item[metric][k] for k in chosen]
+                summary["metrics"][name], summary["intervals"][name] = fmean(values), _interval(values)
+            elif metric == PERPLEXITY:
+                summary["metrics"][name] = float((nats[chosen].sum() / counts[chosen].sum()).exp())
+            else:
+                answers = [_references(self.items[k]) for k in chosen]
+                summary["metrics"][name] = corpus_metrics([outputs[k] for k in chosen], answers)[metric]
         scene = Scene(batch, episodes, policy.tokenizer, old, ref)
         fixed = [part.fixed() for part in rewards]
         parts, found = score(fixed, scene), findings(fixed, scene)
@@ -102,7 +118,7 @@ class Evaluator:
                 "prompt": prompt_text(item.prompt),
                 "answer": item.answer,
                 "output": output,
-                "metrics": {name: float(values[k]) for name, values in per_item.items()},
+                "metrics": {name: float(values[k]) for name, values in per_item.items()} | self._own(item, per_item, k),
                 "tokens": token_columns(episode.tokens, pieces, episode.action_mask),
                 "streams": {name: six_digits(values) for name, values in streams.items()},
                 **finding_columns(found[k]),
@@ -112,6 +128,11 @@ class Evaluator:
             )
         ]
         return Evaluation(summary, rows)
+
+    def _own(self, item: Item, per_item: Mapping[str, Sequence[float]], k: int) -> dict[str, float]:
+        """Of item `k`, the metric that its task is followed by, where it is one of single items."""
+        metric = self.by_task.get(item.task, "")
+        return {f"{metric}/{item.task}": float(per_item[metric][k])} if metric in per_item else {}
 
 
 def _measure(outputs: Sequence[str], items: Sequence[Item]) -> tuple[dict[str, list[float]], dict[str, Any]]:

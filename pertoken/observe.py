@@ -70,6 +70,7 @@ def observe(
             "kl/reference": _mean(streams["kl"], mask),
             "kl/sequence": streams["kl"].sum().item() / len(episodes),
         }
+    metrics |= task_figures(episodes, streams)
     if old.values is not None and credit.returns is not None:
         error, returns = (credit.returns - old.values)[mask], credit.returns[mask]
         metrics |= {
@@ -77,6 +78,18 @@ def observe(
             "value/explained_variance": 1.0 - (error.var() / returns.var()).item() if _varies(returns) else 0.0,
         }
     return StepReport(step, metrics | rewards.figures | updated.metrics | dict(extra), episodes, streams)
+
+
+def task_figures(episodes: Sequence[Episode], streams: Mapping[str, Float[Tensor, "B T"]]) -> dict[str, float]:
+    """Of a mixture, figures of the episodes of each task; one that has none in this step has no figure."""
+    found: dict[str, float] = {}
+    for task in sorted({episode.item.task for episode in episodes} - {""}):
+        rows = [row for row, episode in enumerate(episodes) if episode.item.task == task]
+        found[f"task_reward/{task}"] = streams["reward/total"][rows].sum().item() / len(rows)
+        found[f"task_length/{task}"] = sum(sum(episodes[row].action_mask) for row in rows) / len(rows)
+        if "kl" in streams:
+            found[f"task_kl/{task}"] = streams["kl"][rows].sum().item() / len(rows)
+    return found
 
 
 def token_streams(

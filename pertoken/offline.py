@@ -32,12 +32,12 @@ from pertoken.preferences import (
     tdpo_scores,
 )
 from pertoken.sampling import Controls
-from pertoken.state import Run
-from pertoken.tasks.base import batch_of
+from pertoken.state import Run, items_of
 from pertoken.tracking.runlog import RunLog
 from pertoken.trainer import (
     Clock,
     checkpoint,
+    curriculum_figures,
     distance_figures,
     evaluate,
     memory,
@@ -79,6 +79,7 @@ def loop(
         clock.lap("update")
         seconds = sum(clock.seconds.values())
         metrics |= {"tokens/per_second": rows.batch.num_actions / seconds} | clock.seconds | memory(run)
+        metrics |= curriculum_figures(run, step)
         report = StepReport(step, metrics, rows.episodes, streams)
         run.progress.step = step
         run.progress.tokens += rows.batch.num_actions
@@ -144,7 +145,7 @@ class Rows:
 def rows_of(run: Run, step: int) -> Rows:
     """The rows of `step`, which depend on the seed and `step` alone, scored by the reference where it is needed."""
     method, examples = _method(run), _examples(run)
-    items = batch_of(run.items, step - 1, method.batch, run.config.seed)
+    items = items_of(run, step)
     episodes, desirable = examples.episodes(items, step=step)
     device = str(run.policy.device)
     batch = to_batch(episodes, Controls(), device=device)

@@ -22,8 +22,7 @@ from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect, sample_seed
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls, Sampling
-from pertoken.state import Run
-from pertoken.tasks.base import batch_of
+from pertoken.state import Run, items_of
 from pertoken.types import Completion, Episode, Span, StateValues
 
 
@@ -31,24 +30,27 @@ def with_differences(run: Run, episodes: list[Episode], step: int) -> list[Episo
     """`episodes` with each group whose samples all earn the same replaced by one of another prompt, where one is found.
 
     Dynamic sampling of DAPO (Yu et al. 2025, https://arxiv.org/abs/2503.14476, sec. 3.2), bounded: `rollout.redraws`
-    rounds of as many prompts as are missing; what is still missing then stays as it was. The items of a round depend on
-    the seed, the step and the round alone.
+    rounds of as many prompts of the same task as are missing; what is still missing then stays as it was. The items of
+    a round are others for each round, and depend on what those of the step do.
     """
     rollout, seed, run.redrawn = run.config.rollout, run.config.seed, 0
-    used, dull = {episode.item.id for episode in episodes}, sorted(_groups_without_difference(run, episodes, step))
+    used, of_group = {episode.item.id for episode in episodes}, {e.group: e.item.task for e in episodes}
+    dull: dict[str, list[int]] = {}
+    for group in sorted(_groups_without_difference(run, episodes, step)):
+        dull.setdefault(of_group[group], []).append(group)
     for again in range(1, rollout.redraws + 1):
-        order = batch_of(run.items, step - 1, rollout.prompts_per_step, seed + again * 7_368_787)
-        items = [item for item in order if item.id not in used][: len(dull)]
+        order = [item for item in items_of(run, step, again) if item.id not in used]
+        items = [item for task, groups in dull.items() for item in [i for i in order if i.task == task][: len(groups)]]
         if not items:
             continue
         used |= {item.id for item in items}
         found = collect(
-            run.engine, items, run.policy.tokenizer, run.controls,
+            run.engine, items, run.policy.tokenizer, run.controls_at(step),
             samples_per_prompt=rollout.samples_per_prompt, run_seed=seed, step=step,
         )  # fmt: skip
         useless = _groups_without_difference(run, found, step)
         for group in sorted({episode.group for episode in found} - useless):
-            place, run.redrawn = dull.pop(), run.redrawn + 1
+            place, run.redrawn = dull[items[group].task].pop(), run.redrawn + 1
             rows = [k for k, episode in enumerate(episodes) if episode.group == place]
             fresh = [replace(episode, group=place) for episode in found if episode.group == group]
             for row, episode in zip(rows, fresh, strict=True):
@@ -58,7 +60,7 @@ def with_differences(run: Run, episodes: list[Episode], step: int) -> list[Episo
 
 def _groups_without_difference(run: Run, episodes: Sequence[Episode], step: int) -> set[int]:
     """Groups whose samples all earn the same, by the rewards alone: a KL penalty makes no difference that teaches."""
-    batch = to_batch(episodes, run.controls, device=str(run.policy.device))
+    batch = to_batch(episodes, run.controls_at(step), device=str(run.policy.device))
     totals = score(run.rewards, Scene(batch, episodes, run.policy.tokenizer, step=step)).total.sum(1)
     return {group for group in batch.group.tolist() if not float(totals[batch.group == group].std()) > 1e-6}
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from pertoken import build, doctor, offline
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
-from pertoken.config import DocstringsTask, RewardConfig, RunConfig
+from pertoken.config import DocstringsTask, MixtureTask, RewardConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
@@ -323,10 +323,9 @@ def _policy(config: RunConfig, name: str) -> Policy:
 def _about(config: RunConfig) -> dict[str, str | int | float]:
     """The run in a few words, for the head of its report."""
     trained = f"LoRA rank {config.policy.lora.rank}" if config.policy.lora else "all weights"
-    task = config.task.type if isinstance(config.task, DocstringsTask) else str(config.task.path)
     about: dict[str, str | int | float] = {
         "model": f"{config.policy.model} ({trained})",
-        "task": task,
+        "task": _task_in_words(config.task),
     }
     if config.offline is not None:
         about["algorithm"] = config.offline.type
@@ -334,6 +333,12 @@ def _about(config: RunConfig) -> dict[str, str | int | float]:
         about["rewards"] = " + ".join(f"{_weight(r)} x {r.name or r.fn}" for r in config.rewards)
         about["algorithm"] = f"{config.credit.type}, {config.objective.surrogate}"
     return about | ({"steps": config.stop.steps} if config.stop.steps is not None else {})
+
+
+def _task_in_words(task: TaskConfig) -> str:
+    if isinstance(task, MixtureTask):
+        return " + ".join(f"{member.weight:g} x {name}" for name, member in task.tasks.items())
+    return task.type if isinstance(task, DocstringsTask) else str(task.path)
 
 
 def _weight(reward: RewardConfig) -> str:

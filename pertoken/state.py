@@ -5,7 +5,7 @@ All state that a step depends on hangs on one `Run`; what is done with it is in 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
+from pertoken.schedule import Schedule
 from pertoken.tasks.base import batch_of
+from pertoken.tasks.course import Course
 from pertoken.types import Item
 from pertoken.weights import Anchor, Average
 
@@ -45,6 +47,8 @@ class Progress:
     """What the learning rate is multiplied by beside its schedule of steps (`update.schedule` kl, plateau)."""
     alarm: str | None = None
     """The first alarm that sounded, and in which step."""
+    tasks: dict[str, list[float]] = field(default_factory=dict)
+    """Of a mixture, each task's held-out metric: at its start, and at its best so far."""
 
 
 @dataclass
@@ -65,6 +69,8 @@ class Run:
     """What the run was expected to take at its height, before it began (GB)."""
     guards: Guards
     """What looks for signs that the reward is gamed."""
+    course: Course | None = None
+    """Which items a step takes, where that is more than one pass after the other over all of them."""
     beside: list[Weighted] = field(default_factory=list)
     """Rewards that are measured on the samples of each step and paid for never."""
     task_name: str = ""
@@ -85,6 +91,14 @@ class Run:
     """Where the weights began, if something pulls them back there (`update.l2_to_initial`)."""
     before_step: dict[str, Any] | None = None
     """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
+
+    def controls_at(self, step: int) -> Controls:
+        """The sampling controls of `step`: with as many tokens as `rollout.length_schedule` gives it."""
+        points = self.config.rollout.length_schedule
+        if points is None:
+            return self.controls
+        most = {"max_new_tokens": math.floor(Schedule(points)(step) + 1e-9)}
+        return replace(self.controls, sampling=self.controls.sampling.model_copy(update=most))
 
     def stop_reason(self) -> str | None:
         """Why the run ends now, in words; None while it goes on."""
@@ -117,6 +131,7 @@ class Run:
             "multipliers": found,
             "guards": self.guards.state_dict(),
             "ahead": ahead,
+            "course": None if self.course is None else self.course.get_state(),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -146,9 +161,14 @@ class Run:
         self.notes += [f"the checkpoint has no {kind} of this run: it starts anew" for kind in anew]
         if "guards" in state:
             self.guards.load_state_dict(state["guards"])
+        if self.course is not None and state.get("course") is not None:
+            self.course.set_state(state["course"])
+        elif self.course is not None:
+            self.notes.append("task: the checkpoint does not say how far each task has come; all begin anew")
         if state.get("ahead") is not None:
-            ahead, items = Draws.of_state(state["ahead"]), items_of(self, self.progress.step + 1)
-            if stem_from(ahead, items, self.policy.tokenizer, self.controls, self.config.rollout.samples_per_prompt):
+            ahead, step, rollout = Draws.of_state(state["ahead"]), self.progress.step + 1, self.config.rollout
+            items, controls = items_of(self, step), self.controls_at(step)
+            if stem_from(ahead, items, self.policy.tokenizer, controls, rollout.samples_per_prompt):
                 self.ahead = ahead
             else:
                 self.notes.append("rollout: prompts or sampling are others now; what was drawn ahead is drawn anew")
@@ -172,6 +192,10 @@ def _go_on(part: Weighted, state: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def items_of(run: Run, step: int) -> Sequence[Item]:
-    """The items whose prompts `step` samples for."""
-    return batch_of(run.items, step - 1, run.config.rollout.prompts_per_step, run.config.seed)
+def items_of(run: Run, step: int, again: int = 0) -> Sequence[Item]:
+    """The items that `step` learns from; with `again` > 0 others in their place."""
+    if run.course is not None:
+        return run.course.items(step, again)
+    method, seed = run.config.offline, run.config.seed + again * 7_368_787
+    size = run.config.rollout.prompts_per_step if method is None else method.batch
+    return batch_of(run.items, step - 1, size, seed)

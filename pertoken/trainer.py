@@ -6,15 +6,17 @@ alone. All state that a step depends on hangs on one `Run`.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from pertoken.assignment import assign
 from pertoken.background import Background
+from pertoken.balance import Gradients
 from pertoken.batching import Part, minibatches, to_batch
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import NumericsError
@@ -28,8 +30,9 @@ from pertoken.resampling import beside, with_differences
 from pertoken.rewards import Learns, Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
 from pertoken.rollout.collect import Draws, draw_completions, to_episodes
-from pertoken.state import Run, items_of
+from pertoken.state import Progress, Run, items_of
 from pertoken.tracking.checkpoints import CheckpointStore
+from pertoken.tracking.glossary import HELD_OUT, find
 from pertoken.tracking.runlog import RunLog
 from pertoken.types import Credit, Episode, PolicyOutput, TokenBatch, TokenRewards
 from pertoken.weights import Average
@@ -48,28 +51,29 @@ def loop(
         begun, step = time.monotonic(), run.progress.step + 1
         run.before_step = run.state_dict()
         clock = Clock()
-        episodes = generate(run, step)
+        episodes, controls = generate(run, step), run.controls_at(step)
         clock.lap("rollout")
-        batch = to_batch(episodes, run.controls, device=str(run.policy.device))
+        batch = to_batch(episodes, controls, device=str(run.policy.device))
         old, ref = score_old(run, batch), score_reference(run, batch)
         clock.lap("score")
         scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
         rewards = reward_and_draw_ahead(run, scene)
         run.notes += failure_notes(scene, rewards)
-        drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
+        observe_tasks(run, scene, rewards)
+        drawn = beside(scene, run.config, run.engine, run.policy, controls, run.rewards)
         credit = assign(credit_of(run.config, step), rewards, batch, old, drawn.greedy, drawn.states)
         clock.lap("reward")
         run.before_step = None
         run.engine.release()  # the update needs the room, and makes its packed weights old
         heap.before_update()
-        updated = update(run, batch, old, ref, credit, step)
+        updated = update(run, batch, old, ref, credit, step, scene.task)
         learnt = learn_rewards(run, scene, rewards)
         heap.after_update()
         settle(run, step, updated.metrics.get("update/kl"))
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
         measured = clock.seconds | memory(run) | writing_figures(scene) | beside_figures(run.beside, scene)
-        measured |= drawn.figures() | learnt
+        measured |= drawn.figures() | learnt | curriculum_figures(run, step)
         report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured))
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)
@@ -107,7 +111,7 @@ def draw(run: Run, step: int) -> Draws:
     """The samples of `step`, by the weights of now."""
     rollout, seed = run.config.rollout, run.config.seed
     return draw_completions(
-        run.engine, items_of(run, step), run.policy.tokenizer, run.controls,
+        run.engine, items_of(run, step), run.policy.tokenizer, run.controls_at(step),
         samples_per_prompt=rollout.samples_per_prompt, run_seed=seed, step=step,
     )  # fmt: skip
 
@@ -172,7 +176,7 @@ def reward(run: Run, scene: Scene) -> TokenRewards:
 
 def learn_rewards(run: Run, scene: Scene, paid: TokenRewards) -> dict[str, float]:
     """Let the parts of the reward learn that do, from what was paid for the samples of the step; figures of it."""
-    learners = [part.reward for part in run.rewards if isinstance(part.reward, Learns)]
+    learners = [(part, part.reward) for part in run.rewards if isinstance(part.reward, Learns)]
     if not learners:
         return {}
     outcomes = {}
@@ -181,9 +185,30 @@ def learn_rewards(run: Run, scene: Scene, paid: TokenRewards) -> dict[str, float
         sums = cells.sum(1).cpu() / (weight or math.nan)  # one that is not paid now says nothing
         outcomes[name] = sums.masked_fill(paid.abstained[name].cpu(), math.nan) if name in paid.abstained else sums
     found: dict[str, float] = {}
-    for learner in learners:
-        found |= learner.learn(scene, outcomes)
+    for part, learner in learners:
+        strangers = torch.tensor([not part.is_about(episode.item) for episode in scene.episodes])
+        found |= learner.learn(scene, {name: sums.masked_fill(strangers, math.nan) for name, sums in outcomes.items()})
     return found
+
+
+def observe_tasks(run: Run, scene: Scene, rewards: TokenRewards) -> None:
+    """Tell what shares the prompts out what the samples of each task have earned, the KL penalty left out."""
+    if run.course is None or rewards.earned is None:
+        return
+    earned = rewards.earned
+    if run.config.kl.place == "reward" and "kl" in rewards.parts:
+        earned = earned - rewards.parts["kl"].sum(1).cpu()
+    by_task: dict[str, list[float]] = {}
+    for episode, amount in zip(scene.episodes, earned.tolist(), strict=True):
+        by_task.setdefault(episode.item.task, []).append(amount)
+    run.course.observe(by_task)
+
+
+def curriculum_figures(run: Run, step: int) -> dict[str, float]:
+    """What is logged of that which changes over steps: shares of tasks, items let in, tokens of a completion."""
+    found = run.course.figures(step) if run.course else {}
+    most = run.controls_at(step).sampling.max_new_tokens
+    return found if run.config.rollout.length_schedule is None else found | {"curriculum/new_tokens": float(most)}
 
 
 def failure_notes(scene: Scene, rewards: TokenRewards) -> list[str]:
@@ -205,10 +230,21 @@ def reward_and_draw_ahead(run: Run, scene: Scene) -> TokenRewards:
 
 
 def update(
-    run: Run, batch: TokenBatch, old: PolicyOutput, ref: PolicyOutput | None, credit: Credit, step: int
+    run: Run,
+    batch: TokenBatch,
+    old: PolicyOutput,
+    ref: PolicyOutput | None,
+    credit: Credit,
+    step: int,
+    tasks: Int[Tensor, " B"] | None = None,
 ) -> Updated:
-    """All optimiser steps on one batch. A non-finite loss or gradient skips its optimiser step and is counted."""
-    config, exact = run.config.update, _exact(run)
+    """All optimiser steps on one batch. A non-finite loss or gradient skips its optimiser step and is counted.
+
+    tasks: a number for the task of each row, which `update.balance` goes by.
+    """
+    config, exact, seed = run.config.update, _exact(run), run.config.seed * 1_000_003 + step
+    balanced = tasks is not None and config.balance == "pcgrad"
+    gradients = Gradients(run.policy.trainable(), seed=seed) if balanced else None
     rate = set_learning_rate(run, step)
     streams: dict[str, Tensor] = {}
     sums = {"loss/policy": 0.0, "loss/value": 0.0}
@@ -220,8 +256,8 @@ def update(
     drift = _Drift(config.stop_kl, adapts=config.schedule == "kl")
     parts = minibatches(
         batch, old, ref, credit, epochs=config.epochs, num_minibatches=config.minibatches,
-        tokens_per_micro_batch=config.tokens_per_micro_batch, seed=run.config.seed * 1_000_003 + step,
-        left_out=_without_effect(run, credit),
+        tokens_per_micro_batch=config.tokens_per_micro_batch, seed=seed, left_out=_without_effect(run, credit),
+        tasks=tasks if gradients else None,
     )  # fmt: skip
     for part in parts:
         against = (
@@ -242,11 +278,15 @@ def update(
         else:
             bad = bad or f"loss {loss.item()} in episodes {', '.join(part.batch.episode_ids[:4])} ..."
         drift.add(part, new)
+        if gradients and part.last_of_task:
+            gradients.put_aside()
         if part.last_of_step:
             steps += 1
             if drift.too_far():
                 run.optimizer.zero_grad(set_to_none=False)
                 break
+            if gradients:
+                gradients.combine()
             norm = step_optimizer(run, bad, step, head_only=head_only)
             moved = moved or norm is not None
             norms += [] if norm is None else [norm]
@@ -263,7 +303,7 @@ def update(
         "staleness": float(run.staleness),
     }
     metrics |= distance_figures(run)
-    metrics |= drift.figures() | _importance_figures(run, batch, streams)
+    metrics |= drift.figures() | _importance_figures(run, batch, streams) | (gradients.figures() if gradients else {})
     if run.config.rollout.redraws:
         metrics["groups/redrawn"] = float(run.redrawn)
     if run.policy.value_head is not None:
@@ -523,6 +563,7 @@ def evaluate(run: Run, log: RunLog) -> Evaluation | None:
         return None
     run.engine.load_weights(run.policy.trainable(), version=step)
     result = run.evaluator(run.engine, run.policy, run.reference, run.rewards)
+    result = with_history(result, run.evaluator.by_task, run.progress)
     log.evaluation(step, config.split, result.summary, result.rows)
     value = result.summary["metrics"][config.metric]
     run.progress.evaluated, run.progress.metric = step, value
@@ -536,6 +577,22 @@ def evaluate(run: Run, log: RunLog) -> Evaluation | None:
     if run.average is not None:
         _evaluate_average(run, run.average, log)
     return result
+
+
+def with_history(result: Evaluation, by_task: Mapping[str, str], progress: Progress) -> Evaluation:
+    """`result` with how much better the metric of each task is than where it began, and how much worse than its best.
+
+    by_task: the metric that a task is followed by. progress: what was best so far; hears of this evaluation.
+    """
+    figures: dict[str, float] = {}
+    for task, metric in by_task.items():
+        value, term = result.summary["metrics"][f"{metric}/{task}"], find(metric, HELD_OUT)
+        sign = -1.0 if term is not None and term.better == "lower" else 1.0
+        start, best = progress.tasks.get(task, (value, value))
+        best = sign * max(sign * best, sign * value)
+        progress.tasks = progress.tasks | {task: [start, best]}
+        figures |= {f"since_start/{task}": sign * (value - start), f"below_best/{task}": sign * (best - value)}
+    return replace(result, summary=result.summary | {"metrics": result.summary["metrics"] | figures})
 
 
 def _evaluate_average(run: Run, average: Average, log: RunLog) -> None:

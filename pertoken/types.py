@@ -41,6 +41,8 @@ class Item:
     answer: str | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the data row, for rewards that need them (e.g. `source`)."""
+    task: str = ""
+    """Name of the task that it is of, where a run learns several at once; its id begins with it then."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,9 @@ class TokenRewards:
     """What is logged of the making of the parts: weights of the step, shares clipped and abstained."""
     failures: dict[str, dict[int, str]] = field(default_factory=dict)
     """Why a part failed on a row, by its name and the row; parts that never did are not in it."""
+    earned: Float[Tensor, " B"] | None = None
+    """What each row earns in units that stay the same from step to step: the parts as they were before they were
+    clipped or normalised, by the weights that they end with."""
 
 
 @dataclass(frozen=True)

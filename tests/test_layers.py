@@ -27,19 +27,32 @@ MAY: dict[str, set[str]] = {
     "background": set(),
     "workers": {"errors", "memory"},
     "rows": {"errors"},
+    "schedule": {"errors"},
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
     "prompts": {"errors", "types"},
     "forward": {"errors"},
     # the stages of a step: each knows the types, none knows a sibling
     **{
-        stage: {"errors", "cache", "native", "background", "workers", "rows", "sampling", "types", "prompts", "forward"}
+        stage: {
+            "errors",
+            "cache",
+            "native",
+            "background",
+            "workers",
+            "rows",
+            "schedule",
+            "sampling",
+            "types",
+            "prompts",
+            "forward",
+        }
         for stage in STAGES
     },
     **{maths: {"types"} for maths in MATHS},
     # beside the stages
     "presets": set(),
-    "config": {"errors", "sampling", "presets"},
+    "config": {"errors", "schedule", "sampling", "presets"},
     "text_metrics": {"errors", "types"},
     "tasks": {"errors", "sampling", "types", "rows"},
     "tracking": {"errors", "types", "text_metrics"},
@@ -54,6 +67,7 @@ MAY: dict[str, set[str]] = {
             "errors",
             "memory",
             "background",
+            "schedule",
             "sampling",
             "types",
             "config",
@@ -68,8 +82,8 @@ MAY: dict[str, set[str]] = {
         *(STAGES | MATHS),
     },
 }
-MAY["weights"] = set()
-MAY["trainer"] |= {"weights"}
+MAY["weights"] = MAY["balance"] = set()
+MAY["trainer"] |= {"weights", "balance"}
 MAY["assignment"] = {"types", "config", "credit"}
 MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
 MAY["resampling"] = MAY["state"] | {"state"}

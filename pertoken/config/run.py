@@ -19,6 +19,7 @@ from pertoken.config.sections import (
     LeaveOneOutProcess,
     LogConfig,
     MethodConfig,
+    MixtureTask,
     ObjectiveConfig,
     OfflineConfig,
     Pairs,
@@ -189,17 +190,20 @@ class RunConfig(Section):
             offline and (stop.kl is not None or self.kl.target is not None),
             f"{method} samples nothing, so there is no KL to look at: leave out stop.kl and kl.target.",
         )
-        pairs_of = self.task if isinstance(self.task, FileTask) else None
+        tasks = list(self.task.tasks.values()) if isinstance(self.task, MixtureTask) else [self.task]
+        pairs_of = [(t.rejected, t.desirable) if isinstance(t, FileTask) else (None, None) for t in tasks]
         yield (
-            isinstance(self.method, Pairs) and (pairs_of is None or pairs_of.rejected is None),
-            f"{method} compares two answers: name the column of the worse one in task.rejected.",
+            isinstance(self.method, Pairs) and any(rejected is None for rejected, _ in pairs_of),
+            f"{method} compares two answers: name the column of the worse one in task.rejected"
+            f"{', of each task' * (len(tasks) > 1)}.",
         )
+        kinds = {(rejected is None, desirable is None) for rejected, desirable in pairs_of}
         yield (
-            self.method.type == "kto"
-            and (pairs_of is None or (pairs_of.rejected is None) == (pairs_of.desirable is None)),
+            self.method.type == "kto" and kinds not in ({(True, False)}, {(False, True)}),
             f"{method} needs to know which answers are good: name a column of true and false in task.desirable, or one "
-            "of worse answers in task.rejected (and not both).",
+            f"of worse answers in task.rejected (and not both){', alike for all tasks' * (len(tasks) > 1)}.",
         )
+        yield from self._impossible_tasks()
         yield (
             all(value is None for value in stop.model_dump().values()),
             "stop: nothing would end this run; set at least one of " + ", ".join(StopConfig.model_fields) + ".",
@@ -237,6 +241,33 @@ class RunConfig(Section):
         yield (
             self.kl.target is not None and self.kl.place == "none",
             "kl.target adapts a penalty, but kl.place is none: set kl.place to reward or loss.",
+        )
+
+    def _impossible_tasks(self) -> Iterable[tuple[bool, str]]:
+        several, names = isinstance(self.task, MixtureTask), list(getattr(self.task, "tasks", {}))
+        for reward in (*self.rewards, *self.guards.beside):
+            called = reward.name or reward.fn
+            yield (
+                not several and (reward.tasks is not None or reward.normalise == "task"),
+                f"reward {called!r} tells tasks apart (tasks, normalise: task), and there is one only: leave that out, "
+                "or name several in task.tasks (task.type mixture).",
+            )
+            stranger = next((name for name in reward.tasks or () if name not in names), "")
+            yield several and bool(stranger), f"reward {called!r}: no task {stranger!r}; {closest(stranger, names)}"
+        yield (
+            self.update.balance != "none" and (len(names) < 2 or self.offline is not None),
+            f"update.balance {self.update.balance} weighs the gradients of several tasks against each other, and "
+            + ("there is one only: name several in task.tasks (task.type mixture), or leave it out."
+               if len(names) < 2 else f"method.type {self.method.type} does not keep them apart: leave it out."),
+        )  # fmt: skip
+        unpaid = [name for name in names if all(r.tasks is not None and name not in r.tasks for r in self.rewards)]
+        yield (
+            self.offline is None and bool(unpaid),
+            f"task.tasks.{''.join(unpaid[:1])}: no reward is about this task: name it in the `tasks` of one.",
+        )
+        yield (
+            self.offline is not None and getattr(self.task, "progress", None) is not None,
+            f"task.progress goes by the rewards of samples, and method.type {self.method.type} has none: leave it out.",
         )
 
 

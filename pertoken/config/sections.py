@@ -1,11 +1,13 @@
 """The sections of a run's configuration: policy, task, rollout, rewards, credit, objective, and the rest."""
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from pertoken.config.reading import Section
 from pertoken.sampling import Sampling
+from pertoken.schedule import Points, Schedule
 
 
 class LoraConfig(Section):
@@ -68,7 +70,43 @@ class PolicyConfig(Section):
     """Keep the model's dropout in the update pass. Off, log-probs of the same weights are always the same."""
 
 
-class DocstringsTask(Section):
+class CurriculumConfig(Section):
+    """Training items come in over steps, short prompts or easy ones first; held-out items are all there at any time."""
+
+    prompt_tokens: Points | None = None
+    """Longest prompt that a step takes: points [step, tokens], linear between them and constant outside; longer ones
+    wait. null sets no bound."""
+    difficulty: str | None = None
+    """Column with a number, higher for what is harder; of your own data it joins `info`."""
+    hardest: Points | None = None
+    """Highest difficulty that a step takes: points [step, number], as above."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> "CurriculumConfig":
+        if (self.difficulty is None) != (self.hardest is None):
+            raise ValueError("difficulty names a column and hardest says how much of it is let in: set both")
+        if not self.limits:
+            raise ValueError("a curriculum needs prompt_tokens, or difficulty and hardest")
+        for name, points in self.limits.items():
+            if any(later < number for (_, number), (_, later) in pairwise(Schedule(points).points)):
+                raise ValueError(f"{name} lets in more over steps, so its numbers never fall; got {list(points)}")
+        return self
+
+    @property
+    def limits(self) -> dict[str, Points]:
+        """What is bounded, and by which points."""
+        found = {"prompt_tokens": self.prompt_tokens, "hardest": self.hardest}
+        return {name: points for name, points in found.items() if points is not None}
+
+
+class Data(Section):
+    """What every task can be told whose items come from one place."""
+
+    curriculum: CurriculumConfig | None = None
+    """Let training items in over steps; null has all of them there from the first."""
+
+
+class DocstringsTask(Data):
     """The embedded task: one-line summaries of the documentation of installed Python packages."""
 
     type: Literal["docstrings"] = "docstrings"
@@ -93,7 +131,7 @@ class ChatMessage(Section):
     """Text with {column} places."""
 
 
-class FileTask(Section):
+class FileTask(Data):
     """Your own data: JSONL, JSON, CSV, TSV, Parquet, a folder of them, or a Hugging Face dataset."""
 
     type: Literal["file"] = "file"
@@ -224,6 +262,10 @@ class RolloutConfig(Section):
     this many further rounds (dynamic sampling); 0 takes groups as they come."""
     sampling: Sampling = Sampling()
     """Sampling controls; the update trains exactly the distribution that they define."""
+    length_schedule: Points | None = None
+    """Most tokens of a completion over steps: points [step, tokens], linear between them (rounded down) and constant
+    outside. None is above sampling.max_new_tokens, which stays what objective.over constant divides by; null always
+    takes that."""
     engine: Literal["native", "transformers"] = "native"
     """Who generates: the engine made for rollouts, or plain transformers.generate, which is slower and takes any model
     that can generate; both draw the same tokens."""
@@ -234,6 +276,17 @@ class RolloutConfig(Section):
     It pays where rewards take long. Importance weights (`objective.importance_cap`) correct for the update between."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Leave out training items with longer prompts (counted and told); null keeps all."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> "RolloutConfig":
+        least, most = max(self.sampling.min_new_tokens, 1), self.sampling.max_new_tokens
+        for step, tokens in Schedule(self.length_schedule).points if self.length_schedule is not None else ():
+            if not least <= tokens <= most:
+                raise ValueError(
+                    f"length_schedule: {tokens:g} tokens at step {step} are not between {least} and "
+                    f"sampling.max_new_tokens, {most}: set that to what the schedule ends with"
+                )
+        return self
 
 
 class ConstraintConfig(Section):
@@ -258,13 +311,15 @@ class RewardConfig(BaseModel):
     """Name of a built-in or installed reward; also names the part in logs."""
     fn: str | None = None
     """`module:function` of your own reward."""
-    weight: float | tuple[tuple[int, float], ...] = 1.0
+    weight: float | Points = 1.0
     """Factor of this part in the total; or points [step, weight], linear between them and constant outside."""
     clip: tuple[float, float] | None = None
     """Bounds [low, high] of each token's value (of an episode reward: of its number) before normalising and weight."""
-    normalise: Literal["none", "batch", "group", "running"] = "none"
-    """Sums of the part over an episode become deviations from their mean: in the batch, in the prompt's group, or over
-    all episodes so far (running, saved in checkpoints). Then the weight."""
+    normalise: Literal["none", "batch", "task", "group", "running"] = "none"
+    """Sums of the part over an episode become deviations from their mean: in the batch, in the batch's episodes of the
+    same task, in the prompt's group, or over all episodes so far (running, saved in checkpoints). Then the weight."""
+    tasks: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Of a mixture, the tasks that it is about: it has no opinion on the others; null is about all."""
     constraint: ConstraintConfig | None = None
     """Find the weight that keeps a bound, in place of `weight`."""
     time_limit: float | None = Field(default=None, gt=0)
@@ -469,11 +524,66 @@ def _task_type(values: Any) -> str:
     """A task that names a path reads files; so a recipe is moved to other data by `task.path=...` alone."""
     if not isinstance(values, dict):
         return str(getattr(values, "type", ""))
-    return str(values.get("type") or ("file" if "path" in values else "docstrings"))
+    return str(values.get("type") or next((kind for key, kind in _TOLD_BY.items() if key in values), "docstrings"))
+
+
+_TOLD_BY = {"path": "file", "tasks": "mixture"}
+"""What a section without a type is of, by a key in it."""
+
+
+class Member(Section):
+    """What a task can be told as one of several."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the prompts is proportional to this."""
+    metric: str | None = None
+    """Held-out metric that it is followed by; null is evaluation.metric."""
+
+
+class DocstringsMember(Member, DocstringsTask):
+    """The embedded task, as one of several."""
+
+
+class FileMember(Member, FileTask):
+    """Your own data, as one of several tasks."""
+
+
+class ProgressConfig(Section):
+    """More prompts for tasks whose reward changes most, up or down (teacher-student curriculum learning)."""
+
+    smoothing: float = Field(default=0.1, gt=0, le=1)
+    """Share of the newest step in the running mean of a task's change of reward per step."""
+    temperature: float = Field(default=0.05, gt=0)
+    """A task that changes by so many standard deviations of its reward per step more than another gets e times as many
+    prompts (before explore)."""
+    explore: float = Field(default=0.2, gt=0, le=1)
+    """Share of the prompts that is handed out by weights alone."""
+
+
+class MixtureTask(Section):
+    """Several tasks at once: each step takes prompts of all of them, by shares."""
+
+    type: Literal["mixture"] = "mixture"
+    tasks: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")],
+        Annotated[
+            Annotated[DocstringsMember, Tag("docstrings")] | Annotated[FileMember, Tag("file")],
+            Discriminator(_task_type),
+        ],
+    ] = Field(min_length=1)
+    """The tasks by names of yours, each a task section with a weight. Names stand before the ids of items."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Shares proportional to weight * (number of training items)^(1 / this): 1 goes by size, more evens out; null goes
+    by weights alone."""
+    progress: ProgressConfig | None = None
+    """Let shares follow what is learnt; null keeps them."""
 
 
 TaskConfig = Annotated[
-    Annotated[DocstringsTask, Tag("docstrings")] | Annotated[FileTask, Tag("file")], Discriminator(_task_type)
+    Annotated[DocstringsTask, Tag("docstrings")]
+    | Annotated[FileTask, Tag("file")]
+    | Annotated[MixtureTask, Tag("mixture")],
+    Discriminator(_task_type),
 ]
 
 
@@ -544,6 +654,9 @@ class UpdateConfig(Section):
     """Clip the global gradient norm; null is off."""
     max_grad_value: float | None = Field(default=None, gt=0)
     """Clip each number of the gradient to +-this, before its norm; null is off."""
+    balance: Literal["none", "pcgrad"] = "none"
+    """Of a mixture of tasks: add their gradients up as they are, or take out of each what pulls against another first
+    (pcgrad); that keeps a gradient of each task in memory."""
     l2_to_initial: float = Field(default=0.0, ge=0)
     """Add this times half the squared distance to the weights before training to the loss; keeps a copy of them."""
     l1_to_initial: float = Field(default=0.0, ge=0)
@@ -591,7 +704,7 @@ class EvaluationConfig(Section):
     split: Literal["validation", "test"] = "validation"
     """Which split."""
     items: int = Field(default=128, ge=0)
-    """How many items; 0 turns evaluation off."""
+    """How many items, of a mixture as many of each task as there are; 0 turns evaluation off."""
     every: int | None = Field(default=None, ge=1)
     """Also after every so many steps; null evaluates before and after only."""
     metric: str = "rouge_l"

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from pertoken import build
-from pertoken.config import DocstringsTask, RunConfig
+from pertoken.config import DocstringsTask, MixtureTask, RunConfig, TaskConfig
 from pertoken.doctor import crediting, inputs, scoring, updating
 from pertoken.doctor.base import Check, Probe, Verdict, changed
 from pertoken.errors import ConfigError, closest
@@ -55,6 +55,7 @@ def examine(
         )
     run = build.build_run(small(config))
     run.policy.dropout = False  # a pass of the same weights must give the same numbers
+    run.course = None  # which items is no matter here
     run.items = sorted(run.items, key=lambda item: len(str(item.prompt)))[:SHORT_PROMPTS]
     model = {"name": config.policy.model, "sha256": _weights_sha256(run.policy)}
     lines = _ask(checks, Probe.of_run(run), on_line)
@@ -78,14 +79,22 @@ def small(config: RunConfig) -> RunConfig:
         "rollout.samples_per_prompt": min(rollout.samples_per_prompt, SAMPLES),
         "rollout.sampling.max_new_tokens": tokens,
         "rollout.sampling.min_new_tokens": fewest,
+        "rollout.length_schedule": None,
         "update.minibatches": min(config.update.minibatches, 2),
-        "task.num_train" if isinstance(config.task, DocstringsTask) else "task.limit": ITEMS,
+        "task": _few_items(config.task),
         "evaluation.items": 0,
         "checkpoint.every": None,
     }
     for path, value in changes.items():
         config = changed(config, path, value)
     return config
+
+
+def _few_items(task: TaskConfig) -> TaskConfig:
+    if isinstance(task, MixtureTask):
+        return task.model_copy(update={"tasks": {name: _few_items(member) for name, member in task.tasks.items()}})
+    few = "num_train" if isinstance(task, DocstringsTask) else "limit"
+    return task.model_copy(update={few: ITEMS, "curriculum": None})
 
 
 def _chosen(only: Sequence[str]) -> list[Check]:

@@ -174,8 +174,9 @@ def _part(probe: Probe, rows: Tensor) -> Part:
     assert old is not None
     credit = _made_up_credit(probe).rows(rows)
     return Part(
-        rows, batch, old.rows(rows), None if ref is None else ref.rows(rows), credit, batch.num_actions, len(rows), True
-    )
+        rows, batch, old.rows(rows), None if ref is None else ref.rows(rows), credit, batch.num_actions, len(rows),
+        last_of_step=True, last_of_task=True,
+    )  # fmt: skip
 
 
 def _norm(parameters: list[torch.nn.Parameter]) -> float:

@@ -25,7 +25,7 @@ from pertoken.rewards.base import (
 )
 from pertoken.rewards.bertscore import BertScore
 from pertoken.rewards.classifier import Classifier
-from pertoken.rewards.composition import Multiplier, Normaliser, Schedule
+from pertoken.rewards.composition import Multiplier, Normaliser
 from pertoken.rewards.diversity import Distinct, SelfBleu
 from pertoken.rewards.ensemble import Ensemble
 from pertoken.rewards.evaluate_metric import EvaluateMetric
@@ -46,6 +46,7 @@ from pertoken.rewards.rules import Length, Overlong, Repetition
 from pertoken.rewards.semantics import Entailment, Similarity
 from pertoken.rewards.shaping import Shaping
 from pertoken.rewards.token_model import TokenModel
+from pertoken.schedule import Schedule
 
 __all__ = [
     "NO_OPINION",

@@ -22,7 +22,7 @@ from numbers import Real
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pertoken.background import Background, StillRunningError
@@ -31,12 +31,12 @@ from pertoken.rewards.align import AlignedText, align, spread
 from pertoken.rewards.composition import (
     Multiplier,
     Normaliser,
-    Schedule,
     check_clip,
     clip_episodes,
     clip_tokens,
     speaks,
 )
+from pertoken.schedule import Schedule
 from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch, TokenRewards
 
 Place = Literal["last", "spread"]
@@ -91,6 +91,19 @@ class Scene:
     def samples(self) -> tuple[Sample, ...]:
         """One sample per row; texts are decoded and aligned at the first use, once for all rewards."""
         return tuple(self._sample(episode) for episode in self.episodes)
+
+    @functools.cached_property
+    def task(self) -> Int[Tensor, " B"]:
+        """A number for the task of each row; all are 0 where there is one task."""
+        names = sorted({episode.item.task for episode in self.episodes})
+        return torch.tensor([names.index(episode.item.task) for episode in self.episodes])
+
+    def part(self, rows: Sequence[int]) -> "Scene":
+        """The scene of these rows alone, in that order."""
+        index = torch.tensor(rows)
+        old, ref = (None if output is None else output.rows(index) for output in (self.old, self.ref))
+        episodes = [self.episodes[row] for row in rows]
+        return Scene(self.batch.rows(index), episodes, self.tokenizer, old, ref, self.step)
 
     def _sample(self, episode: Episode) -> Sample:
         start = episode.prompt_length
@@ -428,6 +441,8 @@ class Weighted:
     """How often a completion that it fails on is tried in all."""
     max_failed_share: float = 0.0
     """Share of the completions of a scene that it may fail on: those count 0 and are compared with no other."""
+    tasks: tuple[str, ...] | None = None
+    """The tasks that it is about: on rows of others it has no opinion, and is not asked; None is about all."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1 or not 0 <= self.max_failed_share <= 1:
@@ -449,6 +464,10 @@ class Weighted:
     def weight_at(self, step: int) -> float:
         """How much it counts in a step."""
         return self.weight if isinstance(self.weight, int | float) else self.weight(step)
+
+    def is_about(self, item: Item) -> bool:
+        """Whether the task of `item` is one of those that it is about."""
+        return self.tasks is None or item.task in self.tasks
 
     def fixed(self) -> "Weighted":
         """The part as a yardstick that does not move: the weight that it ends with (1 for one that is found), nothing
@@ -474,7 +493,8 @@ class Weighted:
         if isinstance(self.weight, Multiplier) and bool(speaking.any()):
             self.weight.observe(_per_row(values, speaking))
         if self.normaliser is not None:
-            values = self.normaliser(values, speaking, scene.batch.group.cpu(), action_mask)
+            compared = scene.task if self.normaliser.over == "task" else scene.batch.group.cpu()
+            values = self.normaliser(values, speaking, compared, action_mask)
         return values, figures
 
     def state(self) -> Any:
@@ -507,15 +527,18 @@ def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:
     silent: dict[str, Tensor] = {}
     failures: dict[str, dict[int, str]] = {}
     figures: dict[str, float] = {}
+    earned = torch.zeros(len(scene.episodes), dtype=torch.float64)
     for part in rewards:
-        said, abstained, failed = _evaluate(part, scene)
+        said, abstained, failed = _of_its_tasks(part, scene)
         if abstained is not None:
             figures[f"abstained/{part.name}"] = abstained.double().mean().item()
         if failed:
             failures[part.name], figures[f"errors/{part.name}"] = failed, float(len(failed))
             abstained = torch.zeros(len(said), dtype=torch.bool) if abstained is None else abstained
             abstained[list(failed)] = True  # compared with no other, either
-        values, measured = part.prepare(_credited(part.name, said, scene), scene, abstained)
+        raw = _credited(part.name, said, scene)
+        earned += part.fixed().weight_at(scene.step) * raw.sum(1)
+        values, measured = part.prepare(raw, scene, abstained)
         parts[part.name] = part.weight_at(scene.step) * values
         figures |= measured
         if isinstance(part.reward, Measured):
@@ -527,7 +550,7 @@ def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:
         parts[name] = values.to(total)
         total = total + parts[name]
     weights = {part.name: part.weight_at(scene.step) for part in rewards}
-    return TokenRewards(total, parts, silent, weights, figures, failures)
+    return TokenRewards(total, parts, silent, weights, figures, failures, earned)
 
 
 @dataclass(frozen=True)
@@ -559,7 +582,7 @@ def findings(rewards: Sequence[Weighted], scene: Scene) -> list[list[Finding]]:
 
 
 def _findings(part: Weighted, episode: Episode, sample: Sample) -> Sequence[ScoredSpan]:
-    if not isinstance(part.reward, Explains) or not sample.tokens:
+    if not isinstance(part.reward, Explains) or not sample.tokens or not part.is_about(sample.item):
         return []
     try:
         return part.reward.findings(sample)
@@ -602,6 +625,23 @@ def _credited(name: str, values: Float[Tensor, "B T"], scene: Scene) -> Float[Te
     lost = (moved.sum(1) - exact.sum(1)).abs() > 1e-9 * (1 + exact.abs().sum(1))
     assert not lost.any(), f"reward {name!r}: the sum changed on its way to the actions"
     return moved
+
+
+def _of_its_tasks(
+    part: Weighted, scene: Scene
+) -> tuple[Float[Tensor, "B T"], Bool[Tensor, " B"] | None, dict[int, str]]:
+    """As `_evaluate`, of the rows whose tasks the part is about; it abstains on the others."""
+    if all(part.is_about(episode.item) for episode in scene.episodes):
+        return _evaluate(part, scene)
+    rows = [row for row, episode in enumerate(scene.episodes) if part.is_about(episode.item)]
+    values = torch.zeros(scene.batch.tokens.shape, dtype=torch.float64)
+    abstained = torch.ones(len(values), dtype=torch.bool)
+    if not rows:
+        return values, abstained, {}
+    said, silent, failures = _evaluate(part, scene.part(rows))
+    values[rows] = said.double()
+    abstained[rows] = torch.zeros(len(rows), dtype=torch.bool) if silent is None else silent
+    return values, abstained, {rows[row]: why for row, why in failures.items()}
 
 
 def _evaluate(part: Weighted, scene: Scene) -> tuple[Float[Tensor, "B T"], Bool[Tensor, " B"] | None, dict[int, str]]:

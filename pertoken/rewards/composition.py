@@ -6,8 +6,6 @@ All of it is off unless asked for. A sample that abstains takes no part in the s
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -22,36 +20,9 @@ EPS = 1e-4
 NO_SPREAD = 1e-9
 """Sums whose spread is below this share of their size are the same number but for rounding."""
 
-Over = Literal["batch", "group", "running"]
-"""Which episodes a part is compared with: those of the batch, of the prompt, or all since the run began."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A weight that changes over steps: points (step, weight), linear between them, constant outside.
-
-    >>> warm = Schedule(((10, 0.0), (20, 1.0)))
-    >>> [warm(step) for step in (1, 10, 15, 20, 99)]
-    [0.0, 0.0, 0.5, 1.0, 1.0]
-    """
-
-    points: tuple[tuple[int, float], ...]
-
-    def __post_init__(self) -> None:
-        steps = [step for step, _ in self.points]
-        if not steps or any(later <= step for step, later in pairwise(steps)):
-            raise ConfigError(f"a schedule needs points [step, weight] whose steps rise, got {list(self.points)}")
-
-    def __call__(self, step: int) -> float:
-        for (begin, low), (end, high) in pairwise(self.points):
-            if begin <= step < end:
-                return low + (high - low) * (step - begin) / (end - begin)
-        return self.points[0][1] if step < self.points[0][0] else self.points[-1][1]
-
-    @property
-    def last(self) -> float:
-        """The weight that it ends with."""
-        return self.points[-1][1]
+Over = Literal["batch", "task", "group", "running"]
+"""Which episodes a part is compared with: those of the batch, of their task in it, of the prompt, or all since the run
+began."""
 
 
 class Multiplier:
@@ -125,9 +96,10 @@ class Normaliser:
 
         sum_e' = (sum_e - mean) / (std + 1e-4)          std with n - 1
 
-    mean and std are those of the episodes' sums of this part, over the batch, over the prompt's group, or over all
-    episodes since the run began, those of this batch included (`running`; Chan et al. 1979 merge batches). Each token's
-    value is divided by the same number, and the mean is taken off on the last action: a shift per token would pay
+    mean and std are those of the episodes' sums of this part, over the batch, over its episodes of the same task, over
+    the prompt's group, or over all episodes since the run began, those of this batch included (`running`; Chan et al.
+    1979 merge batches). Each token's value is divided by the same number, and the mean is taken off on the last action:
+    a shift per token would pay
     for length. Episodes that cannot be compared (no spread, fewer than two) get 0.
     """
 
@@ -143,7 +115,10 @@ class Normaliser:
         group: Int[Tensor, " B"],
         action_mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        """`values` normalised; rows that do not speak are given back as they are."""
+        """`values` normalised; rows that do not speak are given back as they are.
+
+        group: rows with the same number are compared, over `task` and `group`.
+        """
         result = values.clone()
         if self.over == "running":
             self._remember(values.sum(1)[speaking])
@@ -161,7 +136,8 @@ class Normaliser:
 
     def _compared(self, speaking: Bool[Tensor, " B"], group: Int[Tensor, " B"]) -> list[Tensor]:
         """Rows that share mean and std."""
-        groups = [speaking & (group == g) for g in group.unique()] if self.over == "group" else [speaking]
+        apart = self.over in ("task", "group")
+        groups = [speaking & (group == g) for g in group.unique()] if apart else [speaking]
         return [rows.nonzero()[:, 0] for rows in groups if bool(rows.any())]
 
     def _remember(self, sums: Float[Tensor, " N"]) -> None:

@@ -158,19 +158,23 @@ def check_task(task: Task, *, answers: bool = True) -> None:
     everything = [item for split in SPLITS for item in items[split]]
     repeated = [name for name, count in Counter(item.id for item in everything).items() if count > 1]
     wrong += _listed("ids occur more than once", repeated)
-    home: dict[str, Split] = {}
-    leaks = [
-        f"{item.id} ({home[prompt]} and {split})"
-        for split in SPLITS
-        for item in items[split]
-        if home.setdefault(prompt := str(item.prompt), split) != split
-    ]
-    wrong += _listed("prompts occur in two splits", leaks)
+    wrong += _listed("prompts occur in two splits", leaks(items))
     wrong += _listed("items have no prompt", [item.id for item in everything if not item.prompt])
     if answers:
         wrong += _listed("items have no answer", [item.id for item in everything if not item.answer])
     if wrong:
         raise TaskError(f"task {task.name}: " + "; ".join(wrong))
+
+
+def leaks(splits: Mapping[Split, Sequence[Item]]) -> list[str]:
+    """The items whose prompts are in an earlier split too, each with both."""
+    home: dict[str, Split] = {}
+    return [
+        f"{item.id} ({home[prompt]} and {split})"
+        for split in SPLITS
+        for item in splits[split]
+        if home.setdefault(prompt := str(item.prompt), split) != split
+    ]
 
 
 def _listed(problem: str, names: list[str], shown: int = 3) -> list[str]:

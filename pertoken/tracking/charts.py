@@ -40,6 +40,17 @@ PLAN: dict[str, dict[str, str]] = {
         "Said again": r"completion/repetition",
         "Empty": r"completion/empty_share",
     },
+    "Tasks": {
+        "Tokens let in": r"curriculum/(prompt|new)_tokens.*",
+        "Highest difficulty let in": r"curriculum/hardest.*",
+        "Share of the items let in": r"curriculum/items.*",
+        "Reward of each task": r"task_reward/.*",
+        "Prompts of each task": r"task_share/.*",
+        "Change of each task": r"task_change/.*",
+        "Completion length of each task": r"task_length/.*",
+        "KL of each task": r"task_kl/.*",
+        "Tasks against each other": r"balance/.*",
+    },
     "How far the policy has moved": {
         "KL to the reference": r"kl/reference",
         "KL per completion": r"kl/sequence",

@@ -39,6 +39,20 @@ METRICS: dict[str, Term] = {
     "judge_spent/<part>": Term("What a judge has cost in this run, by its prices.", "money"),
     "judge_requests/<part>": Term("Requests that a judge has answered in this run.", "requests"),
     "judge_known_share/<part>": Term("Samples of the step whose verdict was known already.", "share of texts, 0 to 1"),
+    "task_reward/<task>": Term("The reward of one task of a mixture.", "mean over its e of Σ reward", better="higher"),
+    "task_length/<task>": Term("Tokens per completion of one task.", "mean over its e, tokens"),
+    "task_kl/<task>": Term("How far the policy is from the reference on one task.", "mean over its e of Σ KL, nats"),
+    "task_share/<task>": Term("Prompts of the step that are of this task.", "share, 0 to 1"),
+    "task_change/<task>": Term(
+        "How fast the reward of the task rises or falls, which its share follows (`task.progress`).",
+        "running mean of the change per step, in standard deviations of its reward",
+    ),
+    "curriculum/<limit>": Term(
+        "What the curriculum gives this step: tokens of the longest prompt (`prompt_tokens`), highest difficulty "
+        "(`hardest`), share of the training items that are let in (`items`), tokens of a completion (`new_tokens`). Of "
+        "a mixture with the name of its task behind.",
+        "in units of its own",
+    ),
     "raw/<part>": Term(
         "The same part before it was clipped, normalised and weighed.", "mean over the e with an opinion of Σ part"
     ),
@@ -125,6 +139,11 @@ METRICS: dict[str, Term] = {
     ),
     "grad/norm": Term("Length of the gradient before it is clipped.", "√ Σ g²"),
     "grad/clipped_share": Term("Optimiser steps whose gradient was clipped.", "share of the step's updates, 0 to 1"),
+    "balance/cosine": Term(
+        "How far the gradients of tasks pull the same way (`update.balance`); below 0 they work against each other.",
+        "mean over pairs of tasks of the cosine, −1 to 1",
+    ),
+    "balance/conflicts": Term("Pairs of tasks whose gradients work against each other.", "share of pairs, 0 to 1"),
     "learning_rate": Term("The optimiser's step size, after warm-up and schedule.", "per optimiser step"),
     "tokens/generated": Term("Tokens sampled in this step.", "count"),
     "tokens/beside": Term(
@@ -178,6 +197,19 @@ HELD_OUT: dict[str, Term] = {
         "What a desirable answer earns, and what an undesirable one loses.", "± Σ score", "score", "higher"
     ),
     "perplexity": Term("How odd the reference model finds the outputs.", "exp of mean −log p_ref", better="lower"),
+    "since_start/<task>": Term(
+        "How much better a task of a mixture is than before training, by the metric that it is followed by; that "
+        "metric, on the items of the task alone, is `<metric>/<task>`.",
+        "in its units; below 0 is worse",
+        "since the start: <task>",
+        "higher",
+    ),
+    "below_best/<task>": Term(
+        "How much worse it is than at its best evaluation so far: what was forgotten.",
+        "in its units, 0 at its best",
+        "below its best: <task>",
+        "lower",
+    ),
 }
 
 STREAMS: dict[str, Term] = {
@@ -212,10 +244,14 @@ def find(name: str, terms: Mapping[str, Term]) -> Term | None:
     'The reward: all parts together.'
     >>> find("reward/brevity", METRICS).meaning
     'One named part of the reward, weighted.'
+    >>> find("rouge_l/headlines", HELD_OUT).meaning  # of one task of a mixture
+    'Longest common word sequence.'
     """
     if name in terms:
         return terms[name]
-    return next((term for family, term in terms.items() if _member(name, family) is not None), None)
+    found = next((term for family, term in terms.items() if _member(name, family) is not None), None)
+    metric, _, task = name.partition("/")
+    return find(metric, terms) if found is None and task and terms is HELD_OUT else found
 
 
 def label(name: str, terms: Mapping[str, Term]) -> str:
@@ -223,12 +259,18 @@ def label(name: str, terms: Mapping[str, Term]) -> str:
 
     >>> label("rouge_l", HELD_OUT), label("reward/brevity", STREAMS), label("my_metric", HELD_OUT)
     ('ROUGE-L', 'reward: brevity', 'my metric')
+    >>> label("rouge_l/headlines", HELD_OUT), label("below_best/headlines", HELD_OUT)
+    ('ROUGE-L, headlines', 'below its best: headlines')
     """
     term = find(name, terms)
     if term is None or not term.label:
         return name.replace("_", " ")
     members = (_member(name, family) for family, candidate in terms.items() if candidate is term)
-    return re.sub(r"<\w+>", next((part for part in members if part), ""), term.label)
+    place = next((part for part in members if part), "")
+    metric, _, task = name.partition("/")
+    if terms is HELD_OUT and task and not place:
+        return f"{label(metric, terms)}, {task}"
+    return re.sub(r"<\w+>", place, term.label)
 
 
 def glossary_markdown() -> str:

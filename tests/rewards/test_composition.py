@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,7 +191,7 @@ def test_tokens_are_divided_and_the_mean_is_taken_off_at_the_end(make_episode, m
     assert torch.allclose(score([part], scene).total[:, 2:], torch.tensor(expected).double())
 
 
-@pytest.mark.parametrize("over", ["batch", "group", "running"])
+@pytest.mark.parametrize("over", ["batch", "task", "group", "running"])
 def test_a_part_without_spread_is_0_and_does_not_blow_up(make_episode, make_scene, over):
     scene = make_scene(make_episode([8, 1]), make_episode([1, 8]), make_episode([3, 3, 3]))
     part = Weighted(ids, 1.0, "ids", normaliser=Normaliser(over))
@@ -217,7 +218,7 @@ def test_running_statistics_go_on_where_they_were_saved(scene_of):
     assert sums(after, scene_of(5, 9)) == sums(whole, scene_of(5, 9))
 
 
-@pytest.mark.parametrize("over", ["batch", "group", "running"])
+@pytest.mark.parametrize("over", ["batch", "task", "group", "running"])
 def test_order_of_rows_does_not_matter(scene_of, over):
     numbers, groups = [1.0, 4.0, "?", 2.5, 8.0, 3.0], [0, 1, 0, 1, 0, 1]
     part = lambda: Weighted(given, 1.0, "given", normaliser=Normaliser(over))  # noqa: E731
@@ -248,6 +249,81 @@ def test_held_out_texts_are_measured_by_a_yardstick_that_does_not_move(scene_of)
     part = Weighted(given, Schedule(((0, 0.0), (9, 2.0))), "given", clip=(0.0, 4.0), normaliser=Normaliser("running"))
     assert sums(part.fixed(), scene_of(1, 3, 9)) == [2, 6, 8]
     assert part.normaliser.count == 0
+
+
+# ---- several tasks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scene_of_tasks(scene_of):
+    """A scene whose rows have these tasks and numbers as answers."""
+
+    def make(*rows, groups=None):
+        scene = scene_of(*(answer for _, answer in rows), groups=groups)
+        episodes = [
+            replace(episode, item=replace(episode.item, task=task))
+            for episode, (task, _) in zip(scene.episodes, rows, strict=True)
+        ]
+        return replace(scene, episodes=episodes)
+
+    return make
+
+
+def test_over_the_task_each_has_its_own_mean_and_deviation(scene_of_tasks):
+    """Rewards of 1 to 3 and of 100 to 500 count alike; a task with one episode has nothing to compare."""
+    rows = [("a", 1), ("b", 100), ("a", 3), ("b", 500), ("b", 300), ("c", 7)]
+    found = sums(Weighted(given, 1.0, "given", normaliser=Normaliser("task")), scene_of_tasks(*rows))
+    root = math.sqrt(2)
+    assert found == pytest.approx([-1 / (root + EPS), -1, 1 / (root + EPS), 1, 0, 0], abs=1e-5)
+
+
+def test_a_part_is_asked_about_its_tasks_alone_and_abstains_elsewhere(scene_of_tasks):
+    asked = []
+
+    @episode_reward
+    def nosy(sample):
+        asked.append(sample.item.task)
+        return NO_OPINION if sample.reference == "?" else float(sample.reference)
+
+    part = Weighted(nosy, 2.0, "nosy", tasks=("a", "c"), clip=(-9.0, 9.0))
+    rewards = score([part], scene_of_tasks(("a", 1), ("b", 50), ("c", 3), ("a", "?"), ("b", 7)))
+    assert asked == ["a", "c", "a"]
+    assert rewards.total.sum(1).tolist() == [2, 0, 6, 0, 0]
+    assert rewards.abstained["nosy"].tolist() == [False, True, False, True, True]
+    assert rewards.figures["raw/nosy"] == 2.0  # of those that it speaks about
+    nothing = score([part], scene_of_tasks(("b", 1), ("d", 2)))
+    assert not nothing.total.any()
+    assert nothing.abstained["nosy"].all()
+    assert len(asked) == 3
+
+
+def test_a_part_that_sees_the_whole_scene_sees_that_of_its_tasks(scene_of_tasks):
+    """Deviations over the batch are those over the rows of its tasks, and failures are told by the row."""
+
+    def whole(scene):
+        values = torch.tensor([[float(episode.item.answer)] for episode in scene.episodes]).double()
+        return torch.where(
+            scene.batch.action_mask & (scene.batch.action_mask.cumsum(1) == 1), values / values.max(), 0.0
+        )
+
+    rows = [("b", 99), ("a", 1), ("b", 98), ("a", 4)]
+    assert sums(Weighted(whole, 1.0, "whole", tasks=("a",)), scene_of_tasks(*rows)) == [0, 0.25, 0, 1]
+
+    @episode_reward
+    def broken(sample):
+        return 1.0 / (float(sample.reference) - 4.0)
+
+    rewards = score([Weighted(broken, 1.0, "broken", tasks=("a",), max_failed_share=0.5)], scene_of_tasks(*rows))
+    assert list(rewards.failures["broken"]) == [3]
+    assert rewards.abstained["broken"].tolist() == [True, False, True, True]
+
+
+def test_what_a_row_earns_is_told_in_units_that_stay(scene_of_tasks):
+    """Before clipping and normalising, by the weight that a schedule ends with."""
+    late = Weighted(given, Schedule(((5, 0.0), (9, 2.0))), "late", clip=(0.0, 4.0), normaliser=Normaliser("task"))
+    rows = [("a", 1), ("a", 3), ("b", 9)]
+    rewards = score([late, Weighted(given, 1.0, "given", tasks=("b",))], scene_of_tasks(*rows))
+    assert rewards.earned.tolist() == [2, 6, 27]
 
 
 # ---- abstaining ------------------------------------------------------------------------------------------------
