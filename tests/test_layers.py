@@ -81,6 +81,7 @@ MAY["run"] = MAY["build"] | {"build", "doctor"}
 MAY["credit_compare"] = {"errors", "types", "credit", "tracking"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
 MAY["reward_models"] = {"errors", "config", "preferences", "rows", "tasks", "rewards", "text_metrics", "tracking"}
+MAY["search"] = {"errors", "config", "run", "text_metrics", "tracking"}
 MAY["cli"] = MAY["run"] | {
     "presets",
     "run",
@@ -90,6 +91,7 @@ MAY["cli"] = MAY["run"] | {
     "reward_models",
     "testing",
     "credit_compare",
+    "search",
 }
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
@@ -105,10 +107,11 @@ OPTIONAL = {
     "jsonschema",
     "referencing",
     "matplotlib",
+    "optuna",
 }
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
-HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib")
+HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib", "optuna")
 """What no run loads that does not use it."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
