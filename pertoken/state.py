@@ -17,6 +17,7 @@ from pertoken.examples import Examples
 from pertoken.guards import Guards
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.model import Policy, Reference
+from pertoken.replay import Buffer
 from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
 from pertoken.rollout.engine import RolloutEngine
@@ -79,6 +80,10 @@ class Run:
     """Policy versions between the weights that sampled the tokens of this step and those that it starts from."""
     redrawn: int = 0
     """Groups of this step that stand in for others, whose samples all earned the same (`rollout.redraws`)."""
+    replay: Buffer | None = None
+    """Samples of earlier steps that are learnt from again (`rollout.replay`)."""
+    sampled: int | None = None
+    """Rows of this step, the first ones, that were sampled for it; those behind are replayed. None: all were."""
     average: Average | None = None
     """The running average of the weights (`update.ema_decay`)."""
     anchor: Anchor | None = None
@@ -117,6 +122,7 @@ class Run:
             "multipliers": found,
             "guards": self.guards.state_dict(),
             "ahead": ahead,
+            "replay": None if self.replay is None else self._replay_state(self.replay),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -146,12 +152,25 @@ class Run:
         self.notes += [f"the checkpoint has no {kind} of this run: it starts anew" for kind in anew]
         if "guards" in state:
             self.guards.load_state_dict(state["guards"])
+        if self.replay is not None:
+            self._fill(self.replay, state.get("replay"))
         if state.get("ahead") is not None:
             ahead, items = Draws.of_state(state["ahead"]), items_of(self, self.progress.step + 1)
             if stem_from(ahead, items, self.policy.tokenizer, self.controls, self.config.rollout.samples_per_prompt):
                 self.ahead = ahead
             else:
                 self.notes.append("rollout: prompts or sampling are others now; what was drawn ahead is drawn anew")
+
+    def _replay_state(self, replay: Buffer) -> dict[str, Any]:
+        return {"groups": replay.state(), "controls": str(self.controls)}
+
+    def _fill(self, replay: Buffer, state: Mapping[str, Any] | None) -> None:
+        if state is None:
+            self.notes.append("rollout.replay: the checkpoint has no earlier samples; they are gathered anew")
+        elif state["controls"] != str(self.controls):
+            self.notes.append("rollout.replay: sampling is another now; earlier samples are gathered anew")
+        else:
+            replay.set_state(state["groups"], {item.id: item for item in self.items})
 
 
 def _go_on(part: Weighted, state: Mapping[str, Any]) -> list[str]:

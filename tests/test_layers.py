@@ -68,7 +68,8 @@ MAY: dict[str, set[str]] = {
     },
 }
 MAY["weights"] = set()
-MAY["trainer"] |= {"weights"}
+MAY["replay"] = {"types", "rollout"}
+MAY["trainer"] |= {"weights", "replay"}
 MAY["assignment"] = {"types", "config", "credit"}
 MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
 MAY["resampling"] = MAY["state"] | {"state"}

@@ -56,6 +56,7 @@ class Trainer:
             log = RunLog.create(folder, config_text=config.to_yaml(), seed=config.seed)
         else:
             assert resume == folder
+            assert read_run(folder)["status"] != "finished"
             done = 1 + max((row["step"] for row in RunReader(folder).evaluations()), default=-1)
             log = RunLog.open(folder, step=done - 1)
         with log:
