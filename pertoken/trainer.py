@@ -21,7 +21,7 @@ from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation
 from pertoken.guards import beside_figures, writing_figures
 from pertoken.memory import Heap, peak_memory
-from pertoken.objectives import aggregate, critic_loss, effective_share, kl_per_token, policy_loss
+from pertoken.objectives import aggregate, critic_loss, effective_share, importance_weights, kl_per_token, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
 from pertoken.replay import Group, renumbered
@@ -71,7 +71,7 @@ def loop(
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
         measured = clock.seconds | memory(run) | writing_figures(scene) | beside_figures(run.beside, scene)
-        measured |= drawn.figures() | learnt | replay_figures(run, scene, updated)
+        measured |= drawn.figures() | learnt | replay_figures(run, scene)
         report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured, run.sampled))
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)
@@ -385,18 +385,22 @@ def _importance_figures(run: Run, batch: TokenBatch, streams: dict[str, Tensor])
     return {"importance/clipped_share": bounded.sum().item() / max(batch.num_actions, 1)}
 
 
-def replay_figures(run: Run, scene: Scene, updated: Updated) -> dict[str, float]:
+def replay_figures(run: Run, scene: Scene) -> dict[str, float]:
     """How many rows of the step are replayed, how many policy versions ago they were sampled, what their weights leave
     of them."""
     if run.replay is None:
         return {}
-    replayed = [] if run.sampled is None else scene.episodes[run.sampled :]
+    objective, replayed = run.config.objective, [] if run.sampled is None else scene.episodes[run.sampled :]
     figures = {"replay/rows": float(len(replayed))}
-    if replayed:
+    if replayed and scene.old is not None and objective.importance_cap is not None:
+        mask = scene.batch.action_mask[run.sampled :]
+        weights = importance_weights(
+            scene.old.logprobs[run.sampled :], scene.batch.sample_logprobs[run.sampled :], mask,
+            high=objective.importance_cap, low=objective.importance_floor, level=objective.importance_level,
+            outside=objective.importance_outside,
+        )  # fmt: skip
         figures["replay/staleness"] = sum(scene.step - 1 - e.policy_version[0] for e in replayed) / len(replayed)
-        if "importance_weight" in updated.streams:
-            weights, mask = updated.streams["importance_weight"], scene.batch.action_mask
-            figures["replay/effective_share"] = effective_share(weights[run.sampled :][mask[run.sampled :]])
+        figures["replay/effective_share"] = effective_share(weights[mask])
     return figures
 
 

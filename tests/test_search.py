@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import time
 from statistics import median
 
 import pytest
@@ -142,8 +143,9 @@ def test_a_kill_at_a_file_operation_leaves_a_search_that_goes_on(place, trainer,
     assert [row.state for row in search(settings(trials=2)).rows] == ["complete"] * 2
 
 
-def test_a_torn_line_and_a_lock_that_a_kill_left_are_no_obstacle(place, trainer):
+def test_a_torn_line_and_a_lock_that_a_kill_left_are_no_obstacle(place, trainer, monkeypatch):
     search(settings(trials=1))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for the lock"))
     journal = place / "searches/search/study.log"
     with journal.open("ab") as file:
         file.write(b'{"op_code":4,"worker_')
