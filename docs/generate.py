@@ -21,13 +21,14 @@ from typing import Any
 from typer.testing import CliRunner
 
 from pertoken import cli, errors
-from pertoken.config import RunConfig, explain
+from pertoken.config import RunConfig, Section, explain
 from pertoken.doctor import CHECKS
 from pertoken.presets import PRESETS
 from pertoken.reward_models import RewardTraining
+from pertoken.search import SearchConfig
 
 DOCS = Path(__file__).parent
-GENERATED = ("cli.md", "config.md", "algorithms.md", "reward-models.md", "doctor.md", "reference.md")
+GENERATED = ("cli.md", "config.md", "algorithms.md", "reward-models.md", "doctor.md", "reference.md", "search.md")
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TOUR_BLOCK = re.compile(r"(```python\n(.*?)```\n)(?:\n```text\n.*?```\n)?", re.DOTALL)
 
@@ -49,7 +50,8 @@ def marked(text: str) -> str:
             "help": lambda: help_text(name),
             "exit-codes": exit_codes,
             "fields": fields,
-            "reward-fields": reward_fields,
+            "reward-fields": lambda: fields_of(RewardTraining),
+            "search-fields": lambda: fields_of(SearchConfig),
             "algorithms": algorithms,
             "checks": checks,
             "module": lambda: module(name),
@@ -185,10 +187,10 @@ def algorithms() -> str:
     return "\n".join(lines)
 
 
-def reward_fields() -> str:
-    """A table of the fields of `pertoken reward train`."""
+def fields_of(settings: type[Section]) -> str:
+    """A table of all fields of a kind of settings."""
     lines = [TABLE.rstrip("\n")]
-    for name, kind, default, meaning in explain(RewardTraining):
+    for name, kind, default, meaning in explain(settings):
         shown = default.encode("unicode_escape").decode()
         stated = "required" if default == "(required)" else f"`{shown}`" if default else ""
         lines.append(f"| `{name}` | {_cell(_kind(kind))} | {stated} | {_cell(meaning)} |")

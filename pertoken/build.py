@@ -33,6 +33,7 @@ from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model, set_languages
 from pertoken.policy.scoring import head_logits
 from pertoken.prompts import prompt_ids
+from pertoken.replay import Buffer
 from pertoken.rewards import (
     Isolated,
     Learns,
@@ -127,6 +128,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         evaluator=evaluator,
         average=average,
         anchor=anchor,
+        replay=build_replay(config),
         examples=examples,
         memory_estimate=estimate,
         notes=notes,
@@ -135,6 +137,12 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         run.load_state_dict(load_state(checkpoint, policy, optimizer, run.tensors()))
         run.engine.load_weights(policy.trainable(), version=run.progress.step)
     return run
+
+
+def build_replay(config: RunConfig) -> Buffer | None:
+    """Where samples are kept to be learnt from again."""
+    replay = config.rollout.replay
+    return None if replay is None or config.offline is not None else Buffer(replay.steps, replay.priority, config.seed)
 
 
 def copies_of(config: RunConfig, policy: Policy) -> tuple[Average | None, Anchor | None]:
@@ -160,15 +168,17 @@ def _refuse_learning_from_nothing(rewards: Sequence[Weighted]) -> None:
 
 
 def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None:
-    """Methods that score samples beside those they learn from would make a reward that remembers count them too."""
+    """Methods that score samples beside those they learn from, or again, would make a reward that remembers count them
+    too; one that learns would learn from samples of earlier policies."""
+    replays = config.rollout.replay is not None
     asking = "rollout.redraws" if config.rollout.redraws else f"credit.type {config.credit.type}"
-    if not config.rollout.redraws and config.credit.type not in ("self_critical", "monte_carlo"):
+    if not replays and not config.rollout.redraws and config.credit.type not in ("self_critical", "monte_carlo"):
         return
     for part in rewards:
-        if isinstance(part.reward, Stateful):
+        if isinstance(part.reward, Stateful) or (replays and isinstance(part.reward, Learns)):
+            further = "rollout.replay scores samples again" if replays else f"{asking} scores further samples"
             raise ConfigError(
-                f"reward {part.name!r} remembers what it has scored, and {asking} scores further samples: use another "
-                "reward, or another credit"
+                f"reward {part.name!r} remembers what it has scored, and {further}: leave one of them out"
             )
 
 

@@ -1,5 +1,5 @@
-"""The command line: train, evaluate, generate, profile, doctor, report, show, export, config, data, algorithms, runs,
-reward, credit."""
+"""The command line: train, search, evaluate, generate, profile, doctor, report, show, export, config, data, algorithms,
+runs, reward, credit."""
 
 import hashlib
 import io
@@ -139,6 +139,40 @@ def _train(config: RunConfig, resume: Path | None, max_seconds: float) -> None:
         out.print(f"resume with: pertoken train --resume {result.folder}")
         raise typer.Exit(TIME_IS_UP if result.out_of_time else INTERRUPTED)
     out.print(f"model:  {result.folder / 'model'}\nreport: {result.report or 'not written (see above)'}")
+
+
+@app.command()
+def search(
+    search_file: Annotated[list[str], typer.Argument(metavar="SEARCH.yaml [KEY=VALUE]...", help="What to search.")],
+    max_time: MaxTime = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check keys and ranges, print them, and stop.")] = False,
+) -> None:
+    """Search ranges of the configuration for the best held-out metric. The same command goes on with a search."""
+    from pertoken.search import load_search
+    from pertoken.search import search as run_search
+
+    config = load_search(*_split(search_file))
+    if dry_run:
+        out.print(config.to_yaml(), markup=False, end="")
+        return
+    with _interrupts() as interrupted:
+        try:
+            found = run_search(
+                config,
+                on_note=lambda text: out.print(text, markup=False),
+                interrupted=interrupted,
+                max_seconds=_seconds(max_time),
+            )
+        except KeyboardInterrupt:
+            Console(stderr=True).print("[yellow]stopped at once; the same command goes on[/]")
+            raise typer.Exit(INTERRUPTED) from None
+    head, *rows = found.table()
+    out.print()
+    _figures(head, rows)
+    for text in found.words():
+        out.print(text, markup=False)
+    if found.ended:
+        raise typer.Exit(TIME_IS_UP if found.ended == "time is up" else INTERRUPTED)
 
 
 @app.command()

@@ -202,6 +202,18 @@ def importance_weights(
     return torch.where(action_mask & ~(judged < low) & ~(judged > high), weights, 0.0)
 
 
+def effective_share(weights: Float[Tensor, " A"]) -> float:
+    """What importance weights leave of a sample, as a share of it: (mean w)^2 / mean w^2; 1 if all are equal.
+
+    Kish 1965, Survey Sampling, sec. 11.7. 0 if there is none, or all are 0.
+
+    >>> effective_share(torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    0.75
+    """
+    squares = weights.square().sum().item()
+    return weights.sum().item() ** 2 / (len(weights) * squares) if squares else 0.0
+
+
 def truncated_importance_weights(
     old_logprobs: Float[Tensor, "B T"],
     sample_logprobs: Float[Tensor, "B T"],

@@ -50,31 +50,39 @@ def observe(
     credit: Credit,
     updated: Updated,
     extra: Mapping[str, float],
+    sampled: int | None = None,
 ) -> StepReport:
-    """The report of one step out of what its stages returned; `extra` are figures that they measured themselves."""
-    mask, count = batch.action_mask, max(batch.num_actions, 1)
+    """The report of one step out of what its stages returned; `extra` are figures that they measured themselves.
+
+    sampled: number of rows, the first ones, that were sampled for this step; figures are about these, streams about
+    all. None: all were.
+    """
+    rows = len(episodes) if sampled is None else sampled
+    mask = batch.action_mask & (torch.arange(len(episodes), device=batch.group.device) < rows)[:, None]
+    actions = int(mask.sum())
+    count = max(actions, 1)
     streams = token_streams(batch, old, ref, rewards) | {"advantage": credit.advantages} | updated.streams
-    per_episode = {name: cells.sum().item() / len(episodes) for name, cells in streams.items() if "reward/" in name}
+    per_episode = {name: cells[:rows].sum().item() / rows for name, cells in streams.items() if "reward/" in name}
     seconds = sum(value for name, value in extra.items() if name.startswith("time/"))
     metrics = per_episode | {
         "entropy": _mean(old.entropy, mask),
         "advantage/mean": _mean(credit.advantages, mask),
         "advantage/std": credit.advantages[mask].std().item() if count > 1 else 0.0,
-        "completion/length": batch.num_actions / len(episodes),
-        "completion/terminated_share": batch.terminated.float().mean().item(),
-        "tokens/generated": float(batch.num_actions),
-        "tokens/per_second": batch.num_actions / seconds if seconds else 0.0,
+        "completion/length": actions / rows,
+        "completion/terminated_share": batch.terminated[:rows].float().mean().item(),
+        "tokens/generated": float(actions),
+        "tokens/per_second": actions / seconds if seconds else 0.0,
     }
     if ref is not None:
         metrics |= {
             "kl/reference": _mean(streams["kl"], mask),
-            "kl/sequence": streams["kl"].sum().item() / len(episodes),
+            "kl/sequence": streams["kl"][:rows].sum().item() / rows,
         }
     metrics |= task_figures(episodes, streams)
     if old.values is not None and credit.returns is not None:
         error, returns = (credit.returns - old.values)[mask], credit.returns[mask]
         metrics |= {
-            "value/error": error.square().mean().sqrt().item() if batch.num_actions else 0.0,
+            "value/error": error.square().mean().sqrt().item() if actions else 0.0,
             "value/explained_variance": 1.0 - (error.var() / returns.var()).item() if _varies(returns) else 0.0,
         }
     return StepReport(step, metrics | rewards.figures | updated.metrics | dict(extra), episodes, streams)

@@ -17,6 +17,7 @@ from pertoken.examples import Examples
 from pertoken.guards import Guards
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.model import Policy, Reference
+from pertoken.replay import Buffer
 from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
 from pertoken.rollout.engine import RolloutEngine
@@ -85,6 +86,10 @@ class Run:
     """Policy versions between the weights that sampled the tokens of this step and those that it starts from."""
     redrawn: int = 0
     """Groups of this step that stand in for others, whose samples all earned the same (`rollout.redraws`)."""
+    replay: Buffer | None = None
+    """Samples of earlier steps that are learnt from again (`rollout.replay`)."""
+    sampled: int | None = None
+    """Rows of this step, the first ones, that were sampled for it; those behind are replayed. None: all were."""
     average: Average | None = None
     """The running average of the weights (`update.ema_decay`)."""
     anchor: Anchor | None = None
@@ -132,6 +137,7 @@ class Run:
             "guards": self.guards.state_dict(),
             "ahead": ahead,
             "course": None if self.course is None else self.course.get_state(),
+            "replay": None if self.replay is None else self._replay_state(self.replay),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -165,6 +171,8 @@ class Run:
             self.course.set_state(state["course"])
         elif self.course is not None:
             self.notes.append("task: the checkpoint does not say how far each task has come; all begin anew")
+        if self.replay is not None:
+            self._fill(self.replay, state.get("replay"))
         if state.get("ahead") is not None:
             ahead, step, rollout = Draws.of_state(state["ahead"]), self.progress.step + 1, self.config.rollout
             items, controls = items_of(self, step), self.controls_at(step)
@@ -172,6 +180,17 @@ class Run:
                 self.ahead = ahead
             else:
                 self.notes.append("rollout: prompts or sampling are others now; what was drawn ahead is drawn anew")
+
+    def _replay_state(self, replay: Buffer) -> dict[str, Any]:
+        return {"groups": replay.state(), "controls": str(self.controls)}
+
+    def _fill(self, replay: Buffer, state: Mapping[str, Any] | None) -> None:
+        if state is None:
+            self.notes.append("rollout.replay: the checkpoint has no earlier samples; they are gathered anew")
+        elif state["controls"] != str(self.controls):
+            self.notes.append("rollout.replay: sampling is another now; earlier samples are gathered anew")
+        else:
+            replay.set_state(state["groups"], {item.id: item for item in self.items})
 
 
 def _go_on(part: Weighted, state: Mapping[str, Any]) -> list[str]:

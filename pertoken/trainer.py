@@ -6,7 +6,7 @@ alone. All state that a step depends on hangs on one `Run`.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from pertoken.errors import NumericsError
 from pertoken.evaluation import Evaluation
 from pertoken.guards import beside_figures, writing_figures
 from pertoken.memory import Heap, peak_memory
-from pertoken.objectives import aggregate, critic_loss, kl_per_token, policy_loss
+from pertoken.objectives import aggregate, critic_loss, effective_share, importance_weights, kl_per_token, policy_loss
 from pertoken.observe import StepReport, Updated, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
+from pertoken.replay import Group, renumbered
 from pertoken.resampling import beside, with_differences
 from pertoken.rewards import Learns, Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
@@ -34,7 +35,7 @@ from pertoken.state import Progress, Run, items_of
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.glossary import HELD_OUT, find
 from pertoken.tracking.runlog import RunLog
-from pertoken.types import Credit, Episode, PolicyOutput, TokenBatch, TokenRewards
+from pertoken.types import Credit, Episode, Item, PolicyOutput, TokenBatch, TokenRewards
 from pertoken.weights import Average
 
 RATIO_TOLERANCE = 1e-4
@@ -62,6 +63,7 @@ def loop(
         observe_tasks(run, scene, rewards)
         drawn = beside(scene, run.config, run.engine, run.policy, controls, run.rewards)
         credit = assign(credit_of(run.config, step), rewards, batch, old, drawn.greedy, drawn.states)
+        keep(run, episodes, credit, step)
         clock.lap("reward")
         run.before_step = None
         run.engine.release()  # the update needs the room, and makes its packed weights old
@@ -73,8 +75,8 @@ def loop(
         run.engine.load_weights(run.policy.trainable(), version=step)
         clock.lap("update")
         measured = clock.seconds | memory(run) | writing_figures(scene) | beside_figures(run.beside, scene)
-        measured |= drawn.figures() | learnt | curriculum_figures(run, step)
-        report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured))
+        measured |= drawn.figures() | learnt | curriculum_figures(run, step) | replay_figures(run, scene)
+        report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured, run.sampled))
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)
         evaluate(run, log)
@@ -89,10 +91,29 @@ def loop(
 
 def generate(run: Run, step: int) -> list[Episode]:
     """The episodes of `step`, drawn ahead or now: items and random numbers depend on the seed and `step` alone."""
-    draws, run.ahead = run.ahead or draw(run, step), None
+    again = taken_again(run, step)
+    items = items_of(run, step)[len(again) :]
+    draws, run.ahead = run.ahead or draw(run, step, items), None
     run.staleness = step - 1 - draws.version
-    episodes = to_episodes(draws, items_of(run, step), run.policy.tokenizer, step=step)
-    return with_differences(run, episodes, step) if run.config.rollout.redraws else episodes
+    episodes = to_episodes(draws, items, run.policy.tokenizer, step=step)
+    if run.config.rollout.redraws:
+        episodes = with_differences(run, episodes, step)
+    run.sampled = len(episodes) if again else None
+    return episodes + renumbered(again, len(items))
+
+
+def taken_again(run: Run, step: int) -> list[Group]:
+    """The groups of earlier steps that `step` learns from too, in place of as many new ones."""
+    rollout = run.config.rollout
+    if run.replay is None or rollout.replay is None:
+        return []
+    return run.replay.take(step, round(rollout.replay.share * rollout.prompts_per_step))
+
+
+def keep(run: Run, episodes: Sequence[Episode], credit: Credit, step: int) -> None:
+    """Put what was sampled for `step` where later steps find it."""
+    if run.replay is not None:
+        run.replay.add(step, episodes[: run.sampled], credit.advantages[: run.sampled])
 
 
 def credit_of(config: RunConfig, step: int) -> CreditConfig:
@@ -107,11 +128,11 @@ def _head_only(config: RunConfig, step: int) -> bool:
     return head is not None and step <= head.pretrain_steps
 
 
-def draw(run: Run, step: int) -> Draws:
-    """The samples of `step`, by the weights of now."""
+def draw(run: Run, step: int, items: Sequence[Item]) -> Draws:
+    """Samples of `step` for `items`, by the weights of now."""
     rollout, seed = run.config.rollout, run.config.seed
     return draw_completions(
-        run.engine, items_of(run, step), run.policy.tokenizer, run.controls_at(step),
+        run.engine, items, run.policy.tokenizer, run.controls_at(step),
         samples_per_prompt=rollout.samples_per_prompt, run_seed=seed, step=step,
     )  # fmt: skip
 
@@ -126,10 +147,34 @@ def score_old(run: Run, batch: TokenBatch) -> PolicyOutput:
     config = run.config.update
     several = config.minibatches > 1 or (config.epochs > 1 and not _exact(run))
     if run.policy.value_head is None and not several and not run.policy.dropout and batch.sample_entropy is not None:
-        return PolicyOutput(batch.sample_logprobs, batch.sample_entropy)
+        known = PolicyOutput(batch.sample_logprobs, batch.sample_entropy)
+        return known if run.sampled is None else _scored_anew(run, batch, known)
     old = run.policy.score(batch)
-    check_ratio(batch, old, exact=_exact(run))
+    check_sampled(run, batch, old)
     return old
+
+
+def _scored_anew(run: Run, batch: TokenBatch, known: PolicyOutput) -> PolicyOutput:
+    """`known` with the rows that are replayed as the policy of now sees them: their sampler was an earlier one."""
+    replayed = torch.arange(run.sampled or 0, len(batch.episode_ids), device=batch.group.device)
+    now = run.policy.score(batch.rows(replayed))
+    return replace(
+        known,
+        logprobs=known.logprobs.index_copy(0, replayed, now.logprobs),
+        entropy=known.entropy.index_copy(0, replayed, now.entropy),
+    )
+
+
+def check_sampled(run: Run, batch: TokenBatch, old: PolicyOutput, rows: Tensor | None = None) -> dict[str, float]:
+    """`check_ratio` of the rows that were sampled for this step: of those that are replayed the sampler was another.
+
+    rows: where the rows of `batch` are in the step's batch; None if it is all of it.
+    """
+    if run.sampled is not None:
+        places = torch.arange(len(batch.episode_ids)) if rows is None else rows.cpu()
+        kept = (places < run.sampled).nonzero()[:, 0].to(batch.group.device)
+        batch, old = batch.rows(kept), old.rows(kept)
+    return check_ratio(batch, old, exact=_exact(run))
 
 
 def _exact(run: Run) -> bool:
@@ -225,7 +270,7 @@ def reward_and_draw_ahead(run: Run, scene: Scene) -> TokenRewards:
     if not run.config.rollout.ahead or scene.step == run.config.stop.steps:
         return reward(run, scene)
     rewards = Background(lambda: reward(run, scene), "pertoken-rewards")
-    run.ahead = draw(run, scene.step + 1)
+    run.ahead = draw(run, scene.step + 1, items_of(run, scene.step + 1))
     return rewards.result()
 
 
@@ -242,7 +287,7 @@ def update(
 
     tasks: a number for the task of each row, which `update.balance` goes by.
     """
-    config, exact, seed = run.config.update, _exact(run), run.config.seed * 1_000_003 + step
+    config, seed = run.config.update, run.config.seed * 1_000_003 + step
     balanced = tasks is not None and config.balance == "pcgrad"
     gradients = Gradients(run.policy.trainable(), seed=seed) if balanced else None
     rate = set_learning_rate(run, step)
@@ -270,7 +315,7 @@ def update(
             # Until the weights move, old and new are the same policy; taking the same pass for both removes the
             # rounding noise between passes of different shapes (and the drift of the sampler).
             part = replace(part, old=replace(part.old, logprobs=new.logprobs.detach()))  # noqa: PLW2901
-            check_ratio(part.batch, part.old, exact=exact)
+            check_sampled(run, part.batch, part.old, part.rows)
             first[part.rows] = part.old.logprobs
         loss = part_loss(run, part, new, sums, streams, batch, entropy_coefficient, head_only=head_only)
         if math.isfinite(loss.item()):
@@ -292,7 +337,7 @@ def update(
             norms += [] if norm is None else [norm]
             bad = ""
     limit = config.max_grad_norm
-    metrics = check_ratio(batch, replace(old, logprobs=first), exact=exact) | {
+    metrics = check_sampled(run, batch, replace(old, logprobs=first)) | {
         "loss/policy": sums["loss/policy"] / max(steps, 1),
         "grad/norm": sum(norms) / len(norms) if norms else math.nan if steps else 0.0,
         "grad/clipped_share": sum(n > limit for n in norms) / len(norms) if limit and norms else 0.0,
@@ -378,6 +423,25 @@ def _importance_figures(run: Run, batch: TokenBatch, streams: dict[str, Tensor])
     else:
         bounded = batch.action_mask & (weights >= (objective.importance_cap or math.inf))
     return {"importance/clipped_share": bounded.sum().item() / max(batch.num_actions, 1)}
+
+
+def replay_figures(run: Run, scene: Scene) -> dict[str, float]:
+    """How many rows of the step are replayed, how many policy versions ago they were sampled, what their weights leave
+    of them."""
+    if run.replay is None:
+        return {}
+    objective, replayed = run.config.objective, [] if run.sampled is None else scene.episodes[run.sampled :]
+    figures = {"replay/rows": float(len(replayed))}
+    if replayed and scene.old is not None and objective.importance_cap is not None:
+        mask = scene.batch.action_mask[run.sampled :]
+        weights = importance_weights(
+            scene.old.logprobs[run.sampled :], scene.batch.sample_logprobs[run.sampled :], mask,
+            high=objective.importance_cap, low=objective.importance_floor, level=objective.importance_level,
+            outside=objective.importance_outside,
+        )  # fmt: skip
+        figures["replay/staleness"] = sum(scene.step - 1 - e.policy_version[0] for e in replayed) / len(replayed)
+        figures["replay/effective_share"] = effective_share(weights[mask])
+    return figures
 
 
 def _without_effect(run: Run, credit: Credit) -> Tensor | None:

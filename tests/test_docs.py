@@ -21,6 +21,7 @@ from pertoken.config import RunConfig, explain, load_config, load_stages
 from pertoken.reward_models import load_training
 from pertoken.rewards import resolve
 from pertoken.rewards.names import BUILT_IN
+from pertoken.search import load_search
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -194,6 +195,9 @@ def test_recipes_on_pages_are_valid(page, place):
         (place / "recipe.yaml").write_text(text)
         if "data" in yaml.safe_load(text):  # a learned reward and no run
             load_training([place / "recipe.yaml"])
+            continue
+        if "keys" in yaml.safe_load(text):  # a search
+            load_search([place / "recipe.yaml"], [f"recipe={ROOT / yaml.safe_load(text)['recipe']}"])
             continue
         assert set(yaml.safe_load(text)) <= {*RunConfig.model_fields, "stages"}
         for config in load_stages([place / "recipe.yaml"]):

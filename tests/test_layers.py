@@ -83,7 +83,8 @@ MAY: dict[str, set[str]] = {
     },
 }
 MAY["weights"] = MAY["balance"] = set()
-MAY["trainer"] |= {"weights", "balance"}
+MAY["replay"] = {"types", "rollout"}
+MAY["trainer"] |= {"weights", "balance", "replay"}
 MAY["assignment"] = {"types", "config", "credit"}
 MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
 MAY["resampling"] = MAY["state"] | {"state"}
@@ -96,6 +97,7 @@ MAY["run"] = MAY["build"] | {"build", "doctor"}
 MAY["credit_compare"] = {"errors", "types", "credit", "tracking"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
 MAY["reward_models"] = {"errors", "config", "preferences", "rows", "tasks", "rewards", "text_metrics", "tracking"}
+MAY["search"] = {"errors", "config", "run", "text_metrics", "tracking"}
 MAY["cli"] = MAY["run"] | {
     "presets",
     "run",
@@ -105,6 +107,7 @@ MAY["cli"] = MAY["run"] | {
     "reward_models",
     "testing",
     "credit_compare",
+    "search",
 }
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
@@ -120,10 +123,11 @@ OPTIONAL = {
     "jsonschema",
     "referencing",
     "matplotlib",
+    "optuna",
 }
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
-HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib")
+HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib", "optuna")
 """What no run loads that does not use it."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -25,6 +25,7 @@ from pertoken.config.sections import (
     Pairs,
     PolicyConfig,
     Reinforcement,
+    ReplayConfig,
     RewardConfig,
     RolloutConfig,
     StopConfig,
@@ -149,6 +150,8 @@ class RunConfig(Section):
             "rollout.redraws scores samples that are then left out; a reward with a constraint or normalise: running "
             "would remember them. Leave one of them out.",
         )
+        if rollout.replay is not None:
+            yield from self._impossible_replay(rollout.replay)
         yield (
             beside and any(r.constraint or r.normalise != "none" for r in self.rewards),
             f"credit.type {credit.type} compares a sample with others (greedy answers, rollouts from prefixes) "
@@ -268,6 +271,35 @@ class RunConfig(Section):
         yield (
             self.offline is not None and getattr(self.task, "progress", None) is not None,
             f"task.progress goes by the rewards of samples, and method.type {self.method.type} has none: leave it out.",
+        )
+
+    def _impossible_replay(self, replay: ReplayConfig) -> Iterable[tuple[bool, str]]:
+        again, prompts = round(replay.share * self.rollout.prompts_per_step), self.rollout.prompts_per_step
+        credit = self.credit.type
+        yield (
+            not 0 < again < prompts,
+            f"rollout.replay.share {replay.share:g} of rollout.prompts_per_step {prompts} is {again} prompts: at least "
+            "one must be taken from earlier steps, and one sampled.",
+        )
+        yield (
+            self.objective.importance_cap is None,
+            "rollout.replay learns from samples of earlier weights, and objective.importance_cap null does not correct "
+            "for that. Set a cap (2.0).",
+        )
+        yield (
+            self.rollout.ahead,
+            "rollout.replay and rollout.ahead both learn from samples of earlier weights: leave one of them out.",
+        )
+        yield (
+            credit in ("gae", "self_critical", "monte_carlo"),
+            f"credit.type {credit} compares a sample with what the policy of now is worth (a critic, a greedy answer, "
+            "rollouts), and rollout.replay brings samples of earlier policies: use a credit.type that compares the "
+            "samples of a prompt, or reward_to_go.",
+        )
+        yield (
+            any(r.constraint or r.normalise == "running" for r in self.rewards),
+            "rollout.replay scores samples again; a reward with a constraint or normalise: running would count them "
+            "twice. Leave one of them out.",
         )
 
 

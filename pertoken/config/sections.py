@@ -250,6 +250,18 @@ OfflineConfig = Sft | PreferenceConfig
 MethodConfig = Annotated[Reinforcement | OfflineConfig, Field(discriminator="type")]
 
 
+class ReplayConfig(Section):
+    """Learn from samples of earlier steps again, weighted by what the policy makes of them now."""
+
+    share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the prompts of a step whose samples are taken from earlier steps, as far as there are any; as many fewer
+    are sampled."""
+    steps: int = Field(default=4, ge=1)
+    """How many steps back they reach."""
+    priority: Literal["none", "advantage"] = "none"
+    """none: all kept groups are as likely; advantage: by the mean |advantage| of their tokens when they were new."""
+
+
 class RolloutConfig(Section):
     """What is sampled in each step."""
 
@@ -274,6 +286,9 @@ class RolloutConfig(Section):
     ahead: bool = False
     """Draw the samples of the next step while the rewards of this one are computed, with the weights before its update.
     It pays where rewards take long. Importance weights (`objective.importance_cap`) correct for the update between."""
+    replay: ReplayConfig | None = None
+    """Take a part of each step from the samples of earlier ones; null samples all anew. Importance weights
+    (`objective.importance_cap`) correct for the updates since."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Leave out training items with longer prompts (counted and told); null keeps all."""
 

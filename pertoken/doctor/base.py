@@ -69,14 +69,15 @@ class Probe:
     @classmethod
     def of_step(cls, run: Run, report: StepReport) -> "Probe":
         """What a step of the loop has sampled and paid: nothing is computed again, no reward is asked."""
-        batch = batching.to_batch(report.episodes, run.controls, device=str(run.policy.device))
-        streams = report.streams
+        episodes = report.episodes[: run.sampled]  # what is replayed was sampled by another policy
+        batch = batching.to_batch(episodes, run.controls, device=str(run.policy.device))
+        streams = {name: cells[: run.sampled, : batch.tokens.shape[1]] for name, cells in report.streams.items()}
         parts = {name.removeprefix("reward/"): cells for name, cells in streams.items() if name.startswith("reward/")}
         total = parts.pop("total")
         weights = {part.name: part.weight_at(report.step) for part in run.rewards} | {"kl": run.kl.coefficient}
         old = PolicyOutput(streams["logprob"], streams["entropy"], streams.get("value"))
         ref = PolicyOutput(streams["ref_logprob"], streams["entropy"]) if "ref_logprob" in streams else None
-        scene = Scene(batch, report.episodes, run.policy.tokenizer, old, ref, report.step)
+        scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, report.step)
         return cls(run, scene, TokenRewards(total, parts, weights=weights), _drift(run, report.metrics))
 
     @property

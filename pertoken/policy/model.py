@@ -359,7 +359,7 @@ def set_languages(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
             raise ModelError(f"policy.languages: no language {language!r} here; {closest(language, known)}")
     names.src_lang = source
     for settings in (model.config, model.generation_config):
-        settings.forced_bos_token_id = ids[target]  # type: ignore[union-attr]
+        settings.forced_bos_token_id = ids[target]
 
 
 def _freeze_tables(model: PreTrainedModel, auto: Any) -> None:

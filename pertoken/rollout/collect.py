@@ -37,12 +37,13 @@ class Draws:
 
     def state(self) -> dict[str, Any]:
         """All of it as JSON."""
-        return {"completions": [_state(c) for c in self.completions], "version": self.version, "origin": self.origin}
+        completions = [completion_state(completion) for completion in self.completions]
+        return {"completions": completions, "version": self.version, "origin": self.origin}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> "Draws":
         """The inverse of `state`."""
-        return cls([_of_state(c) for c in state["completions"]], state["version"], state["origin"])
+        return cls([of_completion_state(c) for c in state["completions"]], state["version"], state["origin"])
 
 
 def draw_completions(
@@ -125,13 +126,15 @@ def _origin(prompts: Sequence[Sequence[int]], controls: Controls) -> str:
     return hashlib.sha256(f"{prompts} {controls}".encode()).hexdigest()
 
 
-def _state(completion: Completion) -> dict[str, Any]:
+def completion_state(completion: Completion) -> dict[str, Any]:
+    """All of it as JSON."""
     support = completion.support
     packed = None if support is None else [base64.b64encode(support.tobytes()).decode(), *support.shape]
     return vars(completion) | {"support": packed}
 
 
-def _of_state(state: Mapping[str, Any]) -> Completion:
+def of_completion_state(state: Mapping[str, Any]) -> Completion:
+    """The inverse of `completion_state`."""
     support = None
     if state["support"] is not None:
         text, *shape = state["support"]

@@ -27,7 +27,8 @@ class Lengths:
     def of(cls, texts: Sequence[str]) -> "Lengths":
         """Of at least one text."""
         sizes = [float(len(text)) for text in texts]
-        return cls(*(quantiles(sizes, n=4, method="inclusive") if len(sizes) > 1 else sizes * 3), max(sizes))
+        quarter, half, three_quarters = quantiles(sizes, n=4, method="inclusive") if len(sizes) > 1 else sizes * 3
+        return cls(quarter, half, three_quarters, max(sizes))
 
 
 @dataclass(frozen=True)

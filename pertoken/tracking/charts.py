@@ -70,7 +70,7 @@ PLAN: dict[str, dict[str, str]] = {
         "Losses": r"loss/.*",
         "Learning rate": r"learning_rate",
         "Skipped updates": r"skipped/.*",
-        "Versions behind": r"staleness",
+        "Versions behind": r"(replay/)?staleness",
     },
     "Speed": {
         "Tokens per second": r"tokens/per_second",

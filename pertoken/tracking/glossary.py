@@ -88,6 +88,14 @@ METRICS: dict[str, Term] = {
     "staleness": Term(
         "Updates that the policy had made since the tokens of this step were sampled (`rollout.ahead`).", "updates"
     ),
+    "replay/rows": Term("Samples of earlier steps that this step learns from again (`rollout.replay`).", "count"),
+    "replay/staleness": Term(
+        "Updates that the policy has made since they were sampled.", "mean over replayed e of versions"
+    ),
+    "replay/effective_share": Term(
+        "What their importance weights leave of them; small where the policy has moved far.",
+        "(mean w)² / mean w² over their a, 0 to 1",
+    ),
     "importance/clipped_share": Term(
         "Tokens whose importance weight was cut at its limit, or left out.", "share of a, 0 to 1"
     ),
