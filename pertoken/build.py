@@ -9,7 +9,19 @@ import numpy as np
 import torch
 
 from pertoken import offline
-from pertoken.config import DocstringsTask, KLConfig, OfflineConfig, RewardConfig, RolloutConfig, RunConfig, TaskConfig
+from pertoken.config import (
+    AttentionCredit,
+    ByWorth,
+    DocstringsTask,
+    KLConfig,
+    MonteCarlo,
+    OfflineConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    SelfCritical,
+    TaskConfig,
+)
 from pertoken.errors import ConfigError, ModelError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
@@ -33,6 +45,7 @@ from pertoken.rewards import (
     make,
     resolve,
 )
+from pertoken.rewards.attention import reader_of
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
@@ -58,6 +71,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     _refuse_scored_twice(config, rewards)
     _refuse_learning_from_nothing(rewards)
     policy = build_policy(config)
+    _refuse_unseen_attention(config, policy)
     examples = None
     if config.offline is None:
         items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
@@ -141,14 +155,26 @@ def _refuse_learning_from_nothing(rewards: Sequence[Weighted]) -> None:
 def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None:
     """Methods that score samples beside those they learn from would make a reward that remembers count them too."""
     asking = "rollout.redraws" if config.rollout.redraws else f"credit.type {config.credit.type}"
-    if not config.rollout.redraws and config.credit.type not in ("self_critical", "monte_carlo"):
+    if not config.rollout.redraws and not isinstance(config.credit, SelfCritical | MonteCarlo | ByWorth):
         return
     for part in rewards:
         if isinstance(part.reward, Stateful):
             raise ConfigError(
-                f"reward {part.name!r} remembers what it has scored, and {asking} scores further samples: use another "
+                f"reward {part.name!r} remembers what it has scored, and {asking} scores further texts: use another "
                 "reward, or another credit"
             )
+
+
+def _refuse_unseen_attention(config: RunConfig, policy: Policy) -> None:
+    """Whoever is to tell where it looks is loaded now, and asked once."""
+    if isinstance(config.credit, AttentionCredit) and config.credit.model is not None:
+        reader_of(config.credit.model)
+    elif config.credit.type == "attention" and policy.layout != "packed":
+        raise ConfigError(
+            f"credit.type attention: {type(policy.hf_model).__name__} attends in a way of its own, which cannot be "
+            "looked into here. Let another model read the texts (credit.model: this one before training, say), or use "
+            "credit.type shapley."
+        )
 
 
 def _memory_notes(estimate: float, device: torch.device) -> list[str]:

@@ -56,8 +56,8 @@ def loop(
         scene = Scene(batch, episodes, run.policy.tokenizer, old, ref, step)
         rewards = reward_and_draw_ahead(run, scene)
         run.notes += failure_notes(scene, rewards)
-        drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
-        credit = assign(credit_of(run.config, step), rewards, batch, old, drawn.greedy, drawn.states)
+        drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards, rewards)
+        credit = assign(credit_of(run.config, step), drawn.rewards or rewards, batch, old, drawn.greedy, drawn.states)
         clock.lap("reward")
         run.before_step = None
         run.engine.release()  # the update needs the room, and makes its packed weights old

@@ -198,6 +198,7 @@ EVERYTHING = {
         "kl": {"place": "none"},
     },
     "monte_carlo": {"credit": {"type": "monte_carlo", "every": 2, "rollouts": 2}, "kl": {"place": "none"}},
+    "shapley": {"credit": {"type": "shapley", "samples": 9}},
 }  # fmt: skip
 
 

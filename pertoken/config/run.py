@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from pertoken.config.reading import Section, merge, merge_settings, validate
 from pertoken.config.sections import (
+    ByWorth,
     CheckpointConfig,
     CreditConfig,
     DocstringsTask,
@@ -19,6 +20,7 @@ from pertoken.config.sections import (
     LeaveOneOutProcess,
     LogConfig,
     MethodConfig,
+    MonteCarlo,
     ObjectiveConfig,
     OfflineConfig,
     Pairs,
@@ -26,6 +28,7 @@ from pertoken.config.sections import (
     Reinforcement,
     RewardConfig,
     RolloutConfig,
+    SelfCritical,
     StopConfig,
     TaskConfig,
     UpdateConfig,
@@ -88,7 +91,7 @@ class RunConfig(Section):
     def _impossible(self) -> Iterable[tuple[bool, str]]:
         rollout, credit, stop = self.rollout, self.credit, self.stop
         group_credit = credit.type not in ("reward_to_go", "gae", "self_critical", "monte_carlo")
-        beside = credit.type in ("self_critical", "monte_carlo")  # what is drawn beside the samples is scored too
+        beside = isinstance(credit, SelfCritical | MonteCarlo | ByWorth)  # further texts are scored beside the samples
         objective = self.objective
         named = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.rewards]
         measured = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.guards.beside]
@@ -150,9 +153,9 @@ class RunConfig(Section):
         )
         yield (
             beside and any(r.constraint or r.normalise != "none" for r in self.rewards),
-            f"credit.type {credit.type} compares a sample with others (greedy answers, rollouts from prefixes) "
-            "in the same units; a reward with a "
-            "constraint or normalise has others for each batch. Leave them out.",
+            f"credit.type {credit.type} compares a sample with others (greedy answers, rollouts from prefixes, itself "
+            "without some tokens) in the same units; a reward with a constraint or normalise has others for each "
+            "batch. Leave them out.",
         )
         yield (
             credit.type == "monte_carlo" and self.kl.place == "reward" and self.kl.coefficient > 0,
