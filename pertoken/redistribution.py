@@ -69,9 +69,9 @@ def place(
 ) -> Float[Tensor, " T"]:
     """Rewards of a row of `width` cells, by what it is worth with some of its `blocks` left; they sum to v(all).
 
-    The tokens of a block share what it adds; differences are paid at its last token, where they are known. v(none),
-    which no token earns, is on the first action: all samples of a prompt have it, so a baseline of the group takes it
-    away again. What leaving one out does not explain is on the last action, where a reward of the whole text is paid.
+    The tokens of a block share what it adds; differences are paid at its last token, where they are known. What they do
+    not add up to is on the first action, whose reward-to-go is that of the whole text in any case: v(none), which all
+    samples of a prompt have, so that a baseline of the group takes it away again; and of leaving one out the rest.
     """
     cells, n = torch.zeros(width, dtype=torch.float64), len(blocks)
     if not n:
@@ -88,7 +88,7 @@ def place(
         paid = list(block[-1:] if isinstance(config, Differences) else block)
         cells[paid] += value / len(paid)
     rest = worth(torch.ones(1, n, dtype=torch.bool)).item() - added.sum().item()
-    cells[blocks[-1][-1] if isinstance(config, LeaveOneTokenOut) else blocks[0][0]] += rest
+    cells[blocks[0][0]] += rest
     return cells
 
 
@@ -109,6 +109,11 @@ def blocks_of(config: ByWorth, episode: Episode, aligned: AlignedText, longest: 
     for k, columns in enumerate(units):
         blocks[k * len(blocks) // len(units)] += columns
     return blocks
+
+
+def most_texts(config: ByWorth, num_blocks: int) -> int:
+    """How many texts are scored of a row with so many blocks, at most."""
+    return min(config.samples, 2**num_blocks - 1) if isinstance(config, Shapley) else num_blocks
 
 
 def _units(episode: Episode, aligned: AlignedText, *, words: bool) -> list[list[int]]:

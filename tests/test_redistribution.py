@@ -125,8 +125,8 @@ def test_by_hand():
     scene, rewards = scene_of("xab", stop="length"), parts((both, 1.0))
     assert row(paid(Shapley(), scene, rewards)[0], "both") == [0, 0.5, 0.5]
     assert row(paid(Differences(), scene, rewards)[0], "both") == [0, 0, 1]
-    # each is worth 1 to the whole, which is 1: what is too much is taken back on the last token
-    assert row(paid(LeaveOneTokenOut(), scene, rewards)[0], "both") == [0, 1, 0]
+    # a and b are worth 1 each to the whole, which is 1: what is too much is taken back on the first token
+    assert row(paid(LeaveOneTokenOut(), scene, rewards)[0], "both") == [-1, 1, 1]
 
 
 def test_what_the_empty_text_is_worth_is_on_the_first_token():

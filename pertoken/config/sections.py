@@ -439,7 +439,7 @@ class Shapley(ByWorth):
 
 
 class LeaveOneTokenOut(ByWorth):
-    """What a text loses in reward when a token is taken out; what these do not explain stays on the last token."""
+    """What a text loses in reward when a token is taken out; what these do not add up to is on the first token."""
 
     type: Literal["leave_one_token_out"] = "leave_one_token_out"
     unit: Literal["token", "word"] = "token"
