@@ -47,8 +47,6 @@ class Rows:
     """Expected total reward before each action; None if it is not known."""
     trained: Float[Tensor, "B T"] | None = None
     """Advantages that the run itself learnt from."""
-    attention: Float[Tensor, "B T"] | None = None
-    """Of the last token to each action; None if no model could be asked."""
     placed: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     """Rewards placed anew, by the name of the way."""
 
@@ -67,9 +65,9 @@ def _monte_carlo(rows: Rows) -> Float[Tensor, "B T"] | None:
     return credit.monte_carlo(rows.rewards, rows.expected, rows.action_mask, rows.action_mask)
 
 
-def _by_weights(rows: Rows, weights: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The total of a row on its tokens by weights, then against the other rows."""
-    paid = credit.redistribute(rows.rewards.sum(1), weights, rows.action_mask, share=1.0)
+def _redistributed(rows: Rows) -> Float[Tensor, "B T"]:
+    """The total of a row on its tokens by how improbable they were, then against the other rows."""
+    paid = credit.redistribute(rows.rewards.sum(1), -rows.logprobs, rows.action_mask, share=1.0)
     return credit.leave_one_out_process(paid, rows.action_mask, rows.group, gamma=1.0)
 
 
@@ -92,8 +90,8 @@ METHODS: Mapping[str, Method] = {
     ),
     "gae, lambda 0.95": lambda r: _gae(r, 0.95),
     "gae, lambda 1": lambda r: _gae(r, 1.0),
-    "redistributed": lambda r: _by_weights(r, -r.logprobs),
-    "attention": lambda r: None if r.attention is None else _by_weights(r, r.attention),
+    "redistributed": _redistributed,
+    "attention": lambda r: _placed(r, "attention"),
     "shapley": lambda r: _placed(r, "shapley"),
     "leave_one_token_out": lambda r: _placed(r, "leave_one_token_out"),
     "differences": lambda r: _placed(r, "differences"),
@@ -155,9 +153,9 @@ class CreditComparison:
                 [self._row(name) for name in dict.fromkeys([*names, *self.toy])],
             ),
             *(f"{name} on these episodes: {why}" for name, why in self.skipped.items()),
-            "std and share of variance within texts: on these episodes; bias, cosine to the exact gradient and noise of a"
-            " pair: in a small world\nwhere all texts can be listed. Rank correlation of the advantages of two "
-            "methods:\n",
+            "std and share of variance within texts: on these episodes; bias, cosine to the exact gradient and noise "
+            "of a pair: in a\nsmall world where all texts can be listed. Rank correlation of the advantages of two methods:"
+            "\n",
             Sheet(
                 ("", "credit", *numbers),
                 [
@@ -230,7 +228,9 @@ def _asked(
             if name in BY_WORTH:
                 found[name] = kept.placed(BY_WORTH[name], budget)
             elif name == "attention":
-                rows = replace(rows, attention=kept.attention(model))
+                found[name] = credit.redistribute(
+                    rows.rewards.sum(1), kept.attention(model), rows.action_mask, share=1.0
+                )
         except PertokenError as error:
             skipped[name] = str(error)
     return replace(rows, placed=found), skipped

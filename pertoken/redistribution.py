@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pertoken import credit
 from pertoken.batching import to_batch
-from pertoken.config import AttentionCredit, ByWorth, Differences, LeaveOneTokenOut, RedistributedConfig, Shapley
+from pertoken.config import AttentionCredit, ByWorth, Differences, LeaveOneTokenOut, Redistributed, Shapley
 from pertoken.rewards import AlignedText, Scene, Weighted, score
 from pertoken.rewards.align import word_spans
 from pertoken.rollout.collect import sample_seed
@@ -208,7 +208,7 @@ def _key(text: Episode) -> tuple[int, str, tuple[int, ...]]:
     return text.group, text.stop, tuple(text.tokens)
 
 
-def _mixed(config: RedistributedConfig, earned: TokenRewards, anew: Mapping[str, Float[Tensor, "B T"]]) -> TokenRewards:
+def _mixed(config: Redistributed, earned: TokenRewards, anew: Mapping[str, Float[Tensor, "B T"]]) -> TokenRewards:
     """`config.share` of the parts in `anew` as it says, the rest where it was paid."""
     parts = dict(earned.parts)
     for name, cells in anew.items():

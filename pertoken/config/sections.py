@@ -463,10 +463,6 @@ class AttentionCredit(Redistributed):
     as it sampled."""
 
 
-RedistributedConfig = Shapley | LeaveOneTokenOut | Differences | AttentionCredit
-"""Ways that place the reward anew."""
-
-
 class PartCredit(Section):
     """How one part of the reward becomes advantages."""
 
