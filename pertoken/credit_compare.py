@@ -154,8 +154,8 @@ class CreditComparison:
             ),
             *(f"{name} on these episodes: {why}" for name, why in self.skipped.items()),
             "std and share of variance within texts: on these episodes; bias, cosine to the exact gradient and noise "
-            "of a pair: in a\nsmall world where all texts can be listed. Rank correlation of the advantages of two methods:"
-            "\n",
+            "of a pair: in a\nsmall world where all texts can be listed. Rank correlation of the advantages of two "
+            "methods:\n",
             Sheet(
                 ("", "credit", *numbers),
                 [
@@ -390,7 +390,7 @@ class Toy:
         """What is left of a text earns, token by token, what these tokens earn in their new places."""
 
         def of(left: Sequence[int]) -> float:
-            return sum(paid(tuple(left[:k]), token) for k, token in enumerate(left))
+            return sum((paid(tuple(left[:k]), token) for k, token in enumerate(left)), 0.0)
 
         def worth(kept: Bool[Tensor, "S N"]) -> Float[Tensor, " S"]:
             return torch.tensor([of(list(itertools.compress(text, row))) for row in kept.tolist()], dtype=torch.float64)

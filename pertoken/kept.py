@@ -136,7 +136,7 @@ def _episode(record: Mapping[str, Any], item: Item) -> Episode:
     start = acts.index(True)
     return Episode(
         id=record["id"], item=item, group=record["group"], tokens=tokens, action_mask=acts,
-        logprobs=record["streams"]["logprob"], env_rewards=[0.0] * len(tokens),
+        logprobs=[float(number) for number in record["streams"]["logprob"]], env_rewards=[0.0] * len(tokens),
         spans=[Span(0, start, "prompt", 0), Span(start, len(tokens), "action", 1)], stop=record["stop"],
         policy_version=tuple(record["policy_version"]),
     )  # fmt: skip
