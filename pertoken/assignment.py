@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pertoken import credit as estimators
-from pertoken.config import CreditConfig, Gae, PerPart
+from pertoken.config import CreditConfig, Gae, LeaveOneOutProcess, PerPart, Redistributed
 from pertoken.types import Credit, PolicyOutput, StateValues, TokenBatch, TokenRewards
 
 
@@ -20,7 +20,8 @@ def assign(
     """Advantages (and critic targets) of every action, by the estimator that the configuration names.
 
     `greedy`: what the greedy answer to each row's prompt earns, for credit.type self_critical. `states`: what
-    rollouts from prefixes earn, for credit.type monte_carlo.
+    rollouts from prefixes earn, for credit.type monte_carlo. For the types that place rewards anew, `rewards` are those
+    that were (`redistribution.py`).
     """
     total, mask, group = rewards.total.to(old.logprobs.dtype), batch.action_mask, batch.group
     returns = None
@@ -42,7 +43,7 @@ def assign(
         advantages = estimators.optimal_token_baseline(total, energies, mask, group, gamma=config.gamma)
     elif config.type == "per_part":
         advantages = estimators.per_part(_streams(config, rewards), mask, group).to(total)
-    elif rewards.abstained and config.type in ("group_relative", "leave_one_out", "leave_one_out_process"):
+    elif rewards.abstained and config.type not in ("reward_to_go", "group_process"):
         advantages = _among_speakers(config, rewards, mask, group).to(total)
     else:
         advantages = _estimate(config, total, mask, group)
@@ -104,8 +105,8 @@ def _estimate(config: CreditConfig, rewards: Tensor, mask: Tensor, group: Tensor
             return estimators.group_process(rewards, mask, group, gamma=config.gamma, scale_by_std=config.scale_by_std)
         case "leave_one_out":
             return estimators.leave_one_out(rewards, mask, group)
-        case "leave_one_out_process":
-            return estimators.leave_one_out_process(rewards, mask, group, gamma=config.gamma)
+    if isinstance(config, LeaveOneOutProcess | Redistributed):
+        return estimators.leave_one_out_process(rewards, mask, group, gamma=config.gamma)
     raise ValueError(f"credit.type {config.type} needs a critic")
 
 

@@ -11,14 +11,18 @@ import torch
 
 from pertoken import offline
 from pertoken.config import (
+    AttentionCredit,
+    ByWorth,
     CurriculumConfig,
     DocstringsTask,
     KLConfig,
     MixtureTask,
+    MonteCarlo,
     OfflineConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    SelfCritical,
     TaskConfig,
 )
 from pertoken.errors import ConfigError, ModelError, TaskError, closest
@@ -46,6 +50,7 @@ from pertoken.rewards import (
     make,
     resolve,
 )
+from pertoken.rewards.attention import reader_of
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
@@ -73,6 +78,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     _refuse_scored_twice(config, rewards)
     _refuse_learning_from_nothing(rewards)
     policy = build_policy(config)
+    _refuse_unseen_attention(config, policy)
     examples = None
     if config.offline is None:
         size = config.rollout.prompts_per_step
@@ -172,14 +178,27 @@ def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None
     too; one that learns would learn from samples of earlier policies."""
     replays = config.rollout.replay is not None
     asking = "rollout.redraws" if config.rollout.redraws else f"credit.type {config.credit.type}"
-    if not replays and not config.rollout.redraws and config.credit.type not in ("self_critical", "monte_carlo"):
+    asks_further = isinstance(config.credit, SelfCritical | MonteCarlo | ByWorth)
+    if not replays and not config.rollout.redraws and not asks_further:
         return
     for part in rewards:
         if isinstance(part.reward, Stateful) or (replays and isinstance(part.reward, Learns)):
-            further = "rollout.replay scores samples again" if replays else f"{asking} scores further samples"
+            further = "rollout.replay scores samples again" if replays else f"{asking} scores further texts"
             raise ConfigError(
                 f"reward {part.name!r} remembers what it has scored, and {further}: leave one of them out"
             )
+
+
+def _refuse_unseen_attention(config: RunConfig, policy: Policy) -> None:
+    """Whoever is to tell where it looks is loaded now, and asked once."""
+    if isinstance(config.credit, AttentionCredit) and config.credit.model is not None:
+        reader_of(config.credit.model)
+    elif config.credit.type == "attention" and policy.layout != "packed":
+        raise ConfigError(
+            f"credit.type attention: {type(policy.hf_model).__name__} attends in a way of its own, which cannot be "
+            "looked into here. Let another model read the texts (credit.model: this one before training, say), or use "
+            "credit.type shapley."
+        )
 
 
 def _memory_notes(estimate: float, device: torch.device) -> list[str]:

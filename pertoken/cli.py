@@ -521,53 +521,26 @@ def compare_credit(
     folder: RunFolder,
     step: Annotated[int | None, typer.Option(help="The episodes of this step alone.")] = None,
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="This method; repeatable.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model for `attention`; default: the one that the run made.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="What scoring shortened texts may take, for each method.")
+    ] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Credit the kept episodes of a run in several ways: do they agree, how noisy and how biased is each?"""
     from pertoken.credit_compare import compare_credit
 
-    found = compare_credit(folder, step=step, only=only or ())
+    found = compare_credit(folder, step=step, only=only or (), model=model, budget=budget)
     if as_json:
         out.print(json.dumps(found.as_json(), indent=2), markup=False)
         return
-    names = list(found.samples)
-    out.print(f"{found.tokens} tokens of {found.episodes} episodes, steps {', '.join(map(str, found.steps))}")
-    if found.alone:
-        out.print(f"{found.alone} of them are alone in their group: log.episodes_per_step keeps too few")
-    _figures(
-        ("credit", "std of A", "within texts", "bias", "cosine", "noise"),
-        [_credit_row(name, found) for name in dict.fromkeys([*names, *found.toy])],
-    )
-    out.print(
-        "std and share of variance within texts: on these episodes; bias, cosine to the exact gradient and noise of a "
-        "pair: in a small world\nwhere all texts can be listed. Rank correlation of the advantages of two methods:\n"
-    )
-    numbers = [str(k + 1) for k in range(len(names))]
-    _figures(
-        ("", "credit", *numbers),
-        [
-            (numbers[k], name, *(_correlation_cell(found.rank[name][other]) for other in names))
-            for k, name in enumerate(names)
-        ],
-    )
-
-
-def _credit_row(name: str, found: Any) -> tuple[str, ...]:
-    samples, toy = found.samples.get(name), found.toy.get(name)
-    measured = ("", "") if samples is None else (f"{samples.std:.3g}", f"{samples.within:.0%}")
-    exact = ("", "", "") if toy is None else (f"{toy.bias:.3f}", f"{toy.cosine:.3f}", f"{toy.noise:.2f}")
-    return (name, *measured, *exact)
-
-
-def _correlation_cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _figures(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    table = Table(*head, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    for part in found.told():
+        if isinstance(part, str):
+            out.print(part, markup=False)
+        else:
+            Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(part.terminal())
 
 
 @reward_app.command(name="check")

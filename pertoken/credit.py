@@ -29,7 +29,8 @@ Estimators map rewards to advantages:
 
 Transforms `(advantages, action_mask, group) -> advantages` can be chained: `whiten`, `scale_only`,
 `center_by_group`, `clip`. `keep_high_entropy` and `entropy_shaped` weigh advantages by the entropy of their tokens.
-`redistribute`, `leave_one_token_out` and `shapley` make token rewards out of one number for the whole text.
+`redistribute`, `leave_one_token_out`, `shapley` and `prefix_differences` make token rewards out of one number for the
+whole text.
 """
 
 import itertools
@@ -633,6 +634,19 @@ def shapley(
     different, where = torch.unique(coalitions, dim=0, return_inverse=True)
     values = worth(different)[where].reshape(len(orders), num_tokens + 1)
     return values.diff(dim=1).gather(1, rank).mean(0)
+
+
+def prefix_differences(worth: Worth, num_tokens: int) -> Float[Tensor, " N"]:
+    """What each token adds to those before it: v(the first t) - v(the first t - 1).
+
+    Sums to v(all) - v(none). What the tokens before t earned is known before t is chosen, so reward-to-go of these is
+    as unbiased as that of one reward at the end, whatever v says of prefixes. N + 1 evaluations.
+    RUDDER: Arjona-Medina et al. 2019, https://arxiv.org/abs/1806.07857, sec. 2, with v itself where it learns an LSTM.
+
+    >>> prefix_differences(lambda kept: kept.all(1).double(), 2)
+    tensor([0., 1.], dtype=torch.float64)
+    """
+    return worth(torch.ones(num_tokens + 1, num_tokens).tril(-1).bool()).diff()
 
 
 def _earned(rewards: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:

@@ -1,13 +1,14 @@
 """One set of samples, credited in several ways: how far the ways agree, and how exact and how noisy each of them is.
 
-Samples are the episodes that a run folder keeps, with the streams that it keeps of them; no model is loaded. Agreement
-is correlation between advantages of the same tokens. What no sample can tell, the bias and the noise of the gradient,
-is computed exactly in a world that is small enough to list every text (`Toy`).
+Samples are the episodes that a run folder keeps, with the streams that it keeps of them. Rewards are placed anew by the
+rewards of the run, asked again, and by attention of the model that it trained. Agreement is correlation between
+advantages of the same tokens. What no sample can tell, the bias and the noise of the gradient, is computed exactly in a
+world that is small enough to list every text (`Toy`).
 """
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pertoken import credit
-from pertoken.errors import ConfigError, RunFolderError, closest
+from pertoken.config import ByWorth, Differences, LeaveOneTokenOut, Shapley
+from pertoken.errors import ConfigError, PertokenError, RunFolderError, closest
+from pertoken.kept import Kept, Records
+from pertoken.redistribution import place
 from pertoken.tracking.reader import RunReader
+from pertoken.tracking.show import Sheet
+
+BY_WORTH: Mapping[str, ByWorth] = {
+    "shapley": Shapley(),
+    "leave_one_token_out": LeaveOneTokenOut(),
+    "differences": Differences(),
+}
+"""Ways that score shortened texts, as they are set unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,8 @@ class Rows:
     """Expected total reward before each action; None if it is not known."""
     trained: Float[Tensor, "B T"] | None = None
     """Advantages that the run itself learnt from."""
+    placed: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
+    """Rewards placed anew, by the name of the way."""
 
 
 def _gae(rows: Rows, lam: float) -> Float[Tensor, "B T"] | None:
@@ -57,6 +71,12 @@ def _redistributed(rows: Rows) -> Float[Tensor, "B T"]:
     return credit.leave_one_out_process(paid, rows.action_mask, rows.group, gamma=1.0)
 
 
+def _placed(rows: Rows, name: str) -> Float[Tensor, "B T"] | None:
+    if name not in rows.placed:
+        return None
+    return credit.leave_one_out_process(rows.placed[name], rows.action_mask, rows.group, gamma=1.0)
+
+
 Method = Callable[[Rows], Float[Tensor, "B T"] | None]
 METHODS: Mapping[str, Method] = {
     "as trained": lambda r: r.trained,
@@ -71,6 +91,10 @@ METHODS: Mapping[str, Method] = {
     "gae, lambda 0.95": lambda r: _gae(r, 0.95),
     "gae, lambda 1": lambda r: _gae(r, 1.0),
     "redistributed": _redistributed,
+    "attention": lambda r: _placed(r, "attention"),
+    "shapley": lambda r: _placed(r, "shapley"),
+    "leave_one_token_out": lambda r: _placed(r, "leave_one_token_out"),
+    "differences": lambda r: _placed(r, "differences"),
     "monte_carlo": _monte_carlo,
 }
 """Ways to credit by name; one that needs what the samples do not have gives None."""
@@ -113,6 +137,39 @@ class CreditComparison:
     toy: Mapping[str, OnToy]
     alone: int
     """Episodes whose group is themselves alone: nothing to be compared with."""
+    skipped: Mapping[str, str]
+    """Why a way that asks rewards or a model could not be tried on the samples, by its name."""
+
+    def told(self) -> list[str | Sheet]:
+        """All of it as sentences and tables, in their order."""
+        alone = f"\n{self.alone} of them are alone in their group: log.episodes_per_step keeps too few"
+        names = list(self.samples)
+        numbers = [str(k + 1) for k in range(len(names))]
+        return [
+            f"{self.tokens} tokens of {self.episodes} episodes, steps {', '.join(map(str, self.steps))}"
+            + (alone if self.alone else ""),
+            Sheet(
+                ("credit", "std of A", "within texts", "bias", "cosine", "noise"),
+                [self._row(name) for name in dict.fromkeys([*names, *self.toy])],
+            ),
+            *(f"{name} on these episodes: {why}" for name, why in self.skipped.items()),
+            "std and share of variance within texts: on these episodes; bias, cosine to the exact gradient and noise "
+            "of a pair: in a\nsmall world where all texts can be listed. Rank correlation of the advantages of two "
+            "methods:\n",
+            Sheet(
+                ("", "credit", *numbers),
+                [
+                    (number, name, *("" if (r := self.rank[name][other]) is None else f"{r:.2f}" for other in names))
+                    for number, name in zip(numbers, names, strict=True)
+                ],
+            ),
+        ]
+
+    def _row(self, name: str) -> tuple[str, ...]:
+        samples, toy = self.samples.get(name), self.toy.get(name)
+        measured = ("", "") if samples is None else (f"{samples.std:.3g}", f"{samples.within:.0%}")
+        exact = ("", "", "") if toy is None else (f"{toy.bias:.3f}", f"{toy.cosine:.3f}", f"{toy.noise:.2f}")
+        return (name, *measured, *exact)
 
     def as_json(self) -> dict[str, Any]:
         """All of it as JSON has it."""
@@ -122,16 +179,26 @@ class CreditComparison:
         return found
 
 
-def compare_credit(folder: Path, *, step: int | None = None, only: Sequence[str] = ()) -> CreditComparison:
+def compare_credit(
+    folder: Path,
+    *,
+    step: int | None = None,
+    only: Sequence[str] = (),
+    model: str | None = None,
+    budget: float = 60.0,
+) -> CreditComparison:
     """The ways to credit on the episodes that `folder` keeps (of `step` alone, if given), and in the small world.
 
-    Raises RunFolderError if it keeps none, ConfigError for a name in `only` that is no way to credit.
+    model: whose attention is looked at; None is the one that the run trained. budget: seconds that each way which
+    scores shortened texts may take. Raises RunFolderError if the folder keeps no episodes, ConfigError for a name in
+    `only` that is no way to credit.
     """
     for name in only:
         if name not in METHODS:
             raise ConfigError(f"no credit method {name!r}; {closest(name, METHODS)}")
-    rows, steps = read_rows(folder, step)
+    records, steps = _records(folder, step)
     methods = {name: method for name, method in METHODS.items() if not only or name in only}
+    rows, skipped = _asked(_rows(folder, records), Kept(folder, records), list(methods), model, budget)
     mask = rows.action_mask
     found = {name: cells for name, method in methods.items() if (cells := method(rows)) is not None}
     flat = {name: cells[mask] for name, cells in found.items()}
@@ -147,18 +214,46 @@ def compare_credit(folder: Path, *, step: int | None = None, only: Sequence[str]
         rank=_matrix(ranks),
         toy={name: seen for name, method in methods.items() if (seen := toy.judge(method)) is not None},
         alone=int((sizes == 1).sum()),
+        skipped=skipped,
     )
+
+
+def _asked(
+    rows: Rows, kept: Kept, names: Sequence[str], model: str | None, budget: float
+) -> tuple[Rows, dict[str, str]]:
+    """`rows` with what rewards and model say of them for the ways in `names`, and why those are missing that are."""
+    found, skipped = {}, {}
+    for name in names:
+        try:
+            if name in BY_WORTH:
+                found[name] = kept.placed(BY_WORTH[name], budget)
+            elif name == "attention":
+                found[name] = credit.redistribute(
+                    rows.rewards.sum(1), kept.attention(model), rows.action_mask, share=1.0
+                )
+        except PertokenError as error:
+            skipped[name] = str(error)
+    return replace(rows, placed=found), skipped
 
 
 def read_rows(folder: Path, step: int | None = None) -> tuple[Rows, list[int]]:
     """The kept episodes of a run as one batch, and the steps that they are from. Groups are those of their step."""
+    records, steps = _records(folder, step)
+    return _rows(folder, records), steps
+
+
+def _records(folder: Path, step: int | None) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of the kept episodes, in the order of their steps."""
     reader = RunReader(folder)
     steps = reader.episode_steps()
     if step is not None and step not in steps:
         raise RunFolderError(f"{folder} keeps no episodes of step {step}; it has those of {steps}")
     steps = steps if step is None else [step]
     records = [record | {"step": number} for number in steps for record in reader.episodes(number)]
-    records = [record for record in records if any(record["tokens"]["action"])]
+    return [record for record in records if any(record["tokens"]["action"])], steps
+
+
+def _rows(folder: Path, records: Records) -> Rows:
     if not records or any("reward/total" not in record["streams"] for record in records):
         raise RunFolderError(
             f"{folder} keeps no episodes with rewards (a run on given answers, or log.episodes_per_step 0)"
@@ -177,7 +272,7 @@ def read_rows(folder: Path, step: int | None = None) -> tuple[Rows, list[int]]:
     rewards, logprobs = stream("reward/total"), stream("logprob")
     assert rewards is not None
     assert logprobs is not None
-    rows = Rows(
+    return Rows(
         rewards=torch.where(mask, rewards, 0.0),
         action_mask=mask,
         group=torch.tensor([numbers[_group(record)] for record in records]),
@@ -186,7 +281,6 @@ def read_rows(folder: Path, step: int | None = None) -> tuple[Rows, list[int]]:
         values=stream("value"),
         trained=stream("advantage"),
     )
-    return rows, steps
 
 
 def _group(record: Mapping[str, Any]) -> tuple[int, int]:
@@ -259,6 +353,14 @@ class Toy:
                 mask[at], rewards[at], logprobs[at] = True, paid[state, token], logprob[state, token]
                 scores[at][state] = -logprob[state].exp()
                 scores[at][state, token] += 1.0
+        placed = {
+            name: torch.stack([
+                place(config, cls._worth(text, lambda at, token: float(paid[number[at], token])),
+                      [[k + 1] for k in range(len(text))], length + 1, seed=seed)
+                for text in texts
+            ])
+            for name, config in BY_WORTH.items()
+        }  # fmt: skip
         probability, totals = logprobs.sum(1).exp(), rewards.sum(1)
         values, expected = torch.zeros(2, *shape, dtype=torch.float64)
         error = torch.randn(len(prefixes), generator=g, dtype=torch.float64)
@@ -279,9 +381,21 @@ class Toy:
         rows = Rows(
             rewards=rewards[both], action_mask=mask[both], group=torch.arange(len(pairs)).repeat_interleave(2),
             logprobs=logprobs[both], terminated=torch.ones(len(both), dtype=torch.bool), values=values[both],
-            expected=expected[both],
+            expected=expected[both], placed={name: cells[both] for name, cells in placed.items()},
         )  # fmt: skip
         return cls(rows, scores[both], probability[pairs].prod(1), gradient)
+
+    @staticmethod
+    def _worth(text: Sequence[int], paid: Callable[[tuple[int, ...], int], float]) -> credit.Worth:
+        """What is left of a text earns, token by token, what these tokens earn in their new places."""
+
+        def of(left: Sequence[int]) -> float:
+            return sum((paid(tuple(left[:k]), token) for k, token in enumerate(left)), 0.0)
+
+        def worth(kept: Bool[Tensor, "S N"]) -> Float[Tensor, " S"]:
+            return torch.tensor([of(list(itertools.compress(text, row))) for row in kept.tolist()], dtype=torch.float64)
+
+        return worth
 
     def judge(self, method: Method) -> OnToy | None:
         """Bias and noise of a way to credit; None if it needs what this world has not."""

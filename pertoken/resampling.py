@@ -15,15 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pertoken.batching import to_batch
-from pertoken.config import MonteCarlo, RunConfig
+from pertoken.config import AttentionCredit, ByWorth, MonteCarlo, RunConfig
 from pertoken.policy.model import Policy
+from pertoken.redistribution import by_attention, by_worth
 from pertoken.rewards import Scene, Weighted, score
 from pertoken.rewards.align import align
+from pertoken.rewards.attention import reader_of
 from pertoken.rollout.collect import collect, sample_seed
 from pertoken.rollout.engine import RolloutEngine
-from pertoken.sampling import Controls, Sampling
+from pertoken.sampling import Controls
 from pertoken.state import Run, items_of
-from pertoken.types import Completion, Episode, Span, StateValues
+from pertoken.types import Completion, Episode, Span, StateValues, TokenRewards
 
 
 def with_differences(run: Run, episodes: list[Episode], step: int) -> list[Episode]:
@@ -73,12 +75,17 @@ class Beside:
     """What the greedy answer to each row's prompt earns."""
     states: StateValues | None = None
     """What rollouts from prefixes earn."""
+    rewards: TokenRewards | None = None
+    """The rewards of the samples, placed anew on their tokens."""
     tokens: int = 0
     """Tokens that were sampled for it."""
+    texts: int = 0
+    """Shortened texts that were scored for it."""
 
     def figures(self) -> dict[str, float]:
         """What is logged of it."""
-        return {"tokens/beside": float(self.tokens)} if self.tokens else {}
+        found = {"tokens/beside": float(self.tokens), "texts/beside": float(self.texts)}
+        return {name: figure for name, figure in found.items() if figure}
 
 
 def beside(
@@ -88,8 +95,18 @@ def beside(
     policy: Policy,
     controls: Controls,
     rewards: Sequence[Weighted],
+    earned: TokenRewards,
 ) -> Beside:
-    """What `config.credit` asks for beside the samples of `scene`; `rewards` pay it, without the KL penalty."""
+    """What `config.credit` asks for beside the samples of `scene`, which have `earned` that; `rewards` pay it, without
+    the KL penalty."""
+    credit = config.credit
+    if isinstance(credit, ByWorth):
+        placed, texts = by_worth(credit, earned, scene, rewards, seed=config.seed)
+        return Beside(rewards=placed, texts=texts)
+    if isinstance(credit, AttentionCredit):
+        weights = policy.last_attention(scene.batch) if credit.model is None else reader_of(credit.model).weights(scene)
+        names = [part.name for part in rewards]
+        return Beside(rewards=by_attention(credit, earned, names, weights, scene.batch.action_mask))
     probe = _Probe(scene, config, engine, policy, controls, rewards)
     if config.credit.type == "self_critical":
         return probe.greedy()
@@ -113,7 +130,7 @@ class _Probe:
         """One greedy answer for each prompt."""
         group, tokenizer = self.scene.batch.group, self.policy.tokenizer
         of_group = {episode.group: episode.item for episode in self.scene.episodes}
-        greedily = replace(self.controls, sampling=self._untruncated(temperature=0.0))
+        greedily = replace(self.controls, sampling=self.controls.sampling.untruncated(temperature=0.0))
         episodes = collect(self.engine, list(of_group.values()), tokenizer, greedily, step=self.scene.step)
         earned = dict(zip(of_group, self._totals(episodes), strict=True))
         paid = torch.tensor([earned[each] for each in group.tolist()], device=group.device)
@@ -152,13 +169,14 @@ class _Probe:
         if not episodes:
             return []
         # kept sets are no business of rewards, and what is continued here has none for its first tokens
-        batch = to_batch(episodes, replace(self.controls, sampling=self._untruncated()), device=str(self.policy.device))
+        batch = to_batch(
+            episodes,
+            replace(self.controls, sampling=self.controls.sampling.untruncated()),
+            device=str(self.policy.device),
+        )
         scene = Scene(batch, episodes, self.policy.tokenizer, step=self.scene.step)
         totals: list[float] = score(self.rewards, scene).total.sum(1).tolist()
         return totals
-
-    def _untruncated(self, **changes: float) -> Sampling:
-        return self.config.rollout.sampling.model_copy(update={"top_k": 0, "top_p": 1.0, "min_p": 0.0, **changes})
 
 
 def step_starts(episode: Episode, credit: MonteCarlo, tokenizer: Any) -> list[int]:

@@ -20,6 +20,7 @@ from pertoken.errors import ConfigError, MissingExtraError, PertokenError, Rewar
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
 from pertoken.prompts import prompt_ids
+from pertoken.resampling import beside
 from pertoken.rewards import Isolated, Scene, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect, sample_seed
@@ -255,10 +256,6 @@ class Speaker:
     def group(self, text: str, answer: str | None, *, seed: int = 0) -> Iterator[tuple[list[str], list[float], float]]:
         """A group of samples, best first: pieces, advantages and total reward, by the configured rewards and credit."""
         config, policy = self.config, self.policy
-        if config.credit.type in ("self_critical", "monte_carlo"):
-            raise ConfigError(
-                f"credit.type {config.credit.type} is assigned in training alone: choose another to look at a group"
-            )
         item = self._item(text, answer)
         episodes = collect(
             self.engine, [item], policy.tokenizer, self.controls,
@@ -268,7 +265,8 @@ class Speaker:
         old = policy.score(batch)
         parts, scene = build.build_rewards(config.rewards), Scene(batch, episodes, policy.tokenizer, old, None)
         rewards = score(parts, scene)
-        credit = assign(config.credit, rewards, batch, old)
+        drawn = beside(scene, config, self.engine, policy, self.controls, parts, rewards)
+        credit = assign(config.credit, drawn.rewards or rewards, batch, old, drawn.greedy, drawn.states)
         totals = rewards.total.sum(1)
         for row in totals.argsort(descending=True).tolist():
             start = episodes[row].prompt_length

@@ -66,6 +66,10 @@ class Sampling(BaseModel):
         """True if some control removes tokens by their rank or probability, so that kept sets are stored."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
+    def untruncated(self, **changes: float) -> "Sampling":
+        """The same without top-k, top-p and min-p: for episodes that come without kept sets, and are not scored."""
+        return self.model_copy(update={"top_k": 0, "top_p": 1.0, "min_p": 0.0, **changes})
+
 
 @dataclass(frozen=True)
 class Controls:

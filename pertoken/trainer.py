@@ -61,8 +61,8 @@ def loop(
         rewards = reward_and_draw_ahead(run, scene)
         run.notes += failure_notes(scene, rewards)
         observe_tasks(run, scene, rewards)
-        drawn = beside(scene, run.config, run.engine, run.policy, controls, run.rewards)
-        credit = assign(credit_of(run.config, step), rewards, batch, old, drawn.greedy, drawn.states)
+        drawn = beside(scene, run.config, run.engine, run.policy, controls, run.rewards, rewards)
+        credit = assign(credit_of(run.config, step), drawn.rewards or rewards, batch, old, drawn.greedy, drawn.states)
         keep(run, episodes, credit, step)
         clock.lap("reward")
         run.before_step = None

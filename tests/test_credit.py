@@ -703,6 +703,7 @@ def test_texts_with_tokens_left_out_are_named_by_booleans() -> None:
 
     credit.leave_one_token_out(worth, 2)
     credit.shapley(worth, 2, num_orders=1)
+    credit.prefix_differences(worth, 2)
     assert kinds == {torch.bool}
 
 

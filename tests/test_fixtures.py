@@ -174,6 +174,7 @@ def test_shapley_and_leaving_one_out() -> None:
         return tensor([i["v"][",".join(map(str, row.nonzero()[:, 0].tolist()))] for row in kept])
 
     equal(credit.leave_one_token_out(worth, 3), o["leave_one_out"])
+    equal(credit.prefix_differences(worth, 3), o["prefix_delta"])
     exact = credit.shapley(worth, 3, num_orders=None)
     equal(exact, o["shapley"])
     generator = torch.Generator().manual_seed(0)

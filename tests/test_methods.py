@@ -10,7 +10,15 @@ import torch
 from pertoken import build, trainer
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
-from pertoken.config import CreditSection, Gae, GroupRelative, OptimalTokenBaseline, RunConfig, SelfCritical
+from pertoken.config import (
+    CreditSection,
+    Gae,
+    GroupRelative,
+    LeaveOneOutProcess,
+    OptimalTokenBaseline,
+    RunConfig,
+    SelfCritical,
+)
 from pertoken.credit import gae, macro_gae, optimal_token_baseline
 from pertoken.errors import ConfigError
 from pertoken.resampling import beside
@@ -85,8 +93,9 @@ def one_step(run, step=1):
     old = trainer.score_old(run, batch)
     scene = Scene(batch, episodes, run.policy.tokenizer, old, None, step)
     rewards = trainer.reward(run, scene)
-    drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards)
-    given = assign(trainer.credit_of(run.config, step), rewards, batch, old, drawn.greedy, drawn.states)
+    drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards, rewards)
+    paid = drawn.rewards or rewards
+    given = assign(trainer.credit_of(run.config, step), paid, batch, old, drawn.greedy, drawn.states)
     return scene, given, trainer.update(run, batch, old, None, given, step).metrics
 
 
@@ -226,9 +235,34 @@ def test_redrawing_is_bounded_and_leaves_what_it_cannot_mend(make):
 
 def test_a_reward_that_remembers_is_not_asked_about_further_samples(make):
     rewards = [{"fn": f"{__name__}:Remembers"}]
-    for changes in ({"rollout__redraws": 1}, {"credit": {"type": "self_critical"}}):
+    beside = ("self_critical", "monte_carlo", "shapley", "leave_one_token_out", "differences")
+    for changes in ({"rollout__redraws": 1}, *({"credit": {"type": name}} for name in beside)):
         with pytest.raises(ConfigError, match="remembers"):
             make(rewards=rewards, **changes)
+
+
+@pytest.mark.parametrize("settings", [
+    {"type": "shapley", "samples": 9}, {"type": "shapley", "unit": "word"}, {"type": "leave_one_token_out"},
+    {"type": "differences"}, {"type": "attention"}, {"type": "attention", "model": ""},
+])  # fmt: skip
+def test_each_way_to_place_rewards_anew_takes_one_line(make, model_folder, settings):
+    """What is paid at the end is credited by token, and a step learns from it."""
+    if "model" in settings:
+        settings = settings | {"model": str(model_folder)}
+    run = make(credit=settings, rewards=[{"fn": f"{__name__}:by_prompt"}])
+    scene, given, metrics = one_step(run)
+    terminal = assign(LeaveOneOutProcess(), trainer.reward(run, scene), scene.batch, scene.old)
+    assert not torch.allclose(given.advantages, terminal.advantages)
+    assert given.advantages[scene.batch.action_mask].any()
+    assert metrics["grad/norm"] > 0
+    drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards, trainer.reward(run, scene))
+    assert set(drawn.figures()) == (set() if settings["type"] == "attention" else {"texts/beside"})
+
+
+def test_attention_of_a_policy_that_cannot_tell_is_refused_before_the_first_token(make, monkeypatch):
+    monkeypatch.setattr("pertoken.policy.model.find_layout", lambda model: "padded")
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM attends in a way of its own.*credit\.model"):
+        make(credit={"type": "attention"})
 
 
 def test_an_update_ends_early_where_the_policy_has_moved_too_far(make):
@@ -308,6 +342,11 @@ def test_masked_importance_weights_leave_tokens_of_older_weights_out(make):
         ({"rollout": {"redraws": 1}, "credit": {"type": "reward_to_go"}}, "learns from them too"),
         ({"rollout": {"redraws": 1}, "rewards": [{"name": "rouge_l", "normalise": "running"}]}, "remember"),
         ({"credit": {"type": "self_critical"}, "rewards": [{"name": "rouge_l", "normalise": "group"}]}, "greedy"),
+        (
+            {"credit": {"type": "shapley"}, "rewards": [{"name": "rouge_l", "normalise": "batch"}]},
+            "without some tokens",
+        ),
+        ({"credit": {"type": "attention"}, "rollout": {"samples_per_prompt": 1}}, "compares the samples"),
         (
             {
                 "credit": {"type": "gae", "macro_size": 5, "length_adaptive": 0.05},

@@ -10,7 +10,7 @@ from pertoken.config import MonteCarlo, RunConfig
 from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
 from pertoken.resampling import beside, continuation, step_starts
-from pertoken.rewards import Scene, Weighted, episode_reward
+from pertoken.rewards import Scene, Weighted, episode_reward, score
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, episode, tiny_model
@@ -132,7 +132,8 @@ def test_values_are_means_over_rollouts_and_equal_prefixes_share_them():
     controls = Controls(config.rollout.sampling, (256,))
     scene = Scene(to_batch(episodes, controls), episodes, tokenizer, step=7)
     policy = Policy(tiny_model(), tokenizer, precision="float32", compile=False)
-    found = beside(scene, config, engine, policy, controls, [Weighted(letters, 1.0, "letters")])
+    rewards = [Weighted(letters, 1.0, "letters")]
+    found = beside(scene, config, engine, policy, controls, rewards, score(rewards, scene))
     assert len(engine.prompts) == 2 * 3, "the prompt, and the first line that both rows share"
     assert sorted(set(engine.taken)) == [0, 3]
     assert len(set(engine.seeds)) == 6

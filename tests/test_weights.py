@@ -185,6 +185,7 @@ EVERYTHING = {
     "averaged, anchored, moved": {
         "update": {"ema_decay": 0.5, "l2_to_initial": 0.1, "l1_to_initial": 1e-4, "schedule": "kl", "target_kl": 1e-3},
         "kl": {"refresh_every": 2, "refresh_share": 0.5},
+        "credit": {"type": "shapley", "samples": 9},
     },
     "plateau": {
         "update": {"schedule": "plateau", "plateau_patience": 1, "learning_rate": 1e-9},

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from pertoken.config.reading import Section, merge, merge_settings, validate
 from pertoken.config.sections import (
+    ByWorth,
     CheckpointConfig,
     CreditConfig,
     DocstringsTask,
@@ -20,6 +21,7 @@ from pertoken.config.sections import (
     LogConfig,
     MethodConfig,
     MixtureTask,
+    MonteCarlo,
     ObjectiveConfig,
     OfflineConfig,
     Pairs,
@@ -28,6 +30,7 @@ from pertoken.config.sections import (
     ReplayConfig,
     RewardConfig,
     RolloutConfig,
+    SelfCritical,
     StopConfig,
     TaskConfig,
     UpdateConfig,
@@ -90,7 +93,7 @@ class RunConfig(Section):
     def _impossible(self) -> Iterable[tuple[bool, str]]:
         rollout, credit, stop = self.rollout, self.credit, self.stop
         group_credit = credit.type not in ("reward_to_go", "gae", "self_critical", "monte_carlo")
-        beside = credit.type in ("self_critical", "monte_carlo")  # what is drawn beside the samples is scored too
+        beside = isinstance(credit, SelfCritical | MonteCarlo | ByWorth)  # further texts are scored beside the samples
         objective = self.objective
         named = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.rewards]
         measured = [reward.name or str(reward.fn).rpartition(":")[2] for reward in self.guards.beside]
@@ -154,9 +157,9 @@ class RunConfig(Section):
             yield from self._impossible_replay(rollout.replay)
         yield (
             beside and any(r.constraint or r.normalise != "none" for r in self.rewards),
-            f"credit.type {credit.type} compares a sample with others (greedy answers, rollouts from prefixes) "
-            "in the same units; a reward with a "
-            "constraint or normalise has others for each batch. Leave them out.",
+            f"credit.type {credit.type} compares a sample with others (greedy answers, rollouts from prefixes, itself "
+            "without some tokens) in the same units; a reward with a constraint or normalise has others for each "
+            "batch. Leave them out.",
         )
         yield (
             credit.type == "monte_carlo" and self.kl.place == "reward" and self.kl.coefficient > 0,

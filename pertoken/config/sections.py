@@ -495,6 +495,55 @@ class MonteCarlo(CreditSection):
     """Over the batch: whiten to mean 0 and deviation 1, scale to deviation 1 (signs stay), or none."""
 
 
+class Redistributed(CreditSection):
+    """What all ways have that place the reward of a text anew on its tokens, then credit as leave_one_out_process."""
+
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per action token; 0 gives each token its own share of the reward alone."""
+    share: float = Field(default=1.0, ge=0, le=1)
+    """How much of the reward is placed anew; the rest stays where it was paid."""
+
+
+class ByWorth(Redistributed):
+    """What all ways have that score texts with tokens taken out, by the rewards of the run."""
+
+    samples: int = Field(default=64, ge=3)
+    """Texts that are scored of each completion, at most; where it has more tokens, several of them are one."""
+
+
+class Shapley(ByWorth):
+    """What each token adds to the reward when it joins the others, averaged over random orders of joining."""
+
+    type: Literal["shapley"] = "shapley"
+    unit: Literal["token", "word"] = "token"
+    """What joins: tokens, or whole words, whose tokens share what they add."""
+
+
+class LeaveOneTokenOut(ByWorth):
+    """What a text loses in reward when a token is taken out; what these do not add up to is on the first token."""
+
+    type: Literal["leave_one_token_out"] = "leave_one_token_out"
+    unit: Literal["token", "word"] = "token"
+    """What is taken out: a token, or a whole word, whose tokens share what it adds."""
+
+
+class Differences(ByWorth):
+    """What each token adds to the reward of the text up to there (RUDDER, with the rewards themselves)."""
+
+    type: Literal["differences"] = "differences"
+
+
+class AttentionCredit(Redistributed):
+    """Reward by the attention that the last token pays to the others in the last layer (ABC)."""
+
+    type: Literal["attention"] = "attention"
+    share: float = Field(default=0.8, ge=0, le=1)
+    """How much of the reward is placed anew; the rest stays where it was paid."""
+    model: str | None = None
+    """Who reads prompt and completion: a folder or hub name, such as the trunk of a reward model; null is the policy
+    as it sampled."""
+
+
 class PartCredit(Section):
     """How one part of the reward becomes advantages."""
 
@@ -530,7 +579,11 @@ CreditConfig = Annotated[
     | OptimalTokenBaseline
     | SelfCritical
     | MonteCarlo
-    | PerPart,
+    | PerPart
+    | Shapley
+    | LeaveOneTokenOut
+    | Differences
+    | AttentionCredit,
     Field(discriminator="type"),
 ]
 

@@ -44,6 +44,20 @@ def packed(model: Any, packs: tuple[Pack, ...]) -> Iterator[None]:
         _packs.reset(token)
 
 
+_looked_at: ContextVar[list[tuple[Tensor, Tensor, float, int | None]] | None] = ContextVar("looked_at", default=None)
+
+
+@contextlib.contextmanager
+def last_layer() -> Iterator[list[tuple[Tensor, Tensor, float, int | None]]]:
+    """Within it, what the layer that attended last did so with: query, key, scaling, sliding window. A list of one."""
+    found: list[tuple[Tensor, Tensor, float, int | None]] = []
+    token = _looked_at.set(found)
+    try:
+        yield found
+    finally:
+        _looked_at.reset(token)
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Float[Tensor, "1 Hq N D"],
@@ -63,7 +77,9 @@ def packed_attention(
     for name in ("softcap", "s_aux", "position_bias", "cache"):
         if options.get(name) is not None:
             raise NotImplementedError(f"packed attention without {name}")
-    packs = _packs.get()
+    packs, looked_at = _packs.get(), _looked_at.get()
+    if looked_at is not None:
+        looked_at[:] = [(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window)]
     if dropout == 0.0 and native.takes(query, key, value) and native.attends(value.dtype):
         return compiled.attend(query, key, value, packs, sliding_window, scaling), None
     common = torch.float32 if query.device.type == "cpu" else value.dtype  # on CPUs bfloat16 attention is no faster

@@ -33,7 +33,16 @@ from pertoken.cache import cache_folder
 from pertoken.errors import MissingExtraError, ModelError, closest
 from pertoken.policy.layers import fuse_layers
 from pertoken.policy.pointwise import compile_pointwise
-from pertoken.policy.scoring import Against, Layout, Trunk, find_layout, head_logits, recomputable, score_batch
+from pertoken.policy.scoring import (
+    Against,
+    Layout,
+    Trunk,
+    find_layout,
+    head_logits,
+    last_attention,
+    recomputable,
+    score_batch,
+)
 from pertoken.types import PolicyOutput, TokenBatch
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -152,6 +161,15 @@ class Policy:
             finally:
                 self.model.eval()
         return _score_in_parts(trunk, batch, self.tokens_per_pass, against=against)
+
+    def last_attention(self, batch: TokenBatch) -> Tensor:
+        """How much the last token of each row attends to each of its actions, `[B, T]` (`scoring.last_attention`)."""
+        trunk = Trunk(self.hf_model, None, self.autocast_dtype, self.layout, pointwise=self.pointwise)
+        parts = batch.parts(self.tokens_per_pass)
+        cells = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+        for rows in parts:
+            cells[rows] = last_attention(trunk, batch.rows(rows)).float()
+        return cells
 
     def reference(self) -> "Reference":
         """The policy as it is now, frozen: adapters switched off (LoRA), else a copy of the weights."""

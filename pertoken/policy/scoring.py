@@ -30,9 +30,9 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pertoken.errors import NumericsError
+from pertoken.errors import ModelError, NumericsError
 from pertoken.forward import decode, decoder_start, encode, own_logits, some_ids
-from pertoken.policy.attention import packed
+from pertoken.policy.attention import last_layer, packed
 from pertoken.policy.gradients import into_grad
 from pertoken.policy.head import linear_logprobs
 from pertoken.policy.layers import fused_rotation
@@ -90,6 +90,8 @@ class _Rows:
     """Flat index (into R * S) of the hidden state that predicts each action, in row-major order of the batch."""
     last: Int[Tensor, " B"]
     """Flat index of the hidden state after each row's last token."""
+    cells: Int[Tensor, "B T"]
+    """Flat index of each token; anything where there is none, or where it is read by an encoder."""
     sources: _Sources | None = None
     """Read by the encoder, where there is one."""
 
@@ -139,6 +141,31 @@ def score_batch(
         _to_cells(at_actions, batch) if hidden else None,
         _to_cells(kl[0], batch) if kl else None,
     )
+
+
+@torch.no_grad()
+def last_attention(trunk: Trunk, batch: TokenBatch) -> Float[Tensor, "B T"]:
+    """How much the last token of each row attends to each of its actions in the last layer, 0 elsewhere; mean of heads.
+
+    Of attention to the whole row, prompt included, which sums to 1. The packed pass never makes these numbers: they are
+    computed beside it, for the one token. Raises ModelError for a model whose attention cannot be packed.
+    """
+    if trunk.layout != "packed":
+        raise ModelError(f"{type(trunk.model).__name__} attends in a way of its own, which cannot be looked into here")
+    rows = _lay_out(batch, "packed")
+    kind = batch.tokens.device.type
+    with (
+        torch.autocast(kind, dtype=trunk.autocast_dtype, enabled=trunk.autocast_dtype is not None),
+        last_layer() as seen,
+    ):
+        _hidden_states(trunk, rows)
+    ((query, key, scaling, window),) = seen
+    q, k = query[0, :, rows.last].float(), key[0, :, rows.cells].float()  # [Hq, B, D], [Hk, B, T, D]
+    logits = torch.einsum("hgbd,hbtd->hgbt", q.view(len(k), -1, *q.shape[1:]), k) * scaling
+    length, column = batch.attention_mask.sum(1, keepdim=True), torch.arange(logits.shape[-1], device=q.device)
+    visible = batch.attention_mask & (column >= length - window) if window else batch.attention_mask
+    weights = logits.masked_fill(~visible, -torch.inf).softmax(-1).mean((0, 1))
+    return torch.where(batch.action_mask, weights, 0.0)
 
 
 def _hidden_states(trunk: Trunk, rows: _Rows) -> Float[Tensor, "RS H"]:
@@ -255,8 +282,9 @@ def _lay_out(batch: TokenBatch, layout: Layout) -> _Rows:
         return _pack(batch, lengths, row, column)
     width, device = batch.tokens.shape[1], batch.tokens.device
     positions = torch.arange(width, device=device).expand_as(batch.tokens)
-    last = torch.arange(len(lengths), device=device) * width + (lengths - 1).clamp_min(0)
-    return _Rows(batch.tokens, positions, batch.attention_mask, (), row * width + column - 1, last)
+    cells = torch.arange(batch.tokens.numel(), device=device).view_as(batch.tokens)
+    last = cells.gather(1, (lengths - 1).clamp_min(0)[:, None])[:, 0]
+    return _Rows(batch.tokens, positions, batch.attention_mask, (), row * width + column - 1, last, cells)
 
 
 def _pack(batch: TokenBatch, lengths: Tensor, row: Tensor, column: Tensor) -> _Rows:
@@ -295,6 +323,7 @@ def _pack(batch: TokenBatch, lengths: Tensor, row: Tensor, column: Tensor) -> _R
         tuple(packs),
         cell(row, column - 1),
         cell(everyone, (lengths - 1).clamp_min(0)),
+        cell(everyone[:, None], torch.arange(tokens.shape[1], device=device)).clamp_max(start + idle - 1),
     )
 
 
@@ -320,6 +349,8 @@ def _behind_sources(model: Any, batch: TokenBatch) -> _Rows:
         (),
         row * width + column - first[row] - 1,
         everyone * width + own.sum(1) - 1,
+        everyone[:, None] * width
+        + (torch.arange(batch.tokens.shape[1], device=device) - first[:, None]).clamp(0, width - 1),
         _Sources(read, mask, of_row.to(device)),
     )
 

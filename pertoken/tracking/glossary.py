@@ -157,6 +157,7 @@ METRICS: dict[str, Term] = {
     "tokens/beside": Term(
         "Tokens sampled beside those that the step learns from: greedy answers, rollouts from prefixes.", "count"
     ),
+    "texts/beside": Term("Shortened texts that were scored to place the rewards anew (`credit.samples`).", "count"),
     "tokens/learnt": Term("Tokens of the answers in the data that this step learnt from.", "count"),
     "tokens/per_second": Term(
         "Tokens of completions, sampled or given, over the time of the whole step.", "tokens / s", better="higher"

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.table import Table
+from rich.text import Text
+
 from pertoken.errors import ConfigError, RunFolderError, closest
 from pertoken.tracking.coloured import ColouredText, harmless
 from pertoken.tracking.comparison import Comparison, compare
@@ -62,6 +65,26 @@ class ShownRun:
             f"<h4>{html.escape(harmless(self.title))}</h4><p><strong>{self.judgement.capitalize()}.</strong> "
             f"{html.escape(harmless(self.sentences))}</p>{table}"
         )
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of figures. A terminal and a notebook show it."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def terminal(self) -> Table:
+        """As rich prints it."""
+        table = Table(*self.head, box=None, pad_edge=False)
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def _repr_html_(self) -> str:
+        lines = [("th", self.head), *(("td", row) for row in self.rows)]
+        cells = ("".join(f"<{tag}>{html.escape(harmless(cell))}</{tag}>" for cell in row) for tag, row in lines)
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
 
 
 def run(folder: str | Path) -> ShownRun:

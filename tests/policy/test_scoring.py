@@ -11,7 +11,7 @@ from pertoken.errors import ModelError, NumericsError
 from pertoken.policy import scoring
 from pertoken.policy.model import Lora, Policy, ValueHead
 from pertoken.sampling import Controls, Sampling, processed_logits
-from pertoken.testing import byte_tokenizer, episode, tiny_model
+from pertoken.testing import byte_tokenizer, episode, family_model, tiny_model
 from pertoken.types import Span
 
 
@@ -283,3 +283,25 @@ def test_an_even_number_of_rows_goes_through_the_products_and_changes_nothing(mo
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+# --- attention of the last token ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2", "gpt_neox", "opt"])
+def test_attention_of_the_last_token_is_what_the_plain_forward_returns(name):
+    """Grouped heads, windows, an observation inside a row, one token, none; in parts and at once."""
+    model, batch = family_model(name), ragged_batch()
+    policy = Policy(model, byte_tokenizer(), precision="float32", tokens_per_pass=9)
+    got = policy.last_attention(batch)
+    own = model(input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), output_attentions=True)
+    rows, last = torch.arange(len(got)), batch.attention_mask.sum(1) - 1
+    wanted = own.attentions[-1][rows, :, last].mean(1)  # family_model attends by `eager`
+    torch.testing.assert_close(got, torch.where(batch.action_mask, wanted, 0.0).detach(), atol=1e-5, rtol=1e-4)
+    assert (got.sum(1) > 0).tolist() == batch.action_mask.any(1).tolist()
+
+
+def test_attention_that_cannot_be_looked_into_is_refused():
+    policy = Policy(tiny_model(), byte_tokenizer(), precision="float32", layout="padded")
+    with pytest.raises(ModelError, match="attends in a way of its own"):
+        policy.last_attention(ragged_batch())
