@@ -22,7 +22,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.style import Style
@@ -168,7 +168,10 @@ def search(
             raise typer.Exit(INTERRUPTED) from None
     head, *rows = found.table()
     out.print()
-    _figures(head, rows)
+    table = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    _print_wide(table)
     for text in found.words():
         out.print(text, markup=False)
     if found.ended:
@@ -327,7 +330,7 @@ def _print_certificate(found: Any, note: str) -> None:
         measured = "" if line.figure is None else f"{line.figure:.2g} {line.unit}".strip()
         limit = "" if line.tolerance is None else f"{line.tolerance:g}"
         table.add_row(marks[line.outcome], what, measured, limit, f"{line.seconds:.1f}")
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    _print_wide(table)
     machine, versions = found.machine, ", ".join(f"{name} {number}" for name, number in found.versions.items())
     out.print(f"\n{found.model['name']}, {machine['precision']} on {machine['device']}; {versions}", markup=False)
     out.print(f"{found.kind} certificate of {found.date}, {found.seconds:.1f} s: {found.verdict}", markup=False)
@@ -396,7 +399,7 @@ def show_config(
     for name, kind, default, meaning in explain(RunConfig):
         style = "bold" if kind == "section" else ""
         table.add_row(*(Text(cell, style=style) for cell in (name, kind, default, " ".join(meaning.split()))))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    _print_wide(table)
 
 
 @app.command()
@@ -441,7 +444,7 @@ def algorithms(
         table = Table("algorithm", "method", "paper", box=None, pad_edge=False)
         for key, preset in PRESETS.items():
             table.add_row(key, preset.title, preset.paper)
-        Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+        _print_wide(table)
         return
     if name not in PRESETS:
         raise ConfigError(f"no algorithm {name!r}; {closest(name, PRESETS)}")
@@ -460,7 +463,7 @@ def list_runs(root: Annotated[Path, typer.Argument(help="Folder with runs in it.
         metric = "" if run.metric is None else f"{run.main} {run.metric:.4g}"
         cells = (str(run.folder), run.status, step, metric, str(run.checkpoints), f"{run.size / 1e6:,.1f} MB")
         table.add_row(*map(Text, cells))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    _print_wide(table)
 
 
 @runs_app.command()
@@ -540,7 +543,7 @@ def compare_credit(
         if isinstance(part, str):
             out.print(part, markup=False)
         else:
-            Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(part.terminal())
+            _print_wide(part.terminal())
 
 
 @reward_app.command(name="check")
@@ -634,6 +637,11 @@ def evaluate_reward(
     place = to or folder / "evaluation.json"
     found.write(place)
     out.print(f"\nfigures: {place}", markup=False)
+
+
+def _print_wide(table: RenderableType) -> None:
+    """As wide as the terminal, or as a page of a log where there is none."""
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _print_figures(rows: Sequence[tuple[str, str]], heading: str) -> None:
@@ -750,7 +758,7 @@ def _print_table(row: dict[str, Any], comparison: Any, names: tuple[str, str]) -
         baselines = (scores.get(name) for scores in row["baselines"].values())
         table.add_row(*cells, *("" if score is None else f"{score:.4g}" for score in baselines))
     out.print()
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    _print_wide(table)
 
 
 def _chosen(
@@ -783,7 +791,7 @@ def _print_samples(folder: Path, step: int | None) -> None:
     for row in sorted(rows, key=lambda row: int(row["place"])):
         cells = (f"{row[name]:.4g}" if name in row else "" for name in figures)
         table.add_row(str(row["step"]), row["id"].partition(".")[2], Text(harmless(row["title"])), *cells)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    _print_wide(table)
     if step is None and (comparison := compare(reader.evaluations())):
         names = "  ".join(map(str, comparison.after["items"]["id"]))
         out.print(Text(f"\nheld-out items, for --item: {harmless(names)}"))
