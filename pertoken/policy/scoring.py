@@ -342,7 +342,7 @@ def _behind_sources(model: Any, batch: TokenBatch) -> _Rows:
     row, column = batch.action_mask.nonzero(as_tuple=True)
     width, everyone = written.shape[1], torch.arange(len(sizes), device=device)
     first = torch.tensor(prompts, device=device) - len(start)
-    place = torch.arange(batch.tokens.shape[1], device=device) - first[:, None]
+    places = torch.arange(batch.tokens.shape[1], device=device) - first[:, None]
     return _Rows(
         written,
         torch.arange(width, device=device).expand_as(written),
@@ -350,7 +350,7 @@ def _behind_sources(model: Any, batch: TokenBatch) -> _Rows:
         (),
         row * width + column - first[row] - 1,
         everyone * width + own.sum(1) - 1,
-        everyone[:, None] * width + place.clamp(0, width - 1),
+        everyone[:, None] * width + places.clamp(0, width - 1),
         _Sources(read, mask, of_row.to(device)),
     )
 
