@@ -56,7 +56,7 @@ from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
 from pertoken.state import Run
-from pertoken.tasks.base import ItemTask, Split, batch_of
+from pertoken.tasks.base import ItemTask, Split, batch_of, folded
 from pertoken.tasks.course import Course, Limit, Pool
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
@@ -267,12 +267,11 @@ def build_task(config: TaskConfig) -> ItemTask:
             except TaskError as error:
                 raise TaskError(f"task.tasks.{name}: {error}") from error
         return mixed(tasks)
-    settings = config.model_dump(exclude={"type", "weight", "metric", "curriculum"})
-    if isinstance(config, DocstringsTask):
-        return load_docstring_task(**settings)
-    if config.curriculum and config.curriculum.difficulty:
+    settings = config.model_dump(exclude={"type", "weight", "metric", "curriculum", "fold"})
+    if config.curriculum and config.curriculum.difficulty and not isinstance(config, DocstringsTask):
         settings["info"] = tuple(dict.fromkeys((*config.info, config.curriculum.difficulty)))
-    return load_file_task(**settings)
+    task = load_docstring_task(**settings) if isinstance(config, DocstringsTask) else load_file_task(**settings)
+    return folded(task, **config.fold.model_dump()) if config.fold else task
 
 
 def build_course(config: RunConfig, items: Sequence[Item], size: int, policy: Policy) -> Course | None:

@@ -1,5 +1,5 @@
-"""The command line: train, search, evaluate, generate, profile, doctor, report, show, export, config, data, algorithms,
-runs, reward, credit."""
+"""The command line: train, crossval, search, evaluate, generate, profile, doctor, report, show, export, config, data,
+algorithms, runs, reward, credit."""
 
 import hashlib
 import io
@@ -139,6 +139,24 @@ def _train(config: RunConfig, resume: Path | None, max_seconds: float) -> None:
         out.print(f"resume with: pertoken train --resume {result.folder}")
         raise typer.Exit(TIME_IS_UP if result.out_of_time else INTERRUPTED)
     out.print(f"model:  {result.folder / 'model'}\nreport: {result.report or 'not written (see above)'}")
+
+
+@app.command()
+def crossval(
+    settings: Settings = None,
+    folds: Annotated[int, typer.Option(min=2, help="How many parts; each is held out once.")] = 5,
+    max_time: MaxTime = None,
+) -> None:
+    """Train a run for each fold of the data, and tell the held-out metrics over all. The same command goes on with it."""
+    from pertoken.crossval import folds_of, over_folds
+
+    runs = folds_of(_config(settings), folds)
+    _train_stages(runs, _seconds(max_time))
+    table = Table("metric", "before [95%]", "after [95%]", "change [95%]", "by fold", box=None, pad_edge=False)
+    for name, found in over_folds([run.run_folder for run in runs]).items():
+        cells = (f"{i.mean:.4g} [{i.low:.4g}, {i.high:.4g}]" for i in (found.before, found.after, found.change))
+        table.add_row(name, *cells, "  ".join(f"{value:.4g}" for value in found.by_fold))
+    _print_wide(table)
 
 
 @app.command()

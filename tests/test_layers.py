@@ -96,6 +96,7 @@ MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
 MAY["run"] = MAY["build"] | {"build", "doctor"}
 MAY["kept"] = MAY["build"] | {"build", "redistribution"}
+MAY["crossval"] = {"errors", "config", "text_metrics", "tracking"}
 MAY["credit_compare"] = {"errors", "types", "config", "credit", "tracking", "redistribution", "kept"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
 MAY["reward_models"] = {"errors", "config", "preferences", "rows", "tasks", "rewards", "text_metrics", "tracking"}
@@ -109,6 +110,7 @@ MAY["cli"] = MAY["run"] | {
     "reward_models",
     "testing",
     "credit_compare",
+    "crossval",
     "search",
 }
 MAY["__init__"] = set()  # names are looked up when they are asked for

@@ -99,9 +99,29 @@ class CurriculumConfig(Section):
         return {name: points for name, points in found.items() if points is not None}
 
 
+class FoldConfig(Section):
+    """One of several equal parts of the items is held out as validation, and the others are learnt from."""
+
+    count: int = Field(default=5, ge=2)
+    """How many parts."""
+    held_out: int = Field(default=0, ge=0)
+    """Which of them is held out, from 0."""
+    seed: int = 0
+    """Decides which items fall into which part, with the prompts alone: the order of the rows decides nothing."""
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> "FoldConfig":
+        if self.held_out >= self.count:
+            raise ValueError(f"held_out {self.held_out} is none of {self.count} folds: they are 0 to {self.count - 1}")
+        return self
+
+
 class Data(Section):
     """What every task can be told whose items come from one place."""
 
+    fold: FoldConfig | None = None
+    """Divide train and validation anew into folds (`pertoken crossval` makes a run of each); null takes them as they
+    are. The test split stays what it is."""
     curriculum: CurriculumConfig | None = None
     """Let training items in over steps; null has all of them there from the first."""
 

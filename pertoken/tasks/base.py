@@ -8,8 +8,8 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -122,6 +122,32 @@ def split_by(key: str, fractions: Sequence[float] = FRACTIONS, seed: int = 0) ->
     if place < fractions[0]:
         return "train"
     return "validation" if place < fractions[0] + fractions[1] else "test"
+
+
+T = TypeVar("T", bound=ItemTask)
+
+
+def folded(task: T, *, count: int, held_out: int, seed: int = 0) -> T:
+    """`task` with train and validation divided anew: part `held_out` of `count` is validation, the others are train.
+
+    Prompts in the order of their hashes with `seed` are dealt out in turn, so that parts differ by one prompt at most;
+    items that share a prompt share a part. Raises TaskError if there are fewer prompts than parts.
+    """
+    items = [*task.items("train"), *task.items("validation")]
+
+    def hashed(prompt: str) -> bytes:
+        return hashlib.sha256(f"{seed}/{prompt}".encode()).digest()
+
+    place = {prompt: k % count for k, prompt in enumerate(sorted({str(item.prompt) for item in items}, key=hashed))}
+    if len(place) < count:
+        raise TaskError(f"task {task.name}: {len(place)} prompts cannot be divided into {count} folds")
+    parts: dict[bool, list[Item]] = {True: [], False: []}
+    for item in items:
+        parts[place[str(item.prompt)] == held_out].append(item)
+    splits: dict[Split, Sequence[Item]] = {
+        "train": tuple(parts[False]), "validation": tuple(parts[True]), "test": task.items("test"),
+    }  # fmt: skip
+    return replace(task, splits=splits)
 
 
 def sample_order(num_items: int, seed: int, epoch: int) -> list[int]:
