@@ -147,7 +147,7 @@ def crossval(
     folds: Annotated[int, typer.Option(min=2, help="How many parts; each is held out once.")] = 5,
     max_time: MaxTime = None,
 ) -> None:
-    """Train a run for each fold of the data, and tell the held-out metrics over all. The same command goes on with it."""
+    """Train a run for each fold of the data, and tell held-out metrics over all. The same command goes on with it."""
     from pertoken.crossval import folds_of, over_folds
 
     runs = folds_of(_config(settings), folds)
