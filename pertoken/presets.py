@@ -171,6 +171,27 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         differs="The critic is a head on the policy's own trunk. Completions that were cut off are worth what the "
         "critic says, not 0. No dual clip (verl always has one).",
     ),
+    "nlpo": Preset(
+        title="NLPO, PPO within what an older copy of the policy finds likely",
+        paper="Ramamurthy et al. 2022, https://arxiv.org/abs/2210.01241",
+        formula="K(s) = the smallest set of tokens with mass 0.9 under pi_psi, and the end;  y ~ pi restricted to "
+        "K(s);  psi <- pi every 5 steps;  advantage and loss as PPO, of the restricted pi",
+        settings={
+            "policy": {"value_head": {"coefficient": 0.5, "clip": None}},
+            "rollout": {"mask": {"top_p": 0.9, "least": 1, "refresh_every": 5}},
+            "credit": {"type": "gae", "gamma": 0.99, "lam": 0.95, "normalize": "whiten"},
+            "objective": CLIP | {"over": "token"},
+            "kl": {"place": "reward", "coefficient": 0.1},
+            "update": {"epochs": 5, "minibatches": 1},
+        },
+        published="RL4LMs on IMDB: mass 0.9 but at least 100 tokens, the mask refreshed every 5 iterations (up to 100 "
+        "elsewhere), 5 passes over 1280 tokens in minibatches of 64, KL 0.1 with an adaptive target, gamma 0.99, "
+        "lambda 0.95, value coefficient 0.5, lr 1e-5",
+        differs="Log-probs, and with them the KL to the reference, are those of the restricted distribution, which was "
+        "sampled; RL4LMs samples from it and trains the unrestricted one, since its masked logits are not normalised "
+        "again. The critic is a head on the policy's own trunk. Held-out answers go without the mask. The mass is "
+        "counted behind bans and temperature.",
+    ),
     "rto": Preset(
         title="RTO, reinforced token optimisation",
         paper="Zhong et al. 2024, https://arxiv.org/abs/2404.18922",

@@ -19,7 +19,7 @@ from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.model import Policy, Reference
 from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
-from pertoken.rollout.engine import RolloutEngine
+from pertoken.rollout.engine import NativeEngine, RolloutEngine
 from pertoken.sampling import Controls
 from pertoken.tasks.base import batch_of
 from pertoken.types import Item
@@ -79,6 +79,8 @@ class Run:
     """Policy versions between the weights that sampled the tokens of this step and those that it starts from."""
     redrawn: int = 0
     """Groups of this step that stand in for others, whose samples all earned the same (`rollout.redraws`)."""
+    mask: NativeEngine | None = None
+    """The older copy of the policy that says what may be sampled (`rollout.mask`)."""
     average: Average | None = None
     """The running average of the weights (`update.ema_decay`)."""
     anchor: Anchor | None = None
@@ -126,6 +128,9 @@ class Run:
             found |= {f"average/{name}": cell for name, cell in self.average.cells.items()}
         if self.reference is not None and self.config.kl.refresh_every is not None:
             found |= {f"reference/{name}": cell for name, cell in self.reference.tensors().items()}
+        if self.mask is not None:
+            cells = self.mask.parameters()
+            found |= {f"mask/{name}": cells[name] for name in self.policy.trainable() if name in cells}
         for part in self.rewards:
             if isinstance(part.reward, Learns):
                 found |= {f"reward/{part.name}/{name}": cell for name, cell in part.reward.tensors().items()}
@@ -143,6 +148,8 @@ class Run:
         anew = sorted({name.partition("/")[0] for name in state.get("anew", [])})
         if self.average is not None and "average" in anew:
             self.average = Average(self.policy.trainable(), self.average.decay)
+        if self.mask is not None and "mask" in anew:
+            self.mask.load_weights(self.policy.trainable(), version=self.progress.step)
         self.notes += [f"the checkpoint has no {kind} of this run: it starts anew" for kind in anew]
         if "guards" in state:
             self.guards.load_state_dict(state["guards"])

@@ -272,15 +272,17 @@ def update(
 
 
 def settle(run: Run, step: int, moved: float | None = None) -> None:
-    """What follows an update of the weights: their average, a reference that is moved, a learning rate that adapts.
+    """What follows an update of the weights: their average, copies that are moved, a learning rate that adapts.
 
     moved: nats per token that the update had moved the policy before its last optimiser step, where that was measured.
     """
-    config, kl = run.config.update, run.config.kl
+    config, kl, mask = run.config.update, run.config.kl, run.config.rollout.mask
     if run.average is not None:
         run.average.update(run.policy.trainable())
     if run.reference is not None and kl.refresh_every and step % kl.refresh_every == 0:
         run.reference.follow(kl.refresh_share)
+    if run.mask is not None and mask is not None and step % mask.refresh_every == 0:
+        run.mask.load_weights(run.policy.trainable(), version=step)
     if config.schedule == "kl" and config.target_kl is not None and moved is not None:
         run.progress.rate = rate_by_kl(run.progress.rate, moved, target=config.target_kl, least=config.final_share)
 

@@ -107,6 +107,11 @@ class RunConfig(Section):
             "above 0 for training; evaluation.sampling may be greedy.",
         )
         yield (
+            rollout.mask is not None and rollout.engine != "native",
+            "rollout.mask asks a second model at each token, and transformers.generate asks one: set "
+            "rollout.engine=native.",
+        )
+        yield (
             credit.type == "gae" and self.policy.value_head is None,
             "credit.type gae needs a critic: set policy.value_head (for its defaults: policy.value_head={}).",
         )

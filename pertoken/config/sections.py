@@ -201,6 +201,18 @@ OfflineConfig = Sft | PreferenceConfig
 MethodConfig = Annotated[Reinforcement | OfflineConfig, Field(discriminator="type")]
 
 
+class MaskConfig(Section):
+    """A mask policy: an older copy of the policy, whose most probable tokens are all that the policy may sample (NLPO).
+    Held-out answers go without it."""
+
+    top_p: float = Field(default=0.9, gt=0, lt=1)
+    """Let through the smallest set of its most probable tokens whose mass reaches this, and the end of the text."""
+    least: int = Field(default=1, ge=1)
+    """But at least so many of them; RL4LMs takes 100."""
+    refresh_every: int = Field(default=5, ge=1)
+    """Make it the policy of now after every so many steps."""
+
+
 class RolloutConfig(Section):
     """What is sampled in each step."""
 
@@ -213,6 +225,9 @@ class RolloutConfig(Section):
     this many further rounds (dynamic sampling); 0 takes groups as they come."""
     sampling: Sampling = Sampling()
     """Sampling controls; the update trains exactly the distribution that they define."""
+    mask: MaskConfig | None = None
+    """Restrict what may be sampled by an older copy of the policy; a second model in memory and in each step of
+    decoding, and the engine must be native. null asks the policy alone."""
     engine: Literal["native", "transformers"] = "native"
     """Who generates: the engine made for rollouts, or plain transformers.generate, which is slower and takes any model
     that can generate; both draw the same tokens."""
