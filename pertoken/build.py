@@ -1,6 +1,5 @@
 """From a configuration to the parts of a run: policy, task, rewards, engine, optimiser, evaluator."""
 
-import copy
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pertoken.memory import GIGABYTE, installed_memory, used_memory
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
-from pertoken.policy.model import Lora, Policy, ValueHead, load_model
+from pertoken.policy.model import Lora, Policy, ValueHead, copy_of, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.prompts import prompt_ids
 from pertoken.rewards import (
@@ -92,7 +91,9 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     evaluator, about_held_out = build_evaluator(config, task, policy)
     notes += about_held_out
     average, anchor = copies_of(config, policy)
-    estimate = used_memory(policy.device) + footprint(policy).update(config.update.tokens_per_micro_batch) / GIGABYTE
+    before = None if config.update.trust_region is None else policy.snapshot()
+    needed = footprint(policy, natural=before is not None).update(config.update.tokens_per_micro_batch)
+    estimate = used_memory(policy.device) + needed / GIGABYTE
     notes += _memory_notes(estimate, policy.device)
     run = Run(
         config=config,
@@ -110,6 +111,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         mask=mask,
         average=average,
         anchor=anchor,
+        before_update=before,
         examples=examples,
         memory_estimate=estimate,
         notes=notes,
@@ -199,9 +201,7 @@ def build_mask(config: RunConfig, policy: Policy) -> NativeEngine | None:
     """The engine of the mask policy, on a copy of the policy as it is now that shares what is not trained; or None."""
     if config.rollout.mask is None or config.offline is not None:
         return None
-    frozen = {id(p): p for p in policy.model.parameters() if not p.requires_grad}
-    model = copy.deepcopy(policy.model, frozen).requires_grad_(False)
-    return _native_engine(policy, model, config.rollout.max_rows)
+    return _native_engine(policy, copy_of(policy.model), config.rollout.max_rows)
 
 
 def build_engine(

@@ -85,6 +85,8 @@ class Run:
     """The running average of the weights (`update.ema_decay`)."""
     anchor: Anchor | None = None
     """Where the weights began, if something pulls them back there (`update.l2_to_initial`)."""
+    before_update: Reference | None = None
+    """A copy of the policy that stays where the update of a step began (`update.trust_region`)."""
     before_step: dict[str, Any] | None = None
     """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
 

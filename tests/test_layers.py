@@ -68,7 +68,8 @@ MAY: dict[str, set[str]] = {
     },
 }
 MAY["weights"] = set()
-MAY["trainer"] |= {"weights"}
+MAY["trust_region"] = set()
+MAY["trainer"] |= {"weights", "trust_region"}
 MAY["assignment"] = {"types", "config", "credit"}
 MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
 MAY["resampling"] = MAY["state"] | {"state"}

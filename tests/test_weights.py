@@ -201,6 +201,7 @@ EVERYTHING = {
         "rollout": {"mask": {"top_p": 0.5, "refresh_every": 2}, "sampling": {"max_new_tokens": 6}},
         "credit": {"type": "reward_to_go"},
     },
+    "a trust region": {"update": {"epochs": 1, "trust_region": {"iterations": 2}}, "credit": {"type": "reward_to_go"}},
     "monte_carlo": {"credit": {"type": "monte_carlo", "every": 2, "rollouts": 2}, "kl": {"place": "none"}},
 }  # fmt: skip
 

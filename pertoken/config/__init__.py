@@ -53,6 +53,7 @@ from pertoken.config.sections import (
     StopConfig,
     TaskConfig,
     Tdpo,
+    TrustRegionConfig,
     UpdateConfig,
     ValueHeadConfig,
 )
@@ -104,6 +105,7 @@ __all__ = [
     "StopConfig",
     "TaskConfig",
     "Tdpo",
+    "TrustRegionConfig",
     "UpdateConfig",
     "ValueHeadConfig",
     "explain",

@@ -521,6 +521,21 @@ class ObjectiveConfig(Section):
         return self
 
 
+class TrustRegionConfig(Section):
+    """One natural-gradient step of all samples, as far as a bound on the KL lets it, in place of AdamW (TRPO)."""
+
+    kl: float = Field(default=0.01, gt=0)
+    """Nats per token that a step may move the policy: mean over tokens of KL(before || after) over the vocabulary."""
+    iterations: int = Field(default=10, ge=1)
+    """Of conjugate gradients; each takes two forward and backward passes over the samples."""
+    damping: float = Field(default=0.1, ge=0)
+    """Added to the curvature in every direction; more is nearer to the plain gradient, and makes shorter steps."""
+    shrink: float = Field(default=0.8, gt=0, lt=1)
+    """What a step that does not lower the loss, or exceeds the KL, is multiplied by."""
+    tries: int = Field(default=10, ge=1)
+    """Lengths that are tried; if none will do the policy stays as it is."""
+
+
 class UpdateConfig(Section):
     """How the loss moves the weights."""
 
@@ -555,6 +570,9 @@ class UpdateConfig(Section):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep a running average of the weights, taking 1 - this of the new ones after each step; it is evaluated (as split
     `<split>-ema`) and saved (`model-ema`) beside the policy. null keeps none."""
+    trust_region: TrustRegionConfig | None = None
+    """Move the policy by TRPO's step, all samples at once; the critic keeps AdamW, whose settings are for it alone
+    then. null moves all by AdamW."""
     epochs: int = Field(default=1, ge=1)
     """Passes over each step's samples."""
     minibatches: int = Field(default=1, ge=1)
