@@ -260,7 +260,7 @@ def update(
             moved = moved or norm is not None
             norms += [] if norm is None else [norm]
             bad = ""
-    limit = config.max_grad_norm
+    limit = None if natural else config.max_grad_norm
     metrics = check_ratio(batch, replace(old, logprobs=first), exact=exact) | {
         "loss/policy": sums["loss/policy"] / max(steps, 1),
         "grad/norm": sum(norms) / len(norms) if norms else math.nan if steps else 0.0,
