@@ -24,12 +24,13 @@ def to_batch(episodes: Sequence[Episode], controls: Controls, *, pad_id: int = 0
         for span in episode.spans:
             row[span.start : span.stop] = [span.turn] * (span.stop - span.start)
     support = None
-    if controls.sampling.truncates and not controls.sampling.greedy:
+    if controls.truncates and not controls.sampling.greedy:
         kept = [e.support for e in episodes if any(e.action_mask)]
         if any(k is None for k in kept):
             raise ValueError(
-                "top-k, top-p or min-p is on, but an episode brings no kept sets, so the distribution that its tokens "
-                "were drawn from cannot be rebuilt. Episodes read from a file can only be scored without truncation."
+                "top-k, top-p, min-p or a mask policy is on, but an episode brings no kept sets, so the distribution "
+                "that its tokens were drawn from cannot be rebuilt. Episodes read from a file can only be scored "
+                "without truncation."
             )
         support = torch.from_numpy(np.concatenate(kept)) if kept else None  # type: ignore[arg-type]
     return TokenBatch(

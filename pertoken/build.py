@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from pertoken.memory import GIGABYTE, installed_memory, used_memory
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
-from pertoken.policy.model import Lora, Policy, ValueHead, load_model, set_languages
+from pertoken.policy.model import Lora, Policy, ValueHead, copy_of, load_model, set_languages
 from pertoken.policy.scoring import head_logits
 from pertoken.prompts import prompt_ids
 from pertoken.replay import Buffer
@@ -54,7 +55,7 @@ from pertoken.rewards.attention import reader_of
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
-from pertoken.sampling import Controls
+from pertoken.sampling import Controls, Mask
 from pertoken.state import Run
 from pertoken.tasks.base import ItemTask, Split, batch_of, folded
 from pertoken.tasks.course import Course, Limit, Pool
@@ -101,7 +102,8 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         for trial in (policy.pointwise.trials if policy.pointwise else ())
         if trial.pays
     ]
-    engine = build_engine(policy, config.rollout)
+    mask = build_mask(config, policy)
+    engine = build_engine(policy, config.rollout, mask)
     if isinstance(engine, NativeEngine) and isinstance(engine.decoder, RecomputingDecoder):
         notes.append("this model's attention keeps no memory here: each token recomputes its text, which is slow "
                      "(rollout.engine=transformers may know how to keep it)")  # fmt: skip
@@ -113,7 +115,9 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     evaluator, about_held_out = build_evaluator(config, task, policy)
     notes += about_held_out
     average, anchor = copies_of(config, policy)
-    estimate = used_memory(policy.device) + footprint(policy).update(config.update.tokens_per_micro_batch) / GIGABYTE
+    before = None if config.update.trust_region is None else policy.snapshot()
+    needed = footprint(policy, natural=before is not None).update(config.update.tokens_per_micro_batch)
+    estimate = used_memory(policy.device) + needed / GIGABYTE
     if config.update.balance != "none":  # a gradient of each task
         trained = sum(p.numel() * p.element_size() for p in policy.trainable().values())
         estimate += len({item.task for item in items}) * trained / GIGABYTE
@@ -123,7 +127,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         policy=policy,
         reference=reference,
         engine=engine,
-        controls=Controls.resolve(config.rollout.sampling, policy.tokenizer, policy.eos_ids),
+        controls=build_controls(config.rollout, policy),
         items=items,
         course=course,
         rewards=rewards,
@@ -132,9 +136,11 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         guards=Guards(config.guards.window),
         beside=[part.fixed() for part in build_rewards(config.guards.beside, "guards.beside")],
         evaluator=evaluator,
+        mask=mask,
         average=average,
         anchor=anchor,
         replay=build_replay(config),
+        before_update=before,
         examples=examples,
         memory_estimate=estimate,
         notes=notes,
@@ -237,7 +243,22 @@ def build_policy(config: RunConfig) -> Policy:
     )
 
 
-def build_engine(policy: Policy, config: RolloutConfig) -> NativeEngine | TransformersEngine:
+def build_controls(config: RolloutConfig, policy: Policy) -> Controls:
+    """What the samples of training are drawn by."""
+    controls, mask = Controls.resolve(config.sampling, policy.tokenizer, policy.eos_ids), config.mask
+    return controls if mask is None else replace(controls, mask=Mask(mask.top_p, mask.least))
+
+
+def build_mask(config: RunConfig, policy: Policy) -> NativeEngine | None:
+    """The engine of the mask policy, on a copy of the policy as it is now that shares what is not trained; or None."""
+    if config.rollout.mask is None or config.offline is not None:
+        return None
+    return _native_engine(policy, copy_of(policy.model), config.rollout.max_rows)
+
+
+def build_engine(
+    policy: Policy, config: RolloutConfig, mask: NativeEngine | None = None
+) -> NativeEngine | TransformersEngine:
     """The rollout engine on the policy's own model, or on a bfloat16 copy of it where bfloat16 is in use."""
     if config.engine == "transformers":
         return TransformersEngine(
@@ -247,13 +268,19 @@ def build_engine(policy: Policy, config: RolloutConfig) -> NativeEngine | Transf
             max_rows=config.max_rows,
             context_length=policy.context_length,
         )
+    return _native_engine(policy, policy.model, config.max_rows, mask)
+
+
+def _native_engine(policy: Policy, model: Any, max_rows: int, mask: NativeEngine | None = None) -> NativeEngine:
+    """The native engine on `model`, which is the policy's or a copy of it."""
     return NativeEngine(
-        policy.model,
+        model,
         policy.tokenizer,
         head_logits=head_logits,
         dtype=policy.autocast_dtype,
-        max_rows=config.max_rows,
+        max_rows=max_rows,
         context_length=policy.context_length,
+        mask=mask,
     )
 
 
@@ -400,7 +427,8 @@ def build_examples(method: OfflineConfig, task: ItemTask, policy: Policy) -> Exa
 
 def _not_used(config: RunConfig) -> list[str]:
     """A note on what is set and has no effect without samples and rewards of one's own."""
-    default, rollout = RunConfig(), ("prompts_per_step", "samples_per_prompt", "sampling", "ahead", "max_prompt_tokens")
+    default = RunConfig()
+    rollout = ("prompts_per_step", "samples_per_prompt", "sampling", "mask", "ahead", "max_prompt_tokens")
     found = [name for name in ("credit", "objective") if getattr(config, name) != getattr(default, name)]
     found += [
         f"kl.{name}" for name in ("place", "coefficient") if getattr(config.kl, name) != getattr(KLConfig(), name)

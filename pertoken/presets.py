@@ -72,6 +72,7 @@ CLIP = {
     "entropy_coefficient": 0.0,
 }
 ONCE = {"epochs": 1, "minibatches": 1}
+UNCLIPPED = CLIP | {"clip_low": 1.0, "clip_high": 1e9}  # no ratio goes so far: exp is bounded
 CLIP_HIGHER = CLIP | {"clip_high": 0.28}
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({
@@ -170,6 +171,48 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         "of 64; TRL: KL 0.05, 4 passes, value coefficient 0.1",
         differs="The critic is a head on the policy's own trunk. Completions that were cut off are worth what the "
         "critic says, not 0. No dual clip (verl always has one).",
+    ),
+    "nlpo": Preset(
+        title="NLPO, PPO within what an older copy of the policy finds likely",
+        paper="Ramamurthy et al. 2022, https://arxiv.org/abs/2210.01241",
+        formula="K(s) = the smallest set of tokens with mass 0.9 under pi_psi, and the end;  y ~ pi restricted to "
+        "K(s);  psi <- pi every 5 steps;  advantage and loss as PPO, of the restricted pi",
+        settings={
+            "policy": {"value_head": {"coefficient": 0.5, "clip": None}},
+            "rollout": {"mask": {"top_p": 0.9, "least": 1, "refresh_every": 5}},
+            "credit": {"type": "gae", "gamma": 0.99, "lam": 0.95, "normalize": "whiten"},
+            "objective": CLIP | {"over": "token"},
+            "kl": {"place": "reward", "coefficient": 0.1},
+            "update": {"epochs": 5, "minibatches": 1},
+        },
+        published="RL4LMs on IMDB: mass 0.9 but at least 100 tokens, the mask refreshed every 5 iterations (up to 100 "
+        "elsewhere), 5 passes over 1280 tokens in minibatches of 64, KL 0.1 with an adaptive target, gamma 0.99, "
+        "lambda 0.95, value coefficient 0.5, lr 1e-5",
+        differs="Log-probs, and with them the KL to the reference, are those of the restricted distribution, which was "
+        "sampled; RL4LMs samples from it and trains the unrestricted one, since its masked logits are not normalised "
+        "again. The critic is a head on the policy's own trunk. Held-out answers go without the mask. The mass is "
+        "counted behind bans and temperature.",
+    ),
+    "trpo": Preset(
+        title="TRPO, trust region policy optimisation",
+        paper="Schulman et al. 2015, https://arxiv.org/abs/1502.05477",
+        formula="A_t = whitened GAE(gamma 1, lambda 0.95);  l = -w A, token mean;  step -b (F + 0.1)^-1 grad l with "
+        "mean KL(pi_old || pi) <= 0.01 nats per token, by conjugate gradients and a line search",
+        settings={
+            "policy": {
+                "precision": "float32",
+                "value_head": {"coefficient": 0.5, "clip": None, "detach_trunk": True},
+            },
+            "credit": {"type": "gae", "gamma": 1.0, "lam": 0.95, "normalize": "whiten"},
+            "objective": UNCLIPPED | {"over": "token"},
+            "kl": NO_KL,
+            "update": ONCE
+            | {"trust_region": {"kl": 0.01, "iterations": 10, "damping": 0.1, "shrink": 0.8, "tries": 10}},
+        },
+        published="KL 0.01, 10 conjugate gradients, damping 0.1 (games and locomotion); RL4LMs: 15, line search of 10 "
+        "tries by 0.8, 10 updates of the critic, gamma 0.99, lambda 0.95",
+        differs="GAE in place of returns of Monte Carlo. The critic is a head on the policy's own trunk, which it does "
+        "not move, and makes one step of AdamW. The KL is a mean over tokens, so long completions count more.",
     ),
     "rto": Preset(
         title="RTO, reinforced token optimisation",

@@ -130,7 +130,7 @@ class _Probe:
         """One greedy answer for each prompt."""
         group, tokenizer = self.scene.batch.group, self.policy.tokenizer
         of_group = {episode.group: episode.item for episode in self.scene.episodes}
-        greedily = replace(self.controls, sampling=self.controls.sampling.untruncated(temperature=0.0))
+        greedily = self._untruncated(temperature=0.0)
         episodes = collect(self.engine, list(of_group.values()), tokenizer, greedily, step=self.scene.step)
         earned = dict(zip(of_group, self._totals(episodes), strict=True))
         paid = torch.tensor([earned[each] for each in group.tolist()], device=group.device)
@@ -169,14 +169,13 @@ class _Probe:
         if not episodes:
             return []
         # kept sets are no business of rewards, and what is continued here has none for its first tokens
-        batch = to_batch(
-            episodes,
-            replace(self.controls, sampling=self.controls.sampling.untruncated()),
-            device=str(self.policy.device),
-        )
+        batch = to_batch(episodes, self._untruncated(), device=str(self.policy.device))
         scene = Scene(batch, episodes, self.policy.tokenizer, step=self.scene.step)
         totals: list[float] = score(self.rewards, scene).total.sum(1).tolist()
         return totals
+
+    def _untruncated(self, **changes: float) -> Controls:
+        return replace(self.controls, sampling=self.controls.sampling.untruncated(**changes), mask=None)
 
 
 def step_starts(episode: Episode, credit: MonteCarlo, tokenizer: Any) -> list[int]:

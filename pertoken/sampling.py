@@ -6,7 +6,8 @@ passes rebuild the same logits (with gradient) and take the stored kept set, so 
 sampled probability is 1 before the first update, for every control.
 
 Order of the controls, as in Hugging Face `generate`: repetition penalty, no-repeat n-gram, banned words,
-minimum length, temperature, top-k, top-p, min-p. "History" means prompt and output, as it does there.
+minimum length, temperature, top-k, top-p, min-p. "History" means prompt and output, as it does there. Before top-k
+comes what a mask policy lets through, where there is one.
 """
 
 from dataclasses import dataclass, field
@@ -63,12 +64,22 @@ class Sampling(BaseModel):
 
     @property
     def truncates(self) -> bool:
-        """True if some control removes tokens by their rank or probability, so that kept sets are stored."""
+        """True if some control removes tokens by their rank or probability."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     def untruncated(self, **changes: float) -> "Sampling":
         """The same without top-k, top-p and min-p: for episodes that come without kept sets, and are not scored."""
         return self.model_copy(update={"top_k": 0, "top_p": 1.0, "min_p": 0.0, **changes})
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What a second model, the mask policy, lets through of the policy's distribution (NLPO)."""
+
+    top_p: float
+    """Its most probable tokens, the smallest set whose mass reaches this, ..."""
+    least: int = 1
+    """... but at least so many."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,8 @@ class Controls:
     sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
     banned_ids: tuple[tuple[int, ...], ...] = ()
+    mask: Mask | None = None
+    """How the engine's mask policy restricts the distribution; None asks no other model."""
 
     @classmethod
     def resolve(cls, sampling: Sampling, tokenizer: Any, eos_ids: tuple[int, ...]) -> "Controls":
@@ -87,10 +100,15 @@ class Controls:
         return cls(sampling, eos_ids, tuple(sorted(s for s in sequences if s)))
 
     @property
+    def truncates(self) -> bool:
+        """True if tokens are removed by their rank or probability, in whatever model, so that kept sets are stored."""
+        return self.mask is not None or self.sampling.truncates
+
+    @property
     def only_temperature(self) -> bool:
         """True if the processed distribution is softmax(logits / temperature) at every place."""
         s = self.sampling
-        return not (s.truncates or s.min_new_tokens or s.no_repeat_ngram or self.banned_ids or self.needs_history)
+        return not (self.truncates or s.min_new_tokens or s.no_repeat_ngram or self.banned_ids or self.needs_history)
 
     @property
     def needs_history(self) -> bool:
@@ -158,13 +176,25 @@ def _ends_with(
     return (history[:, -len(ids) :] == tail).all(1)
 
 
-def keep_set(z: Float[Tensor, "A V"], sampling: Sampling) -> Bool[Tensor, "A V"] | None:
-    """Tokens that top-k, top-p and min-p leave, applied in this order; None when none of them is on.
+def let_through(z: Float[Tensor, "A V"], mask: Mask, eos_ids: tuple[int, ...]) -> Bool[Tensor, "A V"]:
+    """Tokens that the mask policy lets through, of its own processed logits; the end of the text always is.
+
+    NLPO: Ramamurthy et al. 2022, https://arxiv.org/abs/2210.01241, sec. 4.
+
+    >>> let_through(torch.tensor([[0.6, 0.3, 0.08, 0.02]]).log(), Mask(top_p=0.8), eos_ids=(3,))
+    tensor([[ True,  True, False,  True]])
+    """
+    allowed = keep_set(z, Sampling(top_p=mask.top_p))
+    allowed |= z >= z.topk(min(mask.least, z.shape[1]), dim=1).values[:, -1:]
+    allowed[:, list(eos_ids)] = True
+    return allowed
+
+
+def keep_set(z: Float[Tensor, "A V"], sampling: Sampling) -> Bool[Tensor, "A V"]:
+    """Tokens that top-k, top-p and min-p leave, applied in this order, of those that are possible.
 
     Ties at the edge follow Hugging Face: top-k keeps every token equal to the k-th.
     """
-    if not sampling.truncates:
-        return None
     z = z.detach()
     if 0 < sampling.top_k < z.shape[1]:
         kth = z.topk(sampling.top_k, dim=1).values[:, -1:]

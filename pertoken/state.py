@@ -20,7 +20,7 @@ from pertoken.policy.model import Policy, Reference
 from pertoken.replay import Buffer
 from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
-from pertoken.rollout.engine import RolloutEngine
+from pertoken.rollout.engine import NativeEngine, RolloutEngine
 from pertoken.sampling import Controls
 from pertoken.schedule import Schedule
 from pertoken.tasks.base import batch_of
@@ -90,10 +90,14 @@ class Run:
     """Samples of earlier steps that are learnt from again (`rollout.replay`)."""
     sampled: int | None = None
     """Rows of this step, the first ones, that were sampled for it; those behind are replayed. None: all were."""
+    mask: NativeEngine | None = None
+    """The older copy of the policy that says what may be sampled (`rollout.mask`)."""
     average: Average | None = None
     """The running average of the weights (`update.ema_decay`)."""
     anchor: Anchor | None = None
     """Where the weights began, if something pulls them back there (`update.l2_to_initial`)."""
+    before_update: Reference | None = None
+    """A copy of the policy that stays where the update of a step began (`update.trust_region`)."""
     before_step: dict[str, Any] | None = None
     """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
 
@@ -147,6 +151,9 @@ class Run:
             found |= {f"average/{name}": cell for name, cell in self.average.cells.items()}
         if self.reference is not None and self.config.kl.refresh_every is not None:
             found |= {f"reference/{name}": cell for name, cell in self.reference.tensors().items()}
+        if self.mask is not None:
+            cells = self.mask.parameters()
+            found |= {f"mask/{name}": cells[name] for name in self.policy.trainable() if name in cells}
         for part in self.rewards:
             if isinstance(part.reward, Learns):
                 found |= {f"reward/{part.name}/{name}": cell for name, cell in part.reward.tensors().items()}
@@ -164,6 +171,8 @@ class Run:
         anew = sorted({name.partition("/")[0] for name in state.get("anew", [])})
         if self.average is not None and "average" in anew:
             self.average = Average(self.policy.trainable(), self.average.decay)
+        if self.mask is not None and "mask" in anew:
+            self.mask.load_weights(self.policy.trainable(), version=self.progress.step)
         self.notes += [f"the checkpoint has no {kind} of this run: it starts anew" for kind in anew]
         if "guards" in state:
             self.guards.load_state_dict(state["guards"])

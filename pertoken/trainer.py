@@ -35,6 +35,7 @@ from pertoken.state import Progress, Run, items_of
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.glossary import HELD_OUT, find
 from pertoken.tracking.runlog import RunLog
+from pertoken.trust_region import Fisher, Weights, line_search, natural_step
 from pertoken.types import Credit, Episode, Item, PolicyOutput, TokenBatch, TokenRewards
 from pertoken.weights import Average
 
@@ -296,7 +297,10 @@ def update(
     norms: list[float] = []
     first = old.logprobs.clone()  # of the weights before the update; where a pass of the update is the first to know
     steps, moved, bad = 0, False, ""
+    seen: list[Part] = []
+    region: dict[str, float] = {}
     head_only = _head_only(run.config, step)
+    natural = config.trust_region is not None and not head_only
     entropy_coefficient = _entropy_coefficient(run.config, batch, old)
     drift = _Drift(config.stop_kl, adapts=config.schedule == "kl")
     parts = minibatches(
@@ -325,6 +329,8 @@ def update(
         drift.add(part, new)
         if gradients and part.last_of_task:
             gradients.put_aside()
+        if natural:
+            seen.append(part)
         if part.last_of_step:
             steps += 1
             if drift.too_far():
@@ -332,11 +338,14 @@ def update(
                 break
             if gradients:
                 gradients.combine()
-            norm = step_optimizer(run, bad, step, head_only=head_only)
+            if natural:
+                norm, region = natural_step_of(run, seen, batch, sums["loss/policy"], entropy_coefficient, bad, step)
+            else:
+                norm = step_optimizer(run, bad, step, head_only=head_only)
             moved = moved or norm is not None
             norms += [] if norm is None else [norm]
             bad = ""
-    limit = config.max_grad_norm
+    limit = None if natural else config.max_grad_norm
     metrics = check_sampled(run, batch, replace(old, logprobs=first)) | {
         "loss/policy": sums["loss/policy"] / max(steps, 1),
         "grad/norm": sum(norms) / len(norms) if norms else math.nan if steps else 0.0,
@@ -348,7 +357,9 @@ def update(
         "staleness": float(run.staleness),
     }
     metrics |= distance_figures(run)
-    metrics |= drift.figures() | _importance_figures(run, batch, streams) | (gradients.figures() if gradients else {})
+    metrics |= (
+        region | drift.figures() | _importance_figures(run, batch, streams) | (gradients.figures() if gradients else {})
+    )
     if run.config.rollout.redraws:
         metrics["groups/redrawn"] = float(run.redrawn)
     if run.policy.value_head is not None:
@@ -357,15 +368,17 @@ def update(
 
 
 def settle(run: Run, step: int, moved: float | None = None) -> None:
-    """What follows an update of the weights: their average, a reference that is moved, a learning rate that adapts.
+    """What follows an update of the weights: their average, copies that are moved, a learning rate that adapts.
 
     moved: nats per token that the update had moved the policy before its last optimiser step, where that was measured.
     """
-    config, kl = run.config.update, run.config.kl
+    config, kl, mask = run.config.update, run.config.kl, run.config.rollout.mask
     if run.average is not None:
         run.average.update(run.policy.trainable())
     if run.reference is not None and kl.refresh_every and step % kl.refresh_every == 0:
         run.reference.follow(kl.refresh_share)
+    if run.mask is not None and mask is not None and step % mask.refresh_every == 0:
+        run.mask.load_weights(run.policy.trainable(), version=step)
     if config.schedule == "kl" and config.target_kl is not None and moved is not None:
         run.progress.rate = rate_by_kl(run.progress.rate, moved, target=config.target_kl, least=config.final_share)
 
@@ -449,6 +462,8 @@ def _without_effect(run: Run, credit: Credit) -> Tensor | None:
     config = run.config
     if config.kl.place == "loss" or config.objective.entropy_coefficient or run.policy.value_head is not None:
         return None
+    if config.update.trust_region is not None:
+        return None  # they have no loss, and bound the step as all others do
     return ~credit.advantages.any(1)
 
 
@@ -517,22 +532,82 @@ def step_optimizer(run: Run, bad: str, step: int, *, head_only: bool = False) ->
         torch.nn.utils.clip_grad_value_(parameters, run.config.update.max_grad_value)
     limit = run.config.update.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
-    usable = not bad and math.isfinite(norm)
+    usable = _usable(run, bad, norm, step)
     if usable:
         run.optimizer.step()
-    else:
-        run.progress.skipped += 1
-        run.notes.append(f"step {step}: update skipped, {bad or f'gradient norm {norm}'}")
-        if run.progress.skipped > run.config.update.max_skipped:
-            raise NumericsError(
-                f"step {step}: {run.progress.skipped} updates had a non-finite loss or gradient (update.max_skipped "
-                f"{run.config.update.max_skipped}); the last: {bad or f'gradient norm {norm}'}. Lower "
-                "update.learning_rate, or use policy.precision float32."
-            )
     for name, gradient in kept.items():
         named[name].grad = gradient
     run.optimizer.zero_grad(set_to_none=False)  # gradients stay where they are: new ones would leave the heap in pieces
     return norm if usable else None
+
+
+def _usable(run: Run, bad: str, norm: float, step: int) -> bool:
+    """Whether loss and gradient are finite; what is not is counted, and too much of it ends the run."""
+    if not bad and math.isfinite(norm):
+        return True
+    run.progress.skipped += 1
+    run.notes.append(f"step {step}: update skipped, {bad or f'gradient norm {norm}'}")
+    if run.progress.skipped > run.config.update.max_skipped:
+        raise NumericsError(
+            f"step {step}: {run.progress.skipped} updates had a non-finite loss or gradient (update.max_skipped "
+            f"{run.config.update.max_skipped}); the last: {bad or f'gradient norm {norm}'}. Lower "
+            "update.learning_rate, or use policy.precision float32."
+        )
+    return False
+
+
+def natural_step_of(
+    run: Run, parts: Sequence[Part], batch: TokenBatch, loss: float, entropy_coefficient: float, bad: str, step: int
+) -> tuple[float | None, dict[str, float]]:
+    """Move the policy by TRPO's step, and the critic by AdamW's, from the gradients that are there.
+
+    parts, loss: of the pass that made the gradients. Returns their norm (of the policy's; None if they could not be
+    used) and what is logged of the step.
+    """
+    settings, before = run.config.update.trust_region, run.before_update
+    assert settings is not None
+    assert before is not None
+    before.follow(1.0)
+    named = {name: p for name, p in run.policy.hf_model.named_parameters() if p.requires_grad}
+    weights = Weights(named, before.tensors())
+    gradient = weights.gradient()
+    norm = gradient.norm().item()
+    usable = _usable(run, bad, norm, step)
+    step_optimizer(run, "", step, head_only=True) if usable else run.optimizer.zero_grad(set_to_none=False)
+    if not usable or not norm:
+        return (norm if usable else None), {"trust/step_share": 0.0, "trust/kl": 0.0}
+    others = [before.against(before.score(part.batch, hidden=True), forward=True) for part in parts]
+
+    def kl_and_gradient(at: Tensor) -> tuple[float, Tensor]:
+        weights.move(at)
+        run.optimizer.zero_grad(set_to_none=False)
+        nats = 0.0
+        for part, other in zip(parts, others, strict=True):
+            new = run.policy.score(part.batch, grad=True, into_grad=True, against=other)
+            assert new.kl is not None
+            kl = new.kl.sum() / part.num_actions
+            kl.backward()
+            nats += kl.item()
+        return nats, weights.gradient()
+
+    def measure(share: float) -> tuple[float, float]:
+        weights.move(way, share)
+        sums, kl = {"loss/policy": 0.0, "loss/value": 0.0}, 0.0
+        for part, other in zip(parts, others, strict=True):
+            new = run.policy.score(part.batch, against=other)
+            assert new.kl is not None
+            part_loss(run, part, new, sums, {}, batch, entropy_coefficient, head_only=True)
+            kl += new.kl.sum().item() / part.num_actions
+        return sums["loss/policy"], kl
+
+    way = natural_step(
+        gradient, Fisher(kl_and_gradient, reach=1e-3 * weights.length()),
+        kl=settings.kl, iterations=settings.iterations, damping=settings.damping,
+    )  # fmt: skip
+    run.optimizer.zero_grad(set_to_none=False)
+    share, kl = line_search(measure, loss=loss, kl=settings.kl, shrink=settings.shrink, tries=settings.tries)
+    weights.move(way, share)
+    return norm, {"trust/step_share": share, "trust/kl": kl}
 
 
 def set_learning_rate(run: Run, step: int) -> float:

@@ -56,7 +56,7 @@ class Completion:
     stop: StopReason
     support: np.ndarray[Any, np.dtype[np.uint8]] | None = None
     """Kept set of each draw as packed bits `[len(tokens), ceil(V / 8)]` (`numpy.packbits`, big-endian bit
-    order), or None when no control truncates the distribution (top-k, top-p, min-p off)."""
+    order), or None when nothing truncates the distribution (top-k, top-p, min-p off, no mask policy)."""
     entropies: list[float] | None = None
     """Entropy of the distribution that each token was drawn from (nats); None from engines that do not tell."""
 

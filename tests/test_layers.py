@@ -82,9 +82,9 @@ MAY: dict[str, set[str]] = {
         *(STAGES | MATHS),
     },
 }
-MAY["weights"] = MAY["balance"] = set()
+MAY["weights"] = MAY["balance"] = MAY["trust_region"] = set()
 MAY["replay"] = {"types", "rollout"}
-MAY["trainer"] |= {"weights", "balance", "replay"}
+MAY["trainer"] |= {"weights", "balance", "replay", "trust_region"}
 MAY["assignment"] = {"types", "config", "credit"}
 MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
 MAY["redistribution"] = {"types", "config", "credit", "batching", "rewards", "rollout"}

@@ -106,6 +106,13 @@ def known_answers():
     del sys.modules["known_answers"]
 
 
+def test_the_benchmark_has_an_arm_for_every_method(known_answers, tmp_path):
+    for name in PRESETS:
+        config = RunConfig.model_validate(known_answers.settings(tmp_path, 0, known_answers.preset_arm(name)))
+        assert config.algorithm == name
+    assert known_answers.TUNED.keys() <= PRESETS.keys()
+
+
 @pytest.mark.parametrize("name", ["rloo", "cispo", "dppo"])
 def test_a_method_finds_the_known_best_policy(known_answers, name):
     """The benchmark's task with 3 tokens in place of 8."""

@@ -198,6 +198,11 @@ EVERYTHING = {
         ],
         "kl": {"place": "none"},
     },
+    "a mask policy": {
+        "rollout": {"mask": {"top_p": 0.5, "refresh_every": 2}, "sampling": {"max_new_tokens": 6}},
+        "credit": {"type": "reward_to_go"},
+    },
+    "a trust region": {"update": {"epochs": 1, "trust_region": {"iterations": 2}}, "credit": {"type": "reward_to_go"}},
     "monte_carlo": {"credit": {"type": "monte_carlo", "every": 2, "rollouts": 2}, "kl": {"place": "none"}},
 }  # fmt: skip
 
@@ -238,9 +243,37 @@ def test_an_average_that_a_checkpoint_has_not_begins_with_the_weights_of_now(pla
         assert torch.equal(built.average.cells[name], parameter)
 
 
+def test_a_mask_policy_that_a_checkpoint_has_not_begins_with_the_weights_of_now(place, tmp_path):
+    config = configuration(place, tmp_path / "run")
+    made = []
+    run.train(config, on_step=lambda report, _: made.append(report), interrupted=lambda: bool(made))
+    path = next((tmp_path / "run" / "checkpoints").glob("step-*"))
+    built = build.build_run(configuration(place, tmp_path / "run", rollout={"mask": {}}), checkpoint=path)
+    assert any("no mask of this run: it starts anew" in note for note in built.notes)
+    cells = built.mask.parameters()
+    for name, parameter in built.policy.trainable().items():
+        assert torch.equal(cells[name], parameter)
+
+
+def test_the_mask_policy_is_moved_every_so_many_steps_and_not_between(place, tmp_path):
+    built = build.build_run(configuration(place, tmp_path / "run", rollout={"mask": {"refresh_every": 3}}))
+    name, parameter = next(iter(built.policy.trainable().items()))
+    for step in range(1, 7):
+        before = built.mask.parameters()[name].clone()
+        with torch.no_grad():
+            parameter.add_(1.0)
+        trainer.settle(built, step)
+        built.engine.load_weights(built.policy.trainable(), version=step)
+        assert torch.equal(built.mask.parameters()[name], parameter if step % 3 == 0 else before), step
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        (
+            {"rollout": {"mask": {}, "engine": "transformers"}},
+            r"rollout\.mask asks a second model .* rollout\.engine=native",
+        ),
         ({"update": {"schedule": "plateau"}, "evaluation": {"every": None}}, "goes by evaluations while training"),
         ({"update": {"schedule": "kl"}}, "set both, or neither"),
         ({"update": {"schedule": "kl", "target_kl": 0.1, "epochs": 1, "minibatches": 1}}, "above 1"),

@@ -112,6 +112,11 @@ class RunConfig(Section):
             "above 0 for training; evaluation.sampling may be greedy.",
         )
         yield (
+            rollout.mask is not None and rollout.engine != "native",
+            "rollout.mask asks a second model at each token, and transformers.generate asks one: set "
+            "rollout.engine=native.",
+        )
+        yield (
             credit.type == "gae" and self.policy.value_head is None,
             "credit.type gae needs a critic: set policy.value_head (for its defaults: policy.value_head={}).",
         )
@@ -182,6 +187,7 @@ class RunConfig(Section):
             self.update.minibatches > rows,
             f"update.minibatches {self.update.minibatches} exceeds the {rows} samples of a step.",
         )
+        yield from self._no_trust_region()
         offline, method = self.offline is not None, f"method.type {self.method.type}"
         yield (
             offline and (self.update.minibatches > 1 or self.update.epochs > 1),
@@ -304,6 +310,35 @@ class RunConfig(Section):
             "rollout.replay scores samples again; a reward with a constraint or normalise: running would count them "
             "twice. Leave one of them out.",
         )
+
+    def _no_trust_region(self) -> Iterable[tuple[bool, str]]:
+        """What a step of TRPO cannot go with."""
+        update, policy, region = self.update, self.policy, "update.trust_region"
+        if update.trust_region is None:
+            return
+        pulls = ("weight_decay", "max_grad_value", "l2_to_initial", "l1_to_initial", "stop_kl")
+        set_here = [f"update.{name}" for name in pulls if getattr(update, name)]
+        yield (self.offline is not None, f"{region} bounds how far samples of a policy move it: it needs method rl.")
+        yield (
+            update.epochs * update.minibatches > 1,
+            f"{region} makes one step of all samples, and its bound is on the way from the policy that drew them: "
+            "update.epochs and update.minibatches must be 1.",
+        )
+        yield (
+            policy.precision != "float32",
+            f"{region} compares passes of weights that differ by a thousandth, which bfloat16 rounds away: set "
+            "policy.precision=float32.",
+        )
+        yield (policy.dropout, f"{region} compares passes, and dropout makes each another: set policy.dropout=false.")
+        yield (
+            policy.value_head is not None and not policy.value_head.detach_trunk,
+            f"{region} moves the trunk by the loss of the policy alone: set policy.value_head.detach_trunk=true.",
+        )
+        yield (
+            self.kl.place == "loss" and self.kl.estimator == "exact",
+            f"{region} looks at the whole vocabulary for its own KL: take another kl.estimator (ratio_k3).",
+        )
+        yield (bool(set_here), f"{region} takes the place of AdamW: leave out {', '.join(set_here)}.")
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:

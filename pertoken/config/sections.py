@@ -282,6 +282,18 @@ class ReplayConfig(Section):
     """none: all kept groups are as likely; advantage: by the mean |advantage| of their tokens when they were new."""
 
 
+class MaskConfig(Section):
+    """A mask policy: an older copy of the policy, whose most probable tokens are all that the policy may sample (NLPO).
+    Held-out answers go without it."""
+
+    top_p: float = Field(default=0.9, gt=0, lt=1)
+    """Let through the smallest set of its most probable tokens whose mass reaches this, and the end of the text."""
+    least: int = Field(default=1, ge=1)
+    """But at least so many of them; RL4LMs takes 100."""
+    refresh_every: int = Field(default=5, ge=1)
+    """Make it the policy of now after every so many steps."""
+
+
 class RolloutConfig(Section):
     """What is sampled in each step."""
 
@@ -298,6 +310,9 @@ class RolloutConfig(Section):
     """Most tokens of a completion over steps: points [step, tokens], linear between them (rounded down) and constant
     outside. None is above sampling.max_new_tokens, which stays what objective.over constant divides by; null always
     takes that."""
+    mask: MaskConfig | None = None
+    """Restrict what may be sampled by an older copy of the policy; a second model in memory and in each step of
+    decoding, and the engine must be native. null asks the policy alone."""
     engine: Literal["native", "transformers"] = "native"
     """Who generates: the engine made for rollouts, or plain transformers.generate, which is slower and takes any model
     that can generate; both draw the same tokens."""
@@ -715,6 +730,21 @@ class ObjectiveConfig(Section):
         return self
 
 
+class TrustRegionConfig(Section):
+    """One natural-gradient step of all samples, as far as a bound on the KL lets it, in place of AdamW (TRPO)."""
+
+    kl: float = Field(default=0.01, gt=0)
+    """Nats per token that a step may move the policy: mean over tokens of KL(before || after) over the vocabulary."""
+    iterations: int = Field(default=10, ge=1)
+    """Of conjugate gradients; each takes two forward and backward passes over the samples."""
+    damping: float = Field(default=0.1, ge=0)
+    """Added to the curvature in every direction; more is nearer to the plain gradient, and makes shorter steps."""
+    shrink: float = Field(default=0.8, gt=0, lt=1)
+    """What a step that does not lower the loss, or exceeds the KL, is multiplied by."""
+    tries: int = Field(default=10, ge=1)
+    """Lengths that are tried; if none will do the policy stays as it is."""
+
+
 class UpdateConfig(Section):
     """How the loss moves the weights."""
 
@@ -752,6 +782,9 @@ class UpdateConfig(Section):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep a running average of the weights, taking 1 - this of the new ones after each step; it is evaluated (as split
     `<split>-ema`) and saved (`model-ema`) beside the policy. null keeps none."""
+    trust_region: TrustRegionConfig | None = None
+    """Move the policy by TRPO's step, all samples at once; the critic keeps AdamW, whose settings are for it alone
+    then. null moves all by AdamW."""
     epochs: int = Field(default=1, ge=1)
     """Passes over each step's samples."""
     minibatches: int = Field(default=1, ge=1)

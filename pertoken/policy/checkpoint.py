@@ -1,7 +1,7 @@
 """The state of a run as files: weights and optimiser as safetensors, counters as JSON; no pickle anywhere.
 
     state.safetensors   weight/<name>, optimizer/<name>/<field>, random/torch, random/cuda/<device>, and what else a
-                        run keeps: average/<name>, reference/<name>, reward/<part>/<name>
+                        run keeps: average/<name>, reference/<name>, mask/<name>, reward/<part>/<name>
     state.json          counters and controllers of the trainer, random states of Python and NumPy
 
 When such a folder is written, kept and trusted is the business of `tracking/checkpoints.py`. Weights that are not

@@ -13,6 +13,9 @@ PROBE = 64
 OPTIMISER_COPIES = 3
 """Beside each trained weight: its gradient and AdamW's two averages."""
 
+NATURAL_COPIES = 7
+"""With a trust region: its gradient, that of the loss, four vectors of conjugate gradients, and one on the way."""
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -32,8 +35,11 @@ class Footprint:
         return self.trained + self.per_pass + self.per_token * tokens + 2 * self.largest
 
 
-def footprint(policy: Policy) -> Footprint:
-    """Measured on two short probes, of one group of 4 samples each, half of it actions."""
+def footprint(policy: Policy, *, natural: bool = False) -> Footprint:
+    """Measured on two short probes, of one group of 4 samples each, half of it actions.
+
+    natural: the policy is moved by `trust_region.py`, and not by AdamW.
+    """
     size = min(PROBE, policy.context_length // 2)
     recompute, policy.recompute_activations = policy.recompute_activations, False
     try:
@@ -45,8 +51,9 @@ def footprint(policy: Policy) -> Footprint:
         layers, width = len(recomputable(policy.hf_model)), policy.hf_model.config.get_text_config().hidden_size
         per_token = kept_by_all / layers + 4 * width * layers
     sizes = [p.numel() * p.element_size() for p in policy.trainable().values()]
+    copies = NATURAL_COPIES if natural else OPTIMISER_COPIES
     per_pass = float(small - kept_by_all * size)
-    return Footprint(per_token, per_pass, float(OPTIMISER_COPIES * sum(sizes)), float(max(sizes)))
+    return Footprint(per_token, per_pass, float(copies * sum(sizes)), float(max(sizes)))
 
 
 def _kept(policy: Policy, tokens: int) -> int:

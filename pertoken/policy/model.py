@@ -175,6 +175,10 @@ class Policy:
         """The policy as it is now, frozen: adapters switched off (LoRA), else a copy of the weights."""
         return Reference(self)
 
+    def snapshot(self) -> "Reference":
+        """The policy as it is now, frozen, its adapters included; weights that are not trained are shared with it."""
+        return Reference(self, adapters=True)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that the update changes, by name; those of the value head begin with `value_head.`."""
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -200,10 +204,13 @@ class Policy:
 class Reference:
     """A frozen policy that later ones are compared with; scores like one, without values."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, adapters: bool = False) -> None:
+        """With `adapters` the model that is trained, and not the one that adapters were added to."""
         self._policy = policy
         self._copy: PreTrainedModel | None = None
-        if not policy._has_adapters:
+        if adapters:
+            self._copy = copy_of(policy.hf_model)
+        elif not policy._has_adapters:
             self._copy = copy.deepcopy(policy.hf_model).eval().requires_grad_(False)
             _cast_linears(self._copy, policy.autocast_dtype)
 
@@ -217,7 +224,7 @@ class Reference:
     @torch.no_grad()
     def follow(self, share: float) -> None:
         """Move this reference by `share` of the way to the policy of now (TR-DPO: Gorbatovski et al. 2024,
-        https://arxiv.org/abs/2404.09656); 1 makes it the policy of now. Adapters have no copy to move."""
+        https://arxiv.org/abs/2404.09656); 1 makes it the policy of now. What adapters were added to does not move."""
         now = dict(self._policy.hf_model.named_parameters())
         for name, cell in self.tensors().items():
             cell.lerp_(now[name].detach().to(cell.dtype), share)
@@ -246,6 +253,12 @@ class Reference:
 
     def _frozen(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self._copy else self._policy.adapters_off()
+
+
+def copy_of(model: Any) -> Any:
+    """A frozen copy of `model` that shares the weights that are not trained."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 def _cast_linears(model: PreTrainedModel, dtype: torch.dtype | None) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from pertoken.errors import ConfigError
 from pertoken.forward import decoder_start
 from pertoken.rollout.engine import copy_parameters
 from pertoken.rollout.rows import OnToken, Row, Rows
@@ -55,7 +56,12 @@ class TransformersEngine:
         taken: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> list[Completion]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`. Raises ConfigError for controls with a mask: here one model is asked."""
+        if controls.mask is not None:
+            raise ConfigError(
+                "rollout.mask asks a second model at each token, and transformers.generate asks one: set "
+                "rollout.engine=native."
+            )
         if not prompts:
             return []
         rows = Rows(

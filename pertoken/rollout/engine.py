@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pertoken.errors import ConfigError
 from pertoken.forward import decoder_start
 from pertoken.rollout.decoder import Decoder, HFDecoder, RecomputingDecoder, agrees
 from pertoken.rollout.fused import fused_decoder
@@ -70,13 +71,17 @@ class NativeEngine:
         dtype: torch.dtype | None = None,
         max_rows: int = 64,
         context_length: int | None = None,
+        mask: "NativeEngine | None" = None,
     ) -> None:
         """Sample from `model` itself (dtype None), or from an own copy of it in `dtype`.
 
         model: the module whose parameters `load_weights` speaks of (a PEFT model stays wrapped).
         head_logits: maps (model, hidden states `[A, H]`) to logits, as `policy.scoring.head_logits` does.
+        mask: the engine of the mask policy, which is asked at each token where controls have a `Mask`; it keeps the
+        weights that it was last given.
         """
         self.version = 0
+        self._mask = mask
         fused = fused_decoder(model) if dtype is torch.bfloat16 else None
         self._shares_weights = dtype is None or fused is not None
         self._model = model if self._shares_weights else copy.deepcopy(model).to(dtype).requires_grad_(False)
@@ -95,17 +100,25 @@ class NativeEngine:
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy the trained parameters into the engine's model; nothing to copy if it is the policy's own."""
+        copy_parameters(weights, self._model)
         if not self._shares_weights:
-            copy_parameters(weights, self._model)
             pack_linears(self._model)
         self.decoder.load(weights)
         self.version = version
+        if self._mask is not None:
+            self._mask.load_weights({}, self._mask.version)  # it has its own, and was released with this engine
 
     def release(self) -> None:
         """See `RolloutEngine.release`."""
         if not self._shares_weights:
             unpack_linears(self._model)
         self.decoder.release()
+        if self._mask is not None:
+            self._mask.release()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The weights that it samples from, by name."""
+        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
 
     @torch.no_grad()
     def generate(
@@ -126,15 +139,24 @@ class NativeEngine:
         )  # fmt: skip
         slots = min(self._max_rows, len(prompts))
         room = min(rows.budget, self._context - min(map(len, prompts)))
-        return _Decoding(rows, self.decoder, slots, self._hf.device).run(room)
+        return _Decoding(rows, self._decoders(controls), slots, self._hf.device).run(room)
+
+    def _decoders(self, controls: Controls) -> list[Decoder]:
+        """The policy's, and behind it that of the mask policy if `controls` ask for one."""
+        if controls.mask is None:
+            return [self.decoder]
+        if self._mask is None:
+            raise ConfigError("these sampling controls have a mask, and this engine has no mask policy: give it one.")
+        return [self.decoder, self._mask.decoder]
 
 
 class _Decoding:
     """All prompts on their way to completions: live rows stand in slots 0, 1, ...; a slot that becomes free takes
     the last live row, and waiting prompts are let in behind."""
 
-    def __init__(self, rows: Rows, decoder: Decoder, slots: int, device: torch.device) -> None:
-        self.rows, self.decoder, self.slots, self.device = rows, decoder, slots, device
+    def __init__(self, rows: Rows, decoders: Sequence[Decoder], slots: int, device: torch.device) -> None:
+        """decoders: whose logits `Rows.choose` takes, in its order; they all see the same tokens in the same slots."""
+        self.rows, self.decoders, self.slots, self.device = rows, decoders, slots, device
         # Equal prompts side by side are computed once; long ones first, so that the last to run are short.
         prompts = rows.prompts
         self.waiting = deque(sorted(rows.rows, key=lambda r: (-len(prompts[r.index]), prompts[r.index], r.index)))
@@ -142,19 +164,21 @@ class _Decoding:
 
     def run(self, room: int) -> list[Completion]:
         """All completions; `room` is how many tokens a row may need behind its prompt."""
-        self.decoder.reserve(self.slots, max(map(len, self.rows.prompts)), room)
+        for decoder in self.decoders:
+            decoder.reserve(self.slots, max(map(len, self.rows.prompts)), room)
         while self.waiting or self.live:
             first = len(self.live)
             places = self._admit()
             if places:  # they draw their first token before they join the others
                 prompts = [self.rows.prompts[self.live[slots[0]].index] for slots in places]
-                logits = self.decoder.prefill(prompts, places)
-                of_row = torch.tensor([k for k, slots in enumerate(places) for _ in slots], device=logits.device)
-                self.rows.choose(logits[of_row], self.live[first:])
+                of_row = torch.tensor([k for k, slots in enumerate(places) for _ in slots], device=self.device)
+                logits, *behind = (decoder.prefill(prompts, places)[of_row] for decoder in self.decoders)
+                self.rows.choose(logits, self.live[first:], *behind)
                 self._retire()
             if self.live:
                 last = torch.tensor([row.tokens[-1] for row in self.live], device=self.device)
-                self.rows.choose(self.decoder.step(last), self.live)
+                logits, *behind = (decoder.step(last) for decoder in self.decoders)
+                self.rows.choose(logits, self.live, *behind)
                 self._retire()
         return [row.completion() for row in self.rows.rows]
 
@@ -178,15 +202,16 @@ class _Decoding:
         for slot in reversed([k for k, row in enumerate(self.live) if row.stop]):
             last = len(self.live) - 1
             if slot != last:
-                self.decoder.move(last, slot)
+                for decoder in self.decoders:
+                    decoder.move(last, slot)
                 self.live[slot] = self.live[last]
             self.live.pop()
 
 
 def copy_parameters(weights: Mapping[str, Tensor], model: Any) -> None:
-    """Copy into `model` what it has of `weights` (the value head's parameters are not an engine's)."""
+    """Copy into `model` what it has of `weights` (the value head's parameters are not an engine's), save its own."""
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
-            if name in own:
+            if name in own and own[name] is not value:
                 own[name].copy_(value)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pertoken import native
 from pertoken.errors import ModelError
-from pertoken.sampling import NO_TOKEN, Controls, draw, entropy_of, keep_set, processed_logits, refuse_lost
+from pertoken.sampling import NO_TOKEN, Controls, draw, entropy_of, keep_set, let_through, processed_logits, refuse_lost
 from pertoken.types import Completion, StopReason
 
 OnToken = Callable[[int, int, float, float], None]
@@ -99,9 +99,14 @@ class Rows:
         self._uniforms = torch.stack([_uniforms(seed, self.budget) for seed in seeds])
         self._eos = torch.tensor(controls.eos_ids or (NO_TOKEN,), device=device)
 
-    def choose(self, logits: Float[Tensor, "R V"], rows: Sequence[Row]) -> Int[Tensor, " R"]:
-        """Draw one token for each of `rows` and record it with its log-prob, entropy and kept set; the ids."""
-        ids, logprobs, entropies, support = self._draw(logits, rows)
+    def choose(
+        self, logits: Float[Tensor, "R V"], rows: Sequence[Row], mask_logits: Float[Tensor, "R V"] | None = None
+    ) -> Int[Tensor, " R"]:
+        """Draw one token for each of `rows` and record it with its log-prob, entropy and kept set; the ids.
+
+        mask_logits: those of the mask policy, where the controls have a mask.
+        """
+        ids, logprobs, entropies, support = self._draw(logits, rows, mask_logits)
         by_eos = torch.isin(ids, self._eos).tolist()
         columns = (ids.tolist(), logprobs.tolist(), entropies.tolist(), by_eos)
         for k, (row, token, logprob, nats, ended) in enumerate(zip(rows, *columns, strict=True)):
@@ -116,7 +121,7 @@ class Rows:
         return ids
 
     def _draw(
-        self, logits: Float[Tensor, "R V"], rows: Sequence[Row]
+        self, logits: Float[Tensor, "R V"], rows: Sequence[Row], mask_logits: Float[Tensor, "R V"] | None
     ) -> tuple[Tensor, Tensor, Tensor, np.ndarray[Any, np.dtype[np.uint8]] | None]:
         """Ids, their log-probs, the entropies, and the kept sets where a control truncates."""
         sampling, device = self.controls.sampling, logits.device
@@ -124,8 +129,13 @@ class Rows:
         if self.controls.only_temperature:
             return *draw_plain(logits, sampling.temperature, uniforms), None
         taken = torch.tensor([row.count for row in rows], device=device)
-        z = processed_logits(logits, self.controls, taken, self._history(rows))
-        keep = None if sampling.greedy else keep_set(z, sampling)
+        history = self._history(rows)
+        z = processed_logits(logits, self.controls, taken, history)
+        if self.controls.mask is not None and mask_logits is not None:
+            # By the same bans as the policy: something that it may say is always let through.
+            masking = processed_logits(mask_logits, self.controls, taken, history)
+            z = z.masked_fill(~let_through(masking, self.controls.mask, self.controls.eos_ids), -torch.inf)
+        keep = keep_set(z, sampling) if self.controls.truncates and not sampling.greedy else None
         logprobs = (z if keep is None else z.masked_fill(~keep, -torch.inf)).log_softmax(1)
         ids = logprobs.argmax(1) if sampling.greedy else draw(logprobs, uniforms)
         support = None if keep is None else np.packbits(keep.cpu().numpy(), axis=1)

@@ -103,6 +103,11 @@ METRICS: dict[str, Term] = {
         "How far the update had moved the policy before its last optimiser step (`stop_kl`, `target_kl`).",
         "mean over a of k3, nats per token",
     ),
+    "trust/step_share": Term(
+        "How much of the natural-gradient step was taken (`update.trust_region`): 0 if the line search refused all.",
+        "share of the step that reaches the KL bound to second order, 0 to 1",
+    ),
+    "trust/kl": Term("How far that step moved the policy.", "mean over a of KL(before || after), nats per token"),
     "distance/initial": Term(
         "How far the weights are from those before training (`update.l2_to_initial`).", "√ Σ (w − w₀)²"
     ),
