@@ -129,6 +129,12 @@ def test_by_hand():
     assert row(paid(LeaveOneTokenOut(), scene, rewards)[0], "both") == [-1, 1, 1]
 
 
+def test_blocks_share_what_they_add_but_differences_pay_where_they_are_known():
+    scene, rewards = scene_of("xaba", stop="length", max_new_tokens=6), parts((both, 1.0))
+    assert row(paid(Differences(samples=3), scene, rewards)[0], "both") == [0, 0, 0, 1]
+    assert row(paid(Shapley(samples=3), scene, rewards)[0], "both") == [0, 0, 0.5, 0.5]  # "ba" is enough
+
+
 def test_what_the_empty_text_is_worth_is_on_the_first_token():
     scene, rewards = scene_of("za"), parts((first, 1.0), (vowels, 1.0))
     shapley, _ = paid(Shapley(), scene, rewards)
