@@ -188,7 +188,7 @@ class _Texts:
 
     def _score(self, texts: Sequence[Episode]) -> None:
         scene, several = self._scene, list({_key(text): text for text in texts}.values())
-        controls = replace(scene.batch.controls, sampling=scene.batch.controls.sampling.untruncated())
+        controls = replace(scene.batch.controls, sampling=scene.batch.controls.sampling.untruncated(), mask=None)
         size = len(scene.episodes)  # a reward has its time limit for so many
         for at in range(0, len(several), size):
             some = several[at : at + size]

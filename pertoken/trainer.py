@@ -309,12 +309,7 @@ def update(
         tasks=tasks if gradients else None,
     )  # fmt: skip
     for part in parts:
-        against = (
-            run.reference.against(part.ref) if run.reference and part.ref and part.ref.hidden is not None else None
-        )
-        new = run.policy.score(
-            part.batch, grad=True, entropy_grad=entropy_coefficient != 0, into_grad=True, against=against
-        )
+        new = _pass(run, part, entropy_grad=entropy_coefficient != 0)
         if not moved and not run.policy.dropout:
             # Until the weights move, old and new are the same policy; taking the same pass for both removes the
             # rounding noise between passes of different shapes (and the drift of the sampler).
@@ -345,26 +340,38 @@ def update(
             moved = moved or norm is not None
             norms += [] if norm is None else [norm]
             bad = ""
-    limit = None if natural else config.max_grad_norm
     metrics = check_sampled(run, batch, replace(old, logprobs=first)) | {
         "loss/policy": sums["loss/policy"] / max(steps, 1),
-        "grad/norm": sum(norms) / len(norms) if norms else math.nan if steps else 0.0,
-        "grad/clipped_share": sum(n > limit for n in norms) / len(norms) if limit and norms else 0.0,
         "clip/share": streams["clipped"].sum().item() / max(batch.num_actions, 1) if streams else 0.0,
         "kl/coefficient": run.kl.coefficient,
         "learning_rate": config.learning_rate * rate,
         "skipped/updates": float(run.progress.skipped),
         "staleness": float(run.staleness),
     }
-    metrics |= distance_figures(run)
-    metrics |= (
-        region | drift.figures() | _importance_figures(run, batch, streams) | (gradients.figures() if gradients else {})
-    )
+    metrics |= _norm_figures(norms, steps, None if natural else config.max_grad_norm)
+    metrics |= distance_figures(run) | region | drift.figures() | _importance_figures(run, batch, streams)
+    metrics |= gradients.figures() if gradients else {}
     if run.config.rollout.redraws:
         metrics["groups/redrawn"] = float(run.redrawn)
     if run.policy.value_head is not None:
         metrics["loss/value"] = sums["loss/value"] / max(steps, 1)
     return Updated(metrics, streams)
+
+
+def _pass(run: Run, part: Part, *, entropy_grad: bool) -> PolicyOutput:
+    """The policy of now on a part, with gradient; beside the reference over the whole vocabulary where that was kept."""
+    against = None
+    if run.reference is not None and part.ref is not None and part.ref.hidden is not None:
+        against = run.reference.against(part.ref)
+    return run.policy.score(part.batch, grad=True, entropy_grad=entropy_grad, into_grad=True, against=against)
+
+
+def _norm_figures(norms: Sequence[float], steps: int, limit: float | None) -> dict[str, float]:
+    """Of the gradients of the optimiser steps that were made, of `steps` that were tried."""
+    return {
+        "grad/norm": sum(norms) / len(norms) if norms else math.nan if steps else 0.0,
+        "grad/clipped_share": sum(n > limit for n in norms) / len(norms) if limit and norms else 0.0,
+    }
 
 
 def settle(run: Run, step: int, moved: float | None = None) -> None:

@@ -318,6 +318,7 @@ class RunConfig(Section):
             return
         pulls = ("weight_decay", "max_grad_value", "l2_to_initial", "l1_to_initial", "stop_kl")
         set_here = [f"update.{name}" for name in pulls if getattr(update, name)]
+        set_here += ["update.balance"] if update.balance != "none" else []
         yield (self.offline is not None, f"{region} bounds how far samples of a policy move it: it needs method rl.")
         yield (
             update.epochs * update.minibatches > 1,
@@ -328,6 +329,11 @@ class RunConfig(Section):
             policy.precision != "float32",
             f"{region} compares passes of weights that differ by a thousandth, which bfloat16 rounds away: set "
             "policy.precision=float32.",
+        )
+        yield (
+            self.rollout.replay is not None,
+            f"{region} bounds the way from the policy that drew the samples, and rollout.replay brings samples of others: "
+            "leave one of them out.",
         )
         yield (policy.dropout, f"{region} compares passes, and dropout makes each another: set policy.dropout=false.")
         yield (
