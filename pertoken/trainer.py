@@ -317,15 +317,11 @@ def update(
             check_sampled(run, part.batch, part.old, part.rows)
             first[part.rows] = part.old.logprobs
         loss = part_loss(run, part, new, sums, streams, batch, entropy_coefficient, head_only=head_only)
-        if math.isfinite(loss.item()):
-            loss.backward()
-        else:
-            bad = bad or f"loss {loss.item()} in episodes {', '.join(part.batch.episode_ids[:4])} ..."
+        bad = bad or _backward(loss, part)
         drift.add(part, new)
         if gradients and part.last_of_task:
             gradients.put_aside()
-        if natural:
-            seen.append(part)
+        seen += [part] if natural else []
         if part.last_of_step:
             steps += 1
             if drift.too_far():
@@ -351,19 +347,25 @@ def update(
     metrics |= _norm_figures(norms, steps, None if natural else config.max_grad_norm)
     metrics |= distance_figures(run) | region | drift.figures() | _importance_figures(run, batch, streams)
     metrics |= gradients.figures() if gradients else {}
-    if run.config.rollout.redraws:
-        metrics["groups/redrawn"] = float(run.redrawn)
-    if run.policy.value_head is not None:
-        metrics["loss/value"] = sums["loss/value"] / max(steps, 1)
+    metrics |= {"groups/redrawn": float(run.redrawn)} if run.config.rollout.redraws else {}
+    metrics |= {"loss/value": sums["loss/value"] / max(steps, 1)} if run.policy.value_head is not None else {}
     return Updated(metrics, streams)
 
 
 def _pass(run: Run, part: Part, *, entropy_grad: bool) -> PolicyOutput:
-    """The policy of now on a part, with gradient; beside the reference over the whole vocabulary where that was kept."""
+    """The policy of now on a part, with gradient; beside the whole distribution of the reference where it was kept."""
     against = None
     if run.reference is not None and part.ref is not None and part.ref.hidden is not None:
         against = run.reference.against(part.ref)
     return run.policy.score(part.batch, grad=True, entropy_grad=entropy_grad, into_grad=True, against=against)
+
+
+def _backward(loss: Tensor, part: Part) -> str:
+    """Add the gradients of a loss up; what is wrong, in words, if there are none."""
+    if not math.isfinite(loss.item()):
+        return f"loss {loss.item()} in episodes {', '.join(part.batch.episode_ids[:4])} ..."
+    loss.backward()
+    return ""
 
 
 def _norm_figures(norms: Sequence[float], steps: int, limit: float | None) -> dict[str, float]:

@@ -332,8 +332,8 @@ class RunConfig(Section):
         )
         yield (
             self.rollout.replay is not None,
-            f"{region} bounds the way from the policy that drew the samples, and rollout.replay brings samples of others: "
-            "leave one of them out.",
+            f"{region} bounds the way from the policy that drew the samples, and rollout.replay brings samples of "
+            "others: leave one of them out.",
         )
         yield (policy.dropout, f"{region} compares passes, and dropout makes each another: set policy.dropout=false.")
         yield (
