@@ -34,18 +34,9 @@ from pertoken.preferences import (
 from pertoken.sampling import Controls
 from pertoken.state import Run, items_of
 from pertoken.tracking.runlog import RunLog
-from pertoken.trainer import (
-    Clock,
-    checkpoint,
-    curriculum_figures,
-    distance_figures,
-    evaluate,
-    memory,
-    set_learning_rate,
-    settle,
-    step_optimizer,
-)
+from pertoken.trainer import Clock, checkpoint, curriculum_figures, evaluate, memory
 from pertoken.types import Episode, Item, PolicyOutput, TokenBatch
+from pertoken.updating import distance_figures, set_learning_rate, settle, step_optimizer
 
 
 def kind_of(method: OfflineConfig, items: Sequence[Item]) -> Kind:

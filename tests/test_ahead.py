@@ -6,7 +6,7 @@ import threading
 import pytest
 from pydantic import ValidationError
 
-from pertoken import run, trainer
+from pertoken import run, trainer, updating
 from pertoken.errors import RewardError
 from tests.test_trainer import data, importable, metrics_of, settings  # noqa: F401
 
@@ -44,7 +44,7 @@ def test_the_update_between_is_weighed(model_folder, data, tmp_path):  # noqa: F
         numbers(model_folder, data, tmp_path, folder=str(tmp_path / "b"), stop__steps=3, rollout__ahead=True)
     )
     assert without_times(at_once[:1]) == without_times(ahead[:1])
-    assert all(row["drift/max"] < trainer.RATIO_TOLERANCE for row in at_once)
+    assert all(row["drift/max"] < updating.RATIO_TOLERANCE for row in at_once)
     assert all(row["drift/max"] > 1e-3 for row in ahead[1:])
     assert ahead[1]["reward/numbers"] != at_once[1]["reward/numbers"]
 

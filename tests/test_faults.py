@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pertoken import build, run, trainer
+from pertoken import build, run, trainer, updating
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
@@ -81,7 +81,7 @@ def a_step(built, episodes):
     ref = built.reference.score(batch)
     rewards = trainer.reward(built, Scene(batch, episodes, built.policy.tokenizer, old, ref, 1))
     credit = assign(built.config.credit, rewards, batch, old)
-    updated = trainer.update(built, batch, old, ref, credit, 1)
+    updated = updating.update(built, batch, old, ref, credit, 1)
     return observe(1, episodes, batch, old, ref, rewards, credit, updated, {})
 
 
@@ -114,14 +114,14 @@ def test_a_model_that_says_nan_for_one_prompt_is_a_named_error(settle, precision
 def test_one_bad_row_in_an_update_skips_the_update_and_names_the_row(settle, monkeypatch):
     built = build.build_run(settle())
     before = weights(built)
-    whole = trainer.policy_loss
+    whole = updating.policy_loss
 
     def one_nan(*arguments, **named):
         loss = whole(*arguments, **named)
         loss.per_token[1] = torch.nan
         return loss
 
-    monkeypatch.setattr(trainer, "policy_loss", one_nan)
+    monkeypatch.setattr(updating, "policy_loss", one_nan)
     report = a_step(built, trainer.generate(built, 1))
     assert report.metrics["skipped/updates"] == 1
     assert unmoved(built, before)

@@ -89,7 +89,19 @@ MAY["assignment"] = {"types", "config", "credit"}
 MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
 MAY["redistribution"] = {"types", "config", "credit", "batching", "rewards", "rollout"}
 MAY["resampling"] = MAY["state"] | {"state", "redistribution"}
-MAY["trainer"] |= {"assignment", "state", "resampling"}
+MAY["updating"] = {
+    "errors",
+    "types",
+    "config",
+    "batching",
+    "objectives",
+    "observe",
+    "state",
+    "policy",
+    "balance",
+    "trust_region",
+}
+MAY["trainer"] = MAY["trainer"] - {"balance", "trust_region"} | {"assignment", "state", "resampling", "updating"}
 MAY["offline"] = MAY["trainer"] | {"trainer"}
 MAY["build"] = MAY["offline"] | {"offline", "text_metrics", "forward"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pertoken import build, trainer
+from pertoken import build, trainer, updating
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import (
@@ -96,7 +96,7 @@ def one_step(run, step=1):
     drawn = beside(scene, run.config, run.engine, run.policy, run.controls, run.rewards, rewards)
     paid = drawn.rewards or rewards
     given = assign(trainer.credit_of(run.config, step), paid, batch, old, drawn.greedy, drawn.states)
-    return scene, given, trainer.update(run, batch, old, None, given, step).metrics
+    return scene, given, updating.update(run, batch, old, None, given, step).metrics
 
 
 def weights(run):
@@ -320,13 +320,13 @@ def test_masked_importance_weights_leave_tokens_of_older_weights_out(make):
     new = run.policy.score(batch, grad=True)
     part = next(
         iter(
-            trainer.minibatches(
+            updating.minibatches(
                 batch, shifted, None, given, epochs=1, num_minibatches=1, tokens_per_micro_batch=10**6, seed=0
             )
         )
     )
     sums, streams = {"loss/policy": 0.0, "loss/value": 0.0}, {}
-    loss = trainer.part_loss(run, part, new, sums, streams, batch, 0.0, head_only=False)
+    loss = updating.part_loss(run, part, new, sums, streams, batch, 0.0, head_only=False)
     assert loss.item() == 0.0
     assert not streams["importance_weight"].any()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken import build, run, trainer
+from pertoken import build, run, updating
 from pertoken.balance import pcgrad
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig, load_config
@@ -198,12 +198,12 @@ def gradient_of(values, monkeypatch):
             advantages[tasks != only] = 0.0
         found = []
         monkeypatch.setattr(
-            trainer, "step_optimizer",
+            updating, "step_optimizer",
             lambda run, bad, step, head_only: found.append(
                 torch.cat([p.grad.flatten() for p in run.policy.trainable().values()]).double()
             ),
         )  # fmt: skip
-        metrics = trainer.update(made, batch, old, None, Credit(advantages), 1, tasks).metrics
+        metrics = updating.update(made, batch, old, None, Credit(advantages), 1, tasks).metrics
         return found[0], metrics
 
     return gradient

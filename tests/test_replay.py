@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pertoken import build, credit, run, trainer
+from pertoken import build, credit, run, trainer, updating
 from pertoken.errors import ConfigError
 from pertoken.objectives import effective_share, importance_weights, policy_gradient
 from pertoken.policy.model import Policy
@@ -137,7 +137,7 @@ def test_half_of_a_step_is_of_earlier_ones_and_figures_are_of_the_new_half(model
     run.train(config, on_step=lambda report, _: reports.append(report))
     rows = metrics_of(config.run_folder)
     assert [row["replay/rows"] for row in rows] == [0, 8, 8]
-    assert all(row["drift/max"] < trainer.RATIO_TOLERANCE for row in rows)
+    assert all(row["drift/max"] < updating.RATIO_TOLERANCE for row in rows)
     assert all(row["staleness"] == 0 for row in rows)
     assert all(0 < row["replay/effective_share"] < 1 for row in rows[1:])
     for step, (report, row) in enumerate(zip(reports, rows, strict=True), start=1):
@@ -158,7 +158,7 @@ def test_half_of_a_step_is_of_earlier_ones_and_figures_are_of_the_new_half(model
 
 @pytest.mark.parametrize("update", [{}, {"epochs": 2}, {"minibatches": 2}])
 def test_weights_compare_now_with_the_sample(model_folder, data, tmp_path, monkeypatch, update):  # noqa: F811
-    own, seen = trainer.update, []
+    own, seen = updating.update, []
 
     def watched(running, batch, old, *rest):
         now = running.policy.score(batch).logprobs

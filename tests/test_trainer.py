@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pertoken import build, run, trainer
+from pertoken import build, run, trainer, updating
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
@@ -18,8 +18,8 @@ from pertoken.rewards import episode_reward, token_reward
 from pertoken.sampling import Controls
 from pertoken.testing import episode
 from pertoken.tracking.checkpoints import CheckpointStore
-from pertoken.trainer import learning_rate_factor
 from pertoken.types import PolicyOutput
+from pertoken.updating import learning_rate_factor
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_trap_19_micro_batches_give_the_same_update(model_folder, data, tmp_path
         old = built.policy.score(batch)
         scored = trainer.reward(built, trainer.Scene(batch, episodes, built.policy.tokenizer, old, None, 1))
         credit = assign(config.credit, scored, batch, old)
-        updated = trainer.update(built, batch, old, None, credit, 1)
+        updated = updating.update(built, batch, old, None, credit, 1)
         norms.append(updated.metrics["grad/norm"])
         assert updated.metrics["drift/max"] < 1e-4
     assert 0 < norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -259,14 +259,14 @@ def test_zero_steps_only_evaluates(model_folder, data, tmp_path):
 def test_trap_13_a_wrong_ratio_is_a_named_error():
     batch = to_batch([episode([1, 2], [3, 4], id="odd")], Controls())
     right = PolicyOutput(batch.sample_logprobs.clone(), torch.zeros(1, 4))
-    trainer.check_ratio(batch, right, exact=True)
+    updating.check_ratio(batch, right, exact=True)
     wrong = PolicyOutput(batch.sample_logprobs + torch.tensor([[0, 0, 0, 2e-4]]), torch.zeros(1, 4))
     with pytest.raises(NumericsError, match=r"episode odd, token 3: sampled with log-prob -1\.000000"):
-        trainer.check_ratio(batch, wrong, exact=True)
-    assert trainer.check_ratio(batch, wrong, exact=False)["drift/max"] == pytest.approx(2e-4, rel=1e-2)
+        updating.check_ratio(batch, wrong, exact=True)
+    assert updating.check_ratio(batch, wrong, exact=False)["drift/max"] == pytest.approx(2e-4, rel=1e-2)
     broken = PolicyOutput(torch.full((1, 4), math.nan), torch.zeros(1, 4))
     with pytest.raises(NumericsError):
-        trainer.check_ratio(batch, broken, exact=False)
+        updating.check_ratio(batch, broken, exact=False)
 
 
 def test_non_finite_updates_are_skipped_counted_and_end_the_run(model_folder, data, tmp_path):
@@ -275,13 +275,13 @@ def test_non_finite_updates_are_skipped_counted_and_end_the_run(model_folder, da
     built.evaluator = None
     before = {name: p.detach().clone() for name, p in built.policy.trainable().items()}
     log = run.RunLog.create(tmp_path / "run", config_text="", seed=0)
-    whole = trainer.policy_loss
-    trainer.policy_loss = lambda *a, **k: type(whole(*a, **k))(whole(*a, **k).per_token * math.nan)
+    whole = updating.policy_loss
+    updating.policy_loss = lambda *a, **k: type(whole(*a, **k))(whole(*a, **k).per_token * math.nan)
     try:
         with pytest.raises(NumericsError, match="2 updates had a non-finite loss"):
             trainer.loop(built, log, on_step=lambda report: None)
     finally:
-        trainer.policy_loss = whole
+        updating.policy_loss = whole
     assert metrics_of(tmp_path / "run")[-1]["skipped/updates"] == 1
     assert any("update skipped, loss nan in episodes" in note for note in built.notes)
     for name, parameter in built.policy.trainable().items():

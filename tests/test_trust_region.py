@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pertoken import trainer
+from pertoken import trainer, updating
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.build import build_run
@@ -128,7 +128,7 @@ def token_numbers(sample):
 
 @pytest.fixture
 def make(model_folder, tmp_path, monkeypatch):
-    """`make(**sections)`: a run by TRPO, and what `trainer.update` wants of a step. moved: since the run was built."""
+    """`make(**sections)`: a run by TRPO, and what `updating.update` wants of a step. moved: since the run was built."""
 
     # `fn: module:function` finds this file under the name that pytest gave it
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or types.ModuleType(__name__))
@@ -187,8 +187,8 @@ def test_products_are_those_of_the_model(make, monkeypatch, tokens):
         found.extend((v, product(v)) for v in (random, gradient))
         return torch.zeros_like(gradient)
 
-    monkeypatch.setattr(trainer, "natural_step", spy)
-    trainer.update(built, *step)
+    monkeypatch.setattr(updating, "natural_step", spy)
+    updating.update(built, *step)
     assert len(found) == 2
     for v, got in found:
         wanted = explicit_product(step[0], v)
@@ -200,7 +200,7 @@ def test_a_step_lowers_the_loss_within_the_bound_however_it_is_cut(make):
     for tokens in (4096, 40):
         built, step = make(moved=0.1, update={"tokens_per_micro_batch": tokens})
         before = held(built)
-        metrics = trainer.update(built, *step).metrics
+        metrics = updating.update(built, *step).metrics
         assert 0 < metrics["trust/kl"] <= 0.01
         assert 0 < metrics["trust/step_share"] <= 1
         new = built.policy.score(step[0])
@@ -215,9 +215,9 @@ def test_a_step_lowers_the_loss_within_the_bound_however_it_is_cut(make):
 
 def test_a_step_that_no_length_makes_good_leaves_the_policy_to_the_last_bit(make, monkeypatch):
     built, step = make(moved=0.1)
-    monkeypatch.setattr(trainer, "natural_step", lambda gradient, product, **_: (product(gradient), gradient)[1])
+    monkeypatch.setattr(updating, "natural_step", lambda gradient, product, **_: (product(gradient), gradient)[1])
     before = held(built)
-    metrics = trainer.update(built, *step).metrics  # uphill, and far
+    metrics = updating.update(built, *step).metrics  # uphill, and far
     assert (metrics["trust/step_share"], metrics["trust/kl"]) == (0.0, 0.0)
     for name, cell in held(built).items():
         assert torch.equal(cell, before[name]) == (not name.startswith("value_head")), name
@@ -230,7 +230,7 @@ def test_it_goes_without_a_critic_and_with_adapters(make):
     frozen = {name: p.detach().clone() for name, p in built.policy.model.named_parameters() if not p.requires_grad}
     before = held(built)
     assert trainer._without_effect(built, step[3]) is None  # rows without advantage bound the step all the same
-    metrics = trainer.update(built, *step).metrics
+    metrics = updating.update(built, *step).metrics
     assert 0 < metrics["trust/kl"] <= 0.01
     assert any(not torch.equal(cell, before[name]) for name, cell in held(built).items())
     for name, parameter in built.policy.model.named_parameters():
@@ -240,7 +240,7 @@ def test_it_goes_without_a_critic_and_with_adapters(make):
 def test_while_the_critic_alone_learns_the_policy_stays(make):
     built, step = make(policy={"value_head": {"pretrain_steps": 1}})
     before = held(built)
-    metrics = trainer.update(built, *step).metrics
+    metrics = updating.update(built, *step).metrics
     assert "trust/kl" not in metrics
     for name, cell in held(built).items():
         assert torch.equal(cell, before[name]) == (not name.startswith("value_head")), name
@@ -249,7 +249,7 @@ def test_while_the_critic_alone_learns_the_policy_stays(make):
 def test_a_loss_that_is_not_finite_moves_nothing_and_is_counted(make):
     built, (batch, old, ref, credit, step) = make()
     before = held(built)
-    trainer.update(built, batch, old, ref, type(credit)(credit.advantages * math.nan, credit.returns), step)
+    updating.update(built, batch, old, ref, type(credit)(credit.advantages * math.nan, credit.returns), step)
     assert built.progress.skipped == 1
     assert all(torch.equal(cell, before[name]) for name, cell in held(built).items())
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pertoken import build, run, trainer
+from pertoken import build, run, trainer, updating
 from pertoken.config import RunConfig
 from pertoken.tracking import RunReader
-from pertoken.trainer import rate_by_kl
+from pertoken.updating import rate_by_kl
 from pertoken.weights import Anchor, Average
 
 SPEC = importlib.util.spec_from_file_location("kills", Path(__file__).parents[1] / "benchmarks" / "kills.py")
@@ -144,7 +144,7 @@ def test_numbers_of_the_gradient_are_clipped_before_its_norm(place, tmp_path):
     for parameter in built.policy.trainable().values():
         parameter.grad = torch.full_like(parameter, -3.0)
     count = sum(parameter.numel() for parameter in built.policy.trainable().values())
-    assert trainer.step_optimizer(built, "", 1) == pytest.approx(0.5 * count**0.5, rel=1e-4)
+    assert updating.step_optimizer(built, "", 1) == pytest.approx(0.5 * count**0.5, rel=1e-4)
 
 
 def test_a_reference_that_is_moved_begins_at_a_kl_of_0_again(place, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pertoken import batching, trainer
+from pertoken import batching, trainer, updating
 from pertoken.assignment import assign
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import RewardError
@@ -32,7 +32,7 @@ LOGPROB_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.3}
 """Largest difference of one token's log-prob between two ways to compute it (nats), by the type of matrix products: the
 bounds that layouts and engines are chosen by."""
 
-RATIO_TOLERANCE = {None: trainer.RATIO_TOLERANCE, torch.bfloat16: 0.1}
+RATIO_TOLERANCE = {None: updating.RATIO_TOLERANCE, torch.bfloat16: 0.1}
 """Of `Probe.drift` (nats); the loop of training ends at that of float32."""
 
 GRADIENT_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.05}
@@ -60,7 +60,7 @@ class Probe:
         batch = batching.to_batch(episodes, run.controls, device=str(run.policy.device))
         old = run.policy.score(batch)
         scene = Scene(batch, episodes, run.policy.tokenizer, old, trainer.score_reference(run, batch), 1)
-        drift = _drift(run, trainer.check_ratio(batch, old, exact=False))
+        drift = _drift(run, updating.check_ratio(batch, old, exact=False))
         try:
             return cls(run, scene, trainer.reward(run, scene), drift)
         except RewardError as error:

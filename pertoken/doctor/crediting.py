@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pertoken import batching, credit, trainer
+from pertoken import batching, credit, trainer, updating
 from pertoken.batching import Part
 from pertoken.config import RunConfig
 from pertoken.doctor.base import (
@@ -327,7 +327,7 @@ def _loss(
     rows = torch.arange(len(batch.group))
     part = Part(rows, batch, old, ref, given, batch.num_actions, len(rows), last_of_step=True, last_of_task=True)
     sums = {"loss/policy": 0.0, "loss/value": 0.0}
-    return trainer.part_loss(run, part, new, sums, {}, batch, config.objective.entropy_coefficient, head_only=False)
+    return updating.part_loss(run, part, new, sums, {}, batch, config.objective.entropy_coefficient, head_only=False)
 
 
 def _slope(probe: Probe, batch: TokenBatch, old: PolicyOutput, given: Credit) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pertoken import build, trainer
+from pertoken import build, trainer, updating
 from pertoken.batching import Part
 from pertoken.config import RunConfig
 from pertoken.doctor.base import GRADIENT_TOLERANCE, Probe, Verdict, changed, check, numbers, within
@@ -77,7 +77,7 @@ def gradient_reach(probe: Probe) -> Verdict:
         sums = {"loss/policy": 0.0, "loss/value": 0.0}
         run: Run = replace(probe.run, config=changed(probe.config, "kl.place", "none"))
         entropy = run.config.objective.entropy_coefficient
-        loss = trainer.part_loss(run, part, new, sums, {}, part.batch, entropy, head_only=False)
+        loss = updating.part_loss(run, part, new, sums, {}, part.batch, entropy, head_only=False)
         loss.backward()
     without = [name for name, p in trained.items() if p.grad is None or not bool(p.grad.any())]
     inside = {id(p) for p in trained.values()}
@@ -151,7 +151,7 @@ def _accumulate(probe: Probe, rows: Tensor, credit: Credit, tokens: int) -> int:
     run: Run = replace(probe.run, config=config, optimizer=_Held(probe.run.policy))
     batch, old, ref = probe.batch.rows(rows), probe.scene.old, probe.scene.ref
     assert old is not None
-    trainer.update(run, batch, old.rows(rows), None if ref is None else ref.rows(rows), credit.rows(rows), 1)
+    updating.update(run, batch, old.rows(rows), None if ref is None else ref.rows(rows), credit.rows(rows), 1)
     return len(batch.parts(tokens))
 
 

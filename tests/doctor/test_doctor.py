@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from pertoken import batching, build, config, trainer
+from pertoken import batching, build, config, trainer, updating
 from pertoken.assignment import assign
 from pertoken.credit import bootstrap_values
 from pertoken.doctor import CHECKS, examination, examine, quick_certificate
@@ -234,7 +234,7 @@ def test_means_of_micro_batches_fail_micro_batches(sound, monkeypatch):
 
         return parts
 
-    patched(monkeypatch, trainer, "minibatches", own_means)
+    patched(monkeypatch, updating, "minibatches", own_means)
     found = failing(sound, ["micro_batches", "gradient_reach", *QUICK])
     assert found.keys() == {"micro_batches"}
     assert "of its norm" in found["micro_batches"].words
@@ -345,7 +345,7 @@ IGNORED = {
 @pytest.mark.parametrize("path", IGNORED)
 def test_a_coefficient_of_the_loss_that_is_ignored_is_named(place, sound, monkeypatch, path):
     keyword, value = IGNORED[path]
-    patched(monkeypatch, trainer, "policy_loss", lambda own: lambda *a, **named: own(*a, **{**named, keyword: value}))
+    patched(monkeypatch, updating, "policy_loss", lambda own: lambda *a, **named: own(*a, **{**named, keyword: value}))
     acting = settings(place, objective={"entropy_coefficient": 0.01, "dual_clip": 3.0})
     run = dataclasses.replace(sound.run, config=sound.config.model_copy(update={"objective": acting.objective}))
     found = failing(dataclasses.replace(sound, run=run), QUICK)
@@ -374,7 +374,7 @@ def test_a_coefficient_of_the_critic_that_is_ignored_is_named(with_critic, monke
     def silent(own):
         return lambda *stages, clip: dataclasses.replace(own(*stages, clip=clip), per_token=torch.zeros(8, 7))
 
-    patched(monkeypatch, trainer, "critic_loss", unclipped if name == "clip" else silent)
+    patched(monkeypatch, updating, "critic_loss", unclipped if name == "clip" else silent)
     assert f"policy.value_head.{name}" in ask("coefficients", with_critic).words
     assert ask("coefficients", with_critic).outcome == "fail"
 
@@ -392,7 +392,10 @@ def test_another_kl_than_configured_fails_its_gradient(place, sound, monkeypatch
     of = dataclasses.replace(sound, run=dataclasses.replace(sound.run, config=changed))
     assert ask("kl_gradient", of).outcome == "pass"
     patched(
-        monkeypatch, trainer, "policy_loss", lambda own: lambda *a, **named: own(*a, **{**named, "kl_estimator": fault})
+        monkeypatch,
+        updating,
+        "policy_loss",
+        lambda own: lambda *a, **named: own(*a, **{**named, "kl_estimator": fault}),
     )
     line = ask("kl_gradient", of)
     assert line.outcome == "fail"
