@@ -14,7 +14,7 @@ test: $(VENV)/.test                     ## install, lint, type-check, run all te
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 # torch first and alone: the pin takes the CPU build wherever pip finds one, and nothing pulls another.
 $(VENV)/.torch: constraints.txt
