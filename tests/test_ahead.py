@@ -59,11 +59,11 @@ def test_rewards_and_sampling_go_on_at_the_same_time(model_folder, data, tmp_pat
         assert drawn.wait(20)
         return own_reward(*args)
 
-    def draw(running, step):
+    def draw(running, step, items):
         if step == 2:
             assert rewarding.wait(20)
             drawn.set()
-        return own_draw(running, step)
+        return own_draw(running, step, items)
 
     monkeypatch.setattr(trainer, "reward", reward)
     monkeypatch.setattr(trainer, "draw", draw)

@@ -57,7 +57,7 @@ def test_lists_are_reached_by_number():
         ("polcy.model=x", "polcy: unknown key; did you mean 'policy'?"),
         ("rollout.sampling.temprature=2", "did you mean 'temperature'?"),
         ("credit.lam=1", "credit.lam: unknown key in credit"),
-        ("credit.type=ppo", "credit.type: unknown type 'ppo'; known: gae, "),
+        ("credit.type=ppo", "credit.type: unknown type 'ppo'; known: attention, "),
         ("task.type=fil", "task.type: unknown type 'fil'; did you mean 'file'?"),
         ("stop.steps=-1", "stop.steps: Input should be greater than or equal to 0"),
         ("rewards.3.weight=2", "'3' is not a place in a list of 1"),

@@ -257,7 +257,7 @@ FAILING = {
     "raise": "raised KeyError: 'colour'",
     "nan": "nan at token .* of the row, expected finite numbers",
     "wrong": r"returned '1.0' \(str\), expected a number",
-    "hang": "no answer within 1 s; it was at .*their_rewards.py:10, in does",
+    "hang": "no answer within 1 s; it was at .*their_rewards.py:1[01], in does",
     "exit": "its process died with exit code 3; the last that it said: 'a word exit'",
 }
 
