@@ -336,7 +336,9 @@ def _about(config: RunConfig) -> dict[str, str | int | float]:
 def _task_in_words(task: TaskConfig) -> str:
     if isinstance(task, MixtureTask):
         return " + ".join(f"{member.weight:g} x {name}" for name, member in task.tasks.items())
-    return task.type if isinstance(task, DocstringsTask) else str(task.path)
+    if isinstance(task, DocstringsTask):
+        return task.type
+    return task.path if isinstance(task.path, str) else task.path.get("train", ", ".join(task.path.values()))
 
 
 def _weight(reward: RewardConfig) -> str:

@@ -196,3 +196,15 @@ def test_a_folder_whose_name_is_no_text_ends_in_sentences(folder, pertoken):
 def test_a_prompt_of_bytes_that_are_no_text_is_answered(folder, pertoken):
     code, _, err = pertoken("generate", "say \udcff:", folder / "config.yaml", "--plain")
     assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("a/rows.jsonl", "a/rows.jsonl"),
+        ({"test": "t.jsonl", "train": "n.jsonl"}, "n.jsonl"),
+        ({"test": "t.jsonl"}, "t.jsonl"),
+    ],
+)
+def test_a_run_is_called_after_the_data_that_it_learns_from(path, words):
+    assert run._about(RunConfig.model_validate({"task": {"path": path}}))["task"] == words
