@@ -153,8 +153,8 @@ def stages(folder: Path, seed: int) -> dict[str, object]:
         "policy": {"model": str(folder / "model"), "precision": "float32", "compile": False},
         "stages": [
             {
-                "name": "sft", "method": {"type": "sft", "batch": 64}, "stop": {"steps": 120},
-                "update": {"learning_rate": 2e-3, "warmup_steps": 20},
+                "name": "sft", "method": {"type": "sft", "batch": 64}, "stop": {"steps": 25},
+                "update": {"learning_rate": 2e-3, "warmup_steps": 10},
             },
             {
                 "name": "rl", "policy": {"model": "stage:sft"}, "stop": {"steps": 120},

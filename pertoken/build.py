@@ -79,7 +79,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     _refuse_scored_twice(config, rewards)
     _refuse_learning_from_nothing(rewards)
     policy = build_policy(config)
-    _refuse_unseen_attention(config, policy)
+    _refuse_credit(config, policy)
     examples = None
     if config.offline is None:
         size = config.rollout.prompts_per_step
@@ -195,15 +195,20 @@ def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None
             )
 
 
-def _refuse_unseen_attention(config: RunConfig, policy: Policy) -> None:
-    """Whoever is to tell where it looks is loaded now, and asked once."""
+def _refuse_credit(config: RunConfig, policy: Policy) -> None:
+    """What a way to credit asks of a model and this one cannot give; a reader of texts is loaded now, and asked once."""
+    name = type(policy.hf_model).__name__
     if isinstance(config.credit, AttentionCredit) and config.credit.model is not None:
         reader_of(config.credit.model)
     elif config.credit.type == "attention" and policy.layout != "packed":
         raise ConfigError(
-            f"credit.type attention: {type(policy.hf_model).__name__} attends in a way of its own, which cannot be "
-            "looked into here. Let another model read the texts (credit.model: this one before training, say), or use "
-            "credit.type shapley."
+            f"credit.type attention: {name} attends in a way of its own, which cannot be looked into here. Let another "
+            "model read the texts (credit.model: this one before training, say), or use credit.type shapley."
+        )
+    if config.credit.type == "monte_carlo" and decoder_start(policy.hf_model):
+        raise ConfigError(
+            "credit.type monte_carlo goes on from the middle of completions, and rollouts of encoder-decoder models "
+            f"({name}) begin at their beginning: use another credit.type (gae, differences)."
         )
 
 

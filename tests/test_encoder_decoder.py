@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedTokenizerFast
 
-from pertoken import run
+from pertoken import build, run
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.doctor import examine
-from pertoken.errors import ModelError
+from pertoken.errors import ConfigError, ModelError
 from pertoken.examples import Examples
 from pertoken.forward import decoder_start
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model, set_languages
@@ -251,6 +251,34 @@ def test_a_run_resumes_to_the_last_bit_and_its_model_is_transformers_own(folder,
     assert any(not torch.equal(first[key], cell) for key, cell in weights["whole"].items())
     for key, cell in weights["whole"].items():
         assert torch.equal(cell, weights["resumed"][key]), key
+
+
+def test_what_goes_on_from_the_middle_or_looks_into_attention_is_refused(folder, tmp_path):
+    for credit in ("monte_carlo", "attention"):
+        with pytest.raises(ConfigError, match=f"credit.type {credit}"):
+            build.build_run(configuration(folder, tmp_path, credit={"type": credit}, kl={"place": "none"}))
+    model = tiny_encoder_decoder("marian")
+    with pytest.raises(ValueError, match="from their beginning"):
+        NativeEngine(model, byte_tokenizer(), head_logits=head_logits).generate(
+            [[5, 6]], Controls(), seeds=[0], taken=[1]
+        )
+
+
+@pytest.mark.parametrize("kind", ["t5", "marian"])
+def test_activations_that_are_made_again_give_the_same_gradients(kind):
+    gradients = []
+    for again in (False, True):
+        policy = Policy(
+            tiny_encoder_decoder(kind),
+            byte_tokenizer(),
+            precision="float32",
+            compile=False,
+            recompute_activations=again,
+        )
+        policy.score(ragged(), grad=True, into_grad=True).logprobs.sum().backward()
+        gradients.append({name: p.grad for name, p in policy.trainable().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-5)
 
 
 def test_the_doctor_certifies_it(folder, tmp_path):

@@ -133,6 +133,8 @@ class NativeEngine:
         """See `RolloutEngine.generate`. `on_token` hears of each token at once."""
         if not prompts:
             return []
+        if self._start and any(taken or ()):
+            raise ValueError("an encoder-decoder model writes completions from their beginning: `taken` must be 0")
         rows = Rows(
             prompts, controls, seeds, device=self._hf.device, context=self._context, tokenizer=self._tokenizer,
             start=self._start, taken=taken, on_token=on_token,
