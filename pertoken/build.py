@@ -196,7 +196,7 @@ def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None
 
 
 def _refuse_credit(config: RunConfig, policy: Policy) -> None:
-    """What a way to credit asks of a model and this one cannot give; a reader of texts is loaded now, and asked once."""
+    """What a way to credit asks of a model and this one cannot give; a reader of texts is loaded and asked once."""
     name = type(policy.hf_model).__name__
     if isinstance(config.credit, AttentionCredit) and config.credit.model is not None:
         reader_of(config.credit.model)
