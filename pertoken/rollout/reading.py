@@ -30,7 +30,7 @@ class _Together:
     mask: Tensor
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these, and put them in this order."""
+        """Forget all rows but these, and put them in this order; one may be there several times."""
         if list(rows) == list(range(len(self.slots))):
             return
         at = torch.tensor(rows, device=self.read.device)
@@ -66,14 +66,10 @@ class ReadingDecoder:
     def _begin(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> Float[Tensor, "n V"]:
         device = self._model.device
         ids, mask = padded(prompts, device)
-        read = encode(self._model, ids, mask)
         memory = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        cohort = _Together(list(range(len(prompts))), memory, read, mask)
+        cohort = _Together([places[0] for places in slots], memory, encode(self._model, ids, mask), mask)
         logits = self._run(cohort, torch.tensor([self._start], device=device).expand(len(prompts), -1))
-        cohort.slots = [k for k, places in enumerate(slots) for _ in places]
-        of_row = torch.tensor(cohort.slots, device=device)
-        memory.batch_select_indices(of_row)
-        cohort.read, cohort.mask = read[of_row], mask[of_row]
+        cohort.keep([k for k, places in enumerate(slots) for _ in places])  # the samples of a prompt begin alike
         cohort.slots = [slot for places in slots for slot in places]
         self._forget(set(cohort.slots))
         self._cohorts.append(cohort)
