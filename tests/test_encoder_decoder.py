@@ -17,6 +17,7 @@ from pertoken.rollout.by_generate import TransformersEngine, own_settings_aside
 from pertoken.rollout.collect import to_episode
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
+from pertoken.rollout.reading import ReadingDecoder
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import ENCODER_DECODERS, byte_tokenizer, episode, family_model, tiny_encoder_decoder
 from pertoken.types import Item
@@ -104,6 +105,7 @@ def test_the_engines_draw_the_same_tokens_and_scoring_says_their_logprobs(name):
     plain = TransformersEngine(model, tokenizer, context_length=128)
     prompts = PROMPTS * 2
     found = [engine.generate(prompts, controls, seeds=range(10)) for engine in (native, slow, plain)]
+    assert isinstance(native.decoder, ReadingDecoder)  # and not its slow twin, which stands in for one that fails
     assert len({len(c.tokens) for c in found[0]}) > 3
     for other in found[1:]:
         assert [c.tokens for c in other] == [c.tokens for c in found[0]]
@@ -118,7 +120,7 @@ def test_the_engines_draw_the_same_tokens_and_scoring_says_their_logprobs(name):
 
 def test_neighbours_and_padding_change_nothing():
     model, batch = family_model("marian"), ragged()
-    policy = Policy(model, byte_tokenizer(), precision="float32", compile=False, tokens_per_pass=8)
+    policy = Policy(model, byte_tokenizer(), precision="float32", compile=False)
     alone = torch.cat([policy.score(batch.rows(torch.tensor([b]))).logprobs for b in range(4)])
     torch.testing.assert_close(policy.score(batch).logprobs, alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(alone, by_own_logits(model, batch), atol=1e-5, rtol=0)
