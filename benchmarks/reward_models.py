@@ -13,7 +13,8 @@ word said twice (the second is the error), a verb or article of the wrong form, 
 language. Training sees the two texts and no label of a token. On sentences of other stories, a token's negative mass is
 what its score is below the mean score of the tokens of the clean sentences; reported is its share on the planted
 characters, per kind, beside the share that these tokens are of all tokens. Over all texts and as the mean of the four
-kinds (one kind alone could have all the mass) it must reach 0.70, or the exit code is 1.
+kinds (one kind alone could have all the mass) it must reach 0.70, or the exit code is 1. The settings were chosen on
+the test stories: `--reserve 100` tests on training stories instead that neither training nor that choice has seen.
 
 pairs: of a pair, the chosen text is a sentence out of a positive film review and the rejected one out of a negative
 one, both as people wrote them, paired at random. The 95% interval of the accuracy must exclude 0.5.
@@ -61,10 +62,10 @@ def write(path: Path, rows: Sequence[Any]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def sentences(path: Path, most: int) -> list[str]:
-    """Sentences of 6 to `most` words out of the stories of a file, each once."""
+def sentences(rows: Sequence[dict[str, Any]], most: int) -> list[str]:
+    """Sentences of 6 to `most` words out of stories, each once."""
     found: dict[str, None] = {}
-    for row in rows_of(path):
+    for row in rows:
         story = row["reference"]
         for start, stop in sentence_spans(story):
             text = " ".join(story[start:stop].split())
@@ -106,8 +107,14 @@ def plant(text: str, dice: random.Random) -> tuple[str, tuple[int, int], str]:
 
 def planted(place: Path, data: Path, arguments: argparse.Namespace) -> bool:
     dice, seen = random.Random(arguments.seed), set[str]()
-    for split in ("train", "validation", "test"):
-        texts = [t for t in sentences(data / "stories" / f"{split}.jsonl", arguments.words) if t not in seen]
+    stories = {split: rows_of(data / "stories" / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    if arguments.reserve:
+        stories["train"], stories["test"] = (
+            stories["train"][: -arguments.reserve],
+            stories["train"][-arguments.reserve :],
+        )
+    for split, rows_of_split in stories.items():
+        texts = [t for t in sentences(rows_of_split, arguments.words) if t not in seen]
         seen.update(texts)  # stories share sentences, such as "She was very happy."
         dice.shuffle(texts)
         made = [(text, *plant(text, dice)) for text in texts[: arguments.limit if split == "train" else 400]]
@@ -234,6 +241,12 @@ def main() -> None:
     parser.add_argument("--shared", type=float, default=0.1)
     parser.add_argument("--sparsity", type=float, default=0.002)
     parser.add_argument("--words", type=int, default=14, help="planted: most words of a sentence")
+    parser.add_argument(
+        "--reserve",
+        type=int,
+        default=0,
+        help="planted: so many training stories are kept from training and tested on in place of the test stories",
+    )
     parser.add_argument("--trunk", default=None, help="start from another trunk, such as that of a model made before")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", default=None, help="keep the model in this folder")
