@@ -1,4 +1,4 @@
-"""Forward and backward alone, here and in TRL's GRPO: one process, the same weights, rows, advantages and loss.
+"""Forward and backward alone, here and in TRL's GRPO: the same weights, rows, advantages and loss, in turns.
 
     pip install trl==1.16.0
     python benchmarks/training_pass.py
@@ -8,11 +8,13 @@ The ways take turns; medians of several rounds after one to warm up. Before that
 are compared. TRL takes a micro-batch of padded rows; ours is the scoring pass and the loss of the training loop. Where
 the machine multiplies in bfloat16, each is measured in both types.
 
-Our training loop keeps freed memory, TRL's leaves glibc as it is. So it is here, where both are one process: before
-each turn the heap is set to what the side whose turn it is runs with. `--kept` keeps it for both.
+TRL has a process of its own, which sleeps while it is not its turn: our training loop keeps freed memory, TRL's leaves
+glibc as it is, and where glibc's moving thresholds come to rest cannot be had in a process that has ever set them.
+`--kept` keeps freed memory on both sides.
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
 import random
@@ -20,11 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from pertoken import memory
 from pertoken.batching import minibatches, to_batch
@@ -75,30 +79,15 @@ def own_pass(
     return PolicyOutput(logprobs, logprobs), policy.trainable()
 
 
-def trl_trainer(model: Any, tokenizer: Any, args: argparse.Namespace, folder: str) -> Any:
-    import datasets
-    from trl import GRPOConfig, GRPOTrainer
-
-    return GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_dict({"prompt": ["a"] * args.prompts}),
-        args=GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=args.rows, num_generations=args.completions,
-            gradient_accumulation_steps=args.prompts * args.completions // args.rows, beta=0.0, report_to="none",
-            use_cpu=True, gradient_checkpointing=False, bf16=False, max_completion_length=args.new_tokens,
-        ),
-    )  # fmt: skip
-
-
-def trl_pass(trainer: Any, batch: TokenBatch, credit: Credit, size: int, dtype: torch.dtype | None) -> None:
-    """TRL's own loss on the same rows, `size` at a time: prompts padded on the left, as it has them."""
+def padded(batch: TokenBatch, credit: Credit, size: int) -> list[dict[str, Any]]:
+    """The rows as TRL has them, `size` at a time: prompts padded on the left, completions on the right."""
     starts = torch.tensor(batch.prompt_lengths())
     lengths = batch.attention_mask.sum(1)
-    trainer.current_gradient_accumulation_steps = 1
+    found = []
     for first in range(0, len(starts), size):
         some = range(first, min(first + size, len(starts)))
         prompt, said = int(starts[some].max()), int((lengths - starts)[some].max())
-        inputs = {
+        inputs: dict[str, Any] = {
             "prompt_ids": torch.zeros(len(some), prompt, dtype=torch.long),
             "completion_ids": torch.zeros(len(some), said, dtype=torch.long),
         }
@@ -109,42 +98,93 @@ def trl_pass(trainer: Any, batch: TokenBatch, credit: Credit, size: int, dtype: 
             inputs["completion_ids"][k, : end - at] = batch.tokens[row, at:end]
             inputs["completion_mask"][k, : end - at] = 1
         inputs["advantages"] = torch.stack([credit.advantages[row, starts[row]] for row in some])
-        inputs["num_items_in_batch"] = torch.tensor(batch.num_actions)
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            loss = trainer._compute_loss(trainer.model, inputs)
-        loss.backward()
+        found.append(inputs | {"num_items_in_batch": torch.tensor(batch.num_actions)})
+    return found
+
+
+def trl_side(turns: Connection, model: str, inputs: list[dict[str, Any]], completions: int, kept: bool) -> None:
+    """TRL's process. Told "gradients", a file: one pass in float32 into it; told a type: the seconds of a pass."""
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    if kept:
+        memory.keep_freed_memory()
+    rows = sum(len(part["prompt_ids"]) for part in inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train(),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            processing_class=AutoTokenizer.from_pretrained(model),
+            train_dataset=datasets.Dataset.from_dict({"prompt": ["a"] * (rows // completions)}),
+            args=GRPOConfig(
+                output_dir=folder, per_device_train_batch_size=len(inputs[0]["prompt_ids"]),
+                num_generations=completions, gradient_accumulation_steps=len(inputs), beta=0.0, report_to="none",
+                use_cpu=True, gradient_checkpointing=False, bf16=False,
+                max_completion_length=inputs[0]["completion_ids"].shape[1],
+            ),
+        )  # fmt: skip
+        trainer.current_gradient_accumulation_steps = 1
+
+    def one_pass(dtype: torch.dtype | None) -> float:
+        begun = time.perf_counter()
+        for part in inputs:
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                loss = trainer._compute_loss(trainer.model, part)
+            loss.backward()
+        return time.perf_counter() - begun
+
+    while (word := turns.recv()) != "end":
+        if isinstance(word, Path):
+            one_pass(None)
+            found = {name: each.grad for name, each in trainer.model.named_parameters() if each.grad is not None}
+            save_file({name: grad.contiguous() for name, grad in found.items()}, word)
+            turns.send(None)
+        else:
+            turns.send(one_pass(word))
 
 
 def cosine(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """Between the gradients of all weights, as one vector."""
     dot = own = other = 0.0
     for name, parameter in ours.items():
-        a, b = parameter.grad.double().flatten(), theirs[name].grad.double().flatten()
+        a, b = parameter.grad.double().flatten(), theirs[name].double().flatten()
         dot, own, other = dot + float(a @ b), own + float(a @ a), other + float(b @ b)
     return dot / (own * other) ** 0.5
 
 
-Way = tuple[Callable[[], None], Callable[[], Any]]
-"""What sets the heap for a turn, and the turn."""
+def compare(
+    batch: TokenBatch,
+    found: tuple[PolicyOutput, dict[str, torch.Tensor]],
+    turns: Connection,
+    name: str,
+) -> None:
+    """Prints how far log-probs are from those of the plain model, and gradients from TRL's."""
+    output, gradients = found
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "gradients.safetensors"
+        turns.send(file)
+        turns.recv()
+        alike = cosine(gradients, load_file(file))
+    with torch.no_grad():
+        plain = load_model(name, device="cpu")[0](
+            input_ids=batch.tokens, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+        wanted = plain[:, :-1].log_softmax(-1).gather(2, batch.tokens[:, 1:, None]).squeeze(2)
+    gap = torch.where(batch.action_mask[:, 1:], output.logprobs[:, 1:] - wanted, 0.0).abs().max().item()
+    print(f"float32: log-probs within {gap:.1e} nats of the model's own padded forward, gradient cosine to TRL's "
+          f"{alike:.8f}", flush=True)  # fmt: skip
 
 
-def in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+def in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each way in each round, after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
-        for name, (prepare, work) in ways.items():
-            prepare()
-            begun = time.perf_counter()
-            work()
+        for name, way in ways.items():
+            taken = way()
             if turn:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(taken)
     return seconds
-
-
-def leave_heap_alone() -> None:
-    """As glibc comes: to the process of TRL."""
-    memory.return_freed_memory(2**25)
-    memory.give_back_freed_memory()
 
 
 def main() -> None:
@@ -168,32 +208,31 @@ def main() -> None:
     types = [None, torch.bfloat16] if fast_in_bfloat16(device) else [None]
     exact = Policy(model, tokenizer, precision="float32")
     batch, credit = rows(args, tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        name = args.model if args.model not in EMBEDDED else model.name_or_path
-        theirs = load_model(name, device="cpu")[0].train()
-        trainer = trl_trainer(theirs, tokenizer, args, folder)
-        output, gradients = own_pass(exact, batch, credit, args.tokens)
-        trl_pass(trainer, batch, credit, args.rows, None)
-        with torch.no_grad():
-            plain = theirs(input_ids=batch.tokens, attention_mask=batch.attention_mask, use_cache=False).logits
-            wanted = plain[:, :-1].log_softmax(-1).gather(2, batch.tokens[:, 1:, None]).squeeze(2)
-            gap = torch.where(batch.action_mask[:, 1:], output.logprobs[:, 1:] - wanted, 0.0).abs().max().item()
-            del plain, wanted
-        print(f"float32: log-probs within {gap:.1e} nats of the model's own padded forward, gradient cosine to TRL's "
-              f"{cosine(gradients, dict(theirs.named_parameters())):.8f}")  # fmt: skip
+    memory.keep_freed_memory()
+    name = args.model if args.model not in EMBEDDED else model.name_or_path
+    spawn = multiprocessing.get_context("spawn")
+    turns, other = spawn.Pipe()
+    inputs = padded(batch, credit, args.rows)
+    spawn.Process(target=trl_side, args=(other, name, inputs, args.completions, args.kept), daemon=True).start()
+    compare(batch, own_pass(exact, batch, credit, args.tokens), turns, args.model)
 
-        ways: dict[str, Way] = {}
-        theirs_before = memory.keep_freed_memory if args.kept else leave_heap_alone
-        for dtype in types:
-            kind = "float32" if dtype is None else "bfloat16"
-            policy = exact if dtype is None else Policy(model, tokenizer, precision="bfloat16")
-            ways[f"TRL {kind}"] = (
-                theirs_before, lambda dtype=dtype: trl_pass(trainer, batch, credit, args.rows, dtype)
-            )  # fmt: skip
-            ways[f"pertoken {kind}"] = (
-                memory.keep_freed_memory, lambda policy=policy: own_pass(policy, batch, credit, args.tokens)
-            )  # fmt: skip
-        seconds = in_turns(ways, args.rounds)
+    def theirs(dtype: torch.dtype | None) -> float:
+        turns.send(dtype)
+        return float(turns.recv())
+
+    def ours(policy: Policy) -> float:
+        begun = time.perf_counter()
+        own_pass(policy, batch, credit, args.tokens)
+        return time.perf_counter() - begun
+
+    ways: dict[str, Callable[[], float]] = {}
+    for dtype in types:
+        kind = "float32" if dtype is None else "bfloat16"
+        policy = exact if dtype is None else Policy(model, tokenizer, precision="bfloat16")
+        ways[f"TRL {kind}"] = lambda dtype=dtype: theirs(dtype)  # type: ignore[misc]
+        ways[f"pertoken {kind}"] = lambda policy=policy: ours(policy)  # type: ignore[misc]
+    seconds = in_turns(ways, args.rounds)
+    turns.send("end")
     body, head = matrix_parameters(exact)
     packed = sum(batch.prompt_lengths()[:: args.completions]) + batch.num_actions
     flop = 6.0 * (body * packed + head * batch.num_actions)

@@ -25,6 +25,7 @@ from pertoken.sampling import Controls
 from pertoken.schedule import Schedule
 from pertoken.tasks.base import batch_of
 from pertoken.tasks.course import Course
+from pertoken.tracking.glossary import goodness
 from pertoken.types import Item
 from pertoken.weights import Anchor, Average
 
@@ -40,6 +41,7 @@ class Progress:
     last_kl: float = 0.0
     """Mean KL per sequence to the reference in the last step (nats)."""
     best_metric: float = -math.inf
+    """The best that evaluation.metric was, as `goodness`: more is better."""
     evaluations_since_best: int = 0
     evaluated: int | None = None
     """Step of the last evaluation, and what its main metric was."""
@@ -113,16 +115,18 @@ class Run:
         """Why the run ends now, in words; None while it goes on."""
         stop, now, metric = self.config.stop, self.progress, self.config.evaluation.metric
         learnt = "generated" if self.config.offline is None else "learnt from"
+        wanted = None if stop.metric is None else goodness(metric, stop.metric)
+        reached = f"{metric} reached {goodness(metric, now.best_metric):.4f} (stop.metric {stop.metric})"
         conditions = [
             (stop.steps, now.step, f"made all {stop.steps} steps"),
             (stop.tokens, now.tokens, f"{learnt} {now.tokens} tokens (stop.tokens {stop.tokens})"),
             (stop.seconds, now.seconds, f"trained for {now.seconds:.0f} s (stop.seconds {stop.seconds})"),
-            (stop.metric, now.best_metric, f"{metric} reached {now.best_metric:.4f} (stop.metric {stop.metric})"),
+            (wanted, now.best_metric, reached),
             (stop.patience, now.evaluations_since_best, f"no better {metric} in {stop.patience} evaluations"),
             (stop.kl, now.last_kl, f"KL per sequence {now.last_kl:.2f} nats is over the budget (stop.kl {stop.kl})"),
         ]
         alarm = f"alarm {now.alarm} (guards.stop)" if self.config.guards.stop and now.alarm else None
-        reached_first = (words for limit, reached, words in conditions if limit is not None and reached >= limit)
+        reached_first = (words for limit, value, words in conditions if limit is not None and value >= limit)
         return next(reached_first, alarm)
 
     def state_dict(self) -> dict[str, Any]:

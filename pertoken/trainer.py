@@ -29,7 +29,7 @@ from pertoken.rewards.kl import KLToReference
 from pertoken.rollout.collect import Draws, draw_completions, to_episodes
 from pertoken.state import Progress, Run, items_of
 from pertoken.tracking.checkpoints import CheckpointStore
-from pertoken.tracking.glossary import HELD_OUT, find
+from pertoken.tracking.glossary import goodness
 from pertoken.tracking.runlog import RunLog
 from pertoken.types import Credit, Episode, Item, PolicyOutput, TokenBatch, TokenRewards
 from pertoken.updating import check_sampled, head_only_at, is_exact, settle, update
@@ -289,13 +289,13 @@ def checkpoint(run: Run, log: RunLog) -> Path:
 
     A step whose update has not begun is forgotten: what goes on makes it again.
     """
-    now, config = run.progress, run.config.checkpoint
+    now, config, metric = run.progress, run.config.checkpoint, run.config.evaluation.metric
     state = run.before_step or run.state_dict()
     return CheckpointStore(log.folder / "checkpoints").save(
         now.step,
         lambda folder: save_state(folder, run.policy, run.optimizer, state, run.tensors()),
         size=state_size(run.policy, run.optimizer, run.tensors()),
-        metric=now.metric if now.evaluated == now.step else None,
+        metric=None if now.metric is None or now.evaluated != now.step else goodness(metric, now.metric),
         keep=config.keep,
         keep_best=config.keep_best,
     )
@@ -315,8 +315,8 @@ def evaluate(run: Run, log: RunLog) -> Evaluation | None:
     log.evaluation(step, config.split, result.summary, result.rows)
     value = result.summary["metrics"][config.metric]
     run.progress.evaluated, run.progress.metric = step, value
-    if value > run.progress.best_metric:
-        run.progress.best_metric, run.progress.evaluations_since_best = value, 0
+    if (good := goodness(config.metric, value)) > run.progress.best_metric:
+        run.progress.best_metric, run.progress.evaluations_since_best = good, 0
     elif step:
         run.progress.evaluations_since_best += 1
         update = run.config.update
@@ -334,12 +334,12 @@ def with_history(result: Evaluation, by_task: Mapping[str, str], progress: Progr
     """
     figures: dict[str, float] = {}
     for task, metric in by_task.items():
-        value, term = result.summary["metrics"][f"{metric}/{task}"], find(metric, HELD_OUT)
-        sign = -1.0 if term is not None and term.better == "lower" else 1.0
+        value = result.summary["metrics"][f"{metric}/{task}"]
         start, best = progress.tasks.get(task, (value, value))
-        best = sign * max(sign * best, sign * value)
+        best = max(best, value, key=lambda each: goodness(metric, each))
         progress.tasks = progress.tasks | {task: [start, best]}
-        figures |= {f"since_start/{task}": sign * (value - start), f"below_best/{task}": sign * (best - value)}
+        since, below = goodness(metric, value - start), goodness(metric, best - value)
+        figures |= {f"since_start/{task}": since, f"below_best/{task}": below}
     return replace(result, summary=result.summary | {"metrics": result.summary["metrics"] | figures})
 
 

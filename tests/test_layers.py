@@ -86,7 +86,7 @@ MAY["weights"] = MAY["balance"] = MAY["trust_region"] = set()
 MAY["replay"] = {"types", "rollout"}
 MAY["trainer"] |= {"weights", "balance", "replay", "trust_region"}
 MAY["assignment"] = {"types", "config", "credit"}
-MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "tracking", "observe", "prompts"}
+MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "observe", "prompts"}
 MAY["redistribution"] = {"types", "config", "credit", "batching", "rewards", "rollout"}
 MAY["resampling"] = MAY["state"] | {"state", "redistribution"}
 MAY["updating"] = {

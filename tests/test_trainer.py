@@ -81,8 +81,8 @@ def importable(monkeypatch):
         monkeypatch.setattr(sys.modules[__name__], reward.name, reward, raising=False)
 
 
-def metrics_of(folder):
-    path = folder / "metrics.jsonl"
+def metrics_of(folder, file="metrics.jsonl"):
+    path = folder / file
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -248,6 +248,19 @@ def test_stop_conditions(model_folder, data, tmp_path, stop, words):
     result = run.train(config)
     assert words in result.reason
     assert len(metrics_of(tmp_path / "run")) < 9
+
+
+@pytest.mark.parametrize(("wanted", "words"), [(1e9, "perplexity reached"), (0.5, "made all 2 steps")])
+def test_of_perplexity_less_is_better(model_folder, data, tmp_path, wanted, words):
+    stop = {"metric": wanted, "steps": 2}
+    config = settings(
+        *(model_folder, data, tmp_path), stop=stop, evaluation__every=1, evaluation__metric="perplexity",
+        checkpoint__every=1, checkpoint__keep=9, update__learning_rate=1e-2,
+    )  # fmt: skip
+    assert words in run.train(config).reason
+    held = [row["metrics"]["perplexity"] for row in metrics_of(tmp_path / "run", "evaluations.jsonl")]
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    assert [found.metric for found in store.complete()] == [-value for value in held[1:]]
 
 
 def test_zero_steps_only_evaluates(model_folder, data, tmp_path):

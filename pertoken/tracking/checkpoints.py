@@ -35,7 +35,7 @@ class Checkpoint:
     path: Path
     step: int
     metric: float | None
-    """The held-out metric of these weights, if they were evaluated."""
+    """The held-out metric of these weights, turned so that more is better, if they were evaluated."""
     size: int
     """Bytes on disk."""
 

@@ -268,6 +268,16 @@ def find(name: str, terms: Mapping[str, Term]) -> Term | None:
     return find(metric, terms) if found is None and task and terms is HELD_OUT else found
 
 
+def goodness(metric: str, value: float) -> float:
+    """A held-out metric turned so that more is better; twice, it is the metric again.
+
+    >>> goodness("rouge_l", 0.25), goodness("perplexity", 12.0)
+    (0.25, -12.0)
+    """
+    term = find(metric, HELD_OUT)
+    return -value if term is not None and term.better == "lower" else value
+
+
 def label(name: str, terms: Mapping[str, Term]) -> str:
     """How a title names it.
 
