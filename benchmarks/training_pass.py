@@ -65,7 +65,13 @@ def rows(args: argparse.Namespace, tokenizer: Any) -> tuple[TokenBatch, Credit]:
 def own_pass(
     policy: Policy, batch: TokenBatch, credit: Credit, tokens: int
 ) -> tuple[PolicyOutput, dict[str, torch.Tensor]]:
-    """As `trainer.update` makes it, without the optimiser; log-probs of all rows, and where gradients are."""
+    """As `trainer.update` makes it, without the optimiser; log-probs of all rows, and where gradients are.
+
+    Gradients of the pass before are emptied where they are, as the loop does; TRL's loop drops them.
+    """
+    for parameter in policy.trainable().values():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
     logprobs = torch.zeros_like(batch.sample_logprobs)
     nothing = PolicyOutput(batch.sample_logprobs, batch.sample_logprobs)
     for part in minibatches(
@@ -128,6 +134,7 @@ def trl_side(turns: Connection, model: str, inputs: list[dict[str, Any]], comple
 
     def one_pass(dtype: torch.dtype | None) -> float:
         begun = time.perf_counter()
+        trainer.model.zero_grad(set_to_none=True)
         for part in inputs:
             with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
                 loss = trainer._compute_loss(trainer.model, part)
