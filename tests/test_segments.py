@@ -13,7 +13,6 @@ from pertoken.batching import minibatches, to_batch
 from pertoken.config import Gae, LeaveOneOut, RewardToGo, RunConfig
 from pertoken.doctor import examine
 from pertoken.errors import ConfigError, ModelError, TaskError
-from pertoken.objectives import aggregate
 from pertoken.policy.model import Policy, ValueHead
 from pertoken.policy.scoring import head_logits
 from pertoken.rollout.by_generate import TransformersEngine
@@ -329,13 +328,6 @@ def test_baselines_are_of_texts_however_many_segments_they_have():
 
 
 # --- the update ----------------------------------------------------------------------------------------------
-
-
-def test_means_over_sequences_are_over_whole_texts():
-    losses, mask = torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[True, True], [True, False]])
-    of_one_text = aggregate(losses, mask, over="sequence", denominator=1, lengths=torch.tensor([3, 3]))
-    assert of_one_text == pytest.approx(3.0)
-    assert aggregate(losses, mask, over="token", lengths=torch.tensor([3, 3])) == aggregate(losses, mask)
 
 
 def parts_of(batch, count):
