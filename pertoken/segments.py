@@ -7,8 +7,9 @@ segments, each with what stood before it when it was written: prompt, the end of
 So scoring makes the distribution that was sampled, and neither it nor the update holds more than a segment's row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -43,20 +44,22 @@ class Cut:
 
     def taken(self, output: PolicyOutput) -> PolicyOutput:
         """A pass over the texts, as one over the segments; behind a segment it knows no value."""
-        return PolicyOutput(
-            **{k: None if v is None or k == "bootstrap" else self.take(v) for k, v in vars(output).items()}
-        )
+        return PolicyOutput(**self._cells(output, self.take))
 
     def joined(self, output: PolicyOutput) -> PolicyOutput:
         """A pass over the segments, as one over the texts, whose last value is that behind their last segment."""
-        found = {k: None if v is None or k == "bootstrap" else self.put(v) for k, v in vars(output).items()}
         last = torch.bincount(self._text, minlength=self.shape[0]).cumsum(0) - 1
-        found["bootstrap"] = None if output.bootstrap is None else output.bootstrap[last]
-        return PolicyOutput(**found)
+        behind = None if output.bootstrap is None else output.bootstrap[last]
+        return PolicyOutput(**self._cells(output, self.put), bootstrap=behind)
 
     def credit(self, credit: Credit) -> Credit:
         """The credit of the texts, at the segments."""
         return Credit(self.take(credit.advantages), None if credit.returns is None else self.take(credit.returns))
+
+    def _cells(self, output: PolicyOutput, move: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What a pass has of each token, moved."""
+        cells = {name: cell for name, cell in vars(output).items() if name != "bootstrap"}
+        return {name: None if cell is None else move(cell) for name, cell in cells.items()}
 
     @property
     def _text(self) -> Int[Tensor, " S"]:

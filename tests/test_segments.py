@@ -258,6 +258,14 @@ def test_a_text_may_be_longer_than_the_context_and_no_row_is():
         engine.generate([[1] * 99], asked, seeds=[0])
 
 
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_a_segment_may_fill_the_context_to_the_last_token(kind):
+    model, asked = tiny_model(), controls(Segment(tokens=100, context=22), eos=(), max_new_tokens=210)
+    episodes = sampled(engine_of(kind, model), asked)
+    assert [(e.stop, len(e.tokens) - e.prompt_length) for e in episodes] == [("length", 210)] * 3
+    assert cut(to_batch(episodes, asked)).batch.attention_mask.sum(1).max() == 128
+
+
 def test_an_end_in_a_middle_segment_ends_the_text():
     asked = controls(SHORT, eos=tuple(range(200, 257)), max_new_tokens=60)
     model = tiny_model(seed=2)
