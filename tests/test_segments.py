@@ -373,8 +373,7 @@ def test_the_segments_of_a_text_are_learnt_in_one_optimiser_step():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"credit": {"type": "gae"}, "policy__value_head": {"learning_rate": 1e-2}},
-        {"credit": {"type": "leave_one_out_process"}, "update__minibatches": 2},
+        {"credit": {"type": "gae"}, "policy__value_head": {"learning_rate": 1e-2}, "update__minibatches": 2},
         {"credit": {"type": "monte_carlo", "every": 4, "rollouts": 2}, "objective": {"over": "sequence"}},
     ],
     ids=lambda changes: changes["credit"]["type"],
@@ -382,13 +381,13 @@ def test_the_segments_of_a_text_are_learnt_in_one_optimiser_step():
 def test_a_run_by_segments_learns_a_letter(model_folder, data, tmp_path, changes):  # noqa: F811
     sampling = {"max_new_tokens": 12, "segment": {"tokens": 4, "context": 3}}
     config = settings(
-        model_folder, data, tmp_path, stop__steps=25, evaluation__items=4, update__learning_rate=1e-2,
+        model_folder, data, tmp_path, stop__steps=14, evaluation__items=2, update__learning_rate=2e-2,
         rollout__samples_per_prompt=8, rollout__sampling=sampling, update__tokens_per_micro_batch=400,
         evaluation__sampling={**sampling, "temperature": 0.0}, **changes,
     )  # fmt: skip
     run.train(config)
     rewards = [row["reward/letters"] for row in metrics_of(tmp_path / "run")]
-    assert sum(rewards[-4:]) / 4 > 0.6 > 0.1 > rewards[0]
+    assert sum(rewards[-3:]) / 3 > 0.4 > 0.1 > rewards[0]
 
 
 def test_the_doctor_finds_nothing_wrong_with_segments(model_folder, data, tmp_path):  # noqa: F811
