@@ -2,13 +2,23 @@
 
     python benchmarks/known_answers.py presets --seeds 0 1 2 3 4
     python benchmarks/known_answers.py credit --seeds 0 1 2 3 4
+    python benchmarks/known_answers.py credit --seeds 0 1 2 --lure coin --length 24 --tune
     python benchmarks/known_answers.py presets --seeds 0 --only ppo grpo
 
 The model is a random two-layer Llama over bytes (`pertoken.testing`), everything on the CPU. `presets`: each token that
-is a small letter earns 1, each other costs 0.25, so the best return of 8 tokens is 8. `credit`: 12 tokens, each small
-letter earns 1, and the first token 8 more or 8 less by whether its id is even: best return 20, most of whose variance
-the later tokens have no part in. Paid where it is earned (token), or all of it at the end (terminal), where it misleads
-them: same returns, same optimum, same update. Prints Markdown tables for RESULTS.md.
+is a small letter earns 1, each other costs 0.25, so the best return of 8 tokens is 8. `credit`: `--length` tokens, each
+small letter earns 1, and the first token 8 more or 8 less, in which the later tokens have no part. Paid where it is
+earned (token), or all of it at the end (terminal), where it misleads them: same returns, same optimum, same update.
+Which of the two the first token earns is said by `--lure`:
+
+* `token`: by whether its id is even. A policy learns that in a few steps, and is misled no longer; solved is 95% of
+  the best return, letters and lure.
+* `coin`: by a coin that is tossed for it anew in each step and prompt. That cannot be learnt, so the end misleads as
+  long as there is anything to learn; solved is 95% of the letters, which are all that can be earned.
+
+With `--tune` each kind of arm (what is before the colon) has the learning rate with which its first arm needs the
+fewest samples on a seed of its own, found by doubling or halving from the one that is otherwise taken by all. Prints
+Markdown tables for RESULTS.md.
 """
 
 import argparse
@@ -21,6 +31,7 @@ import string
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
@@ -35,11 +46,12 @@ from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.tracking.runlog import RunLog
 from pertoken.trainer import loop
 
-LENGTH, LONG = 8, 12
+LENGTH = 8
 LETTERS, OTHERS = string.ascii_lowercase, string.digits + string.punctuation
 LURE = 8.0
 ENOUGH = 0.95
 """Share of the best return that counts as solved."""
+TUNING_SEED, RATE = 100, 1e-2
 
 
 def _letter(token: int) -> bool:
@@ -53,16 +65,38 @@ def letters(sample):  # type: ignore[no-untyped-def]
 
 
 @token_reward
-def lured(sample):  # type: ignore[no-untyped-def]
+def by_token(sample):  # type: ignore[no-untyped-def]
     """1 for each small letter; the first token earns 8 more if its id is even, 8 less if it is odd."""
-    values = [1.0 if _byte(piece) else 0.0 for piece in _pieces(sample)]
-    return [values[0] + (LURE if sample.tokens[0] % 2 == 0 else -LURE), *values[1:]] if values else []
+    return _lured(sample, sample.tokens[:1] and sample.tokens[0] % 2 == 0)
+
+
+@token_reward
+def by_coin(sample):  # type: ignore[no-untyped-def]
+    """1 for each small letter; the first token earns 8 more or less by a coin of step, prompt and this token."""
+    return _lured(sample, zlib.crc32(f"{sample.step} {sample.item.id} {sample.tokens[:1]}".encode()) % 2 == 0)
 
 
 @episode_reward
-def lured_at_the_end(sample):  # type: ignore[no-untyped-def]
-    """The same sum, paid with the last token."""
-    return sum(lured.fn(sample))
+def by_token_at_the_end(sample):  # type: ignore[no-untyped-def]
+    """What `by_token` pays, with the last token."""
+    return sum(by_token.fn(sample))
+
+
+@episode_reward
+def by_coin_at_the_end(sample):  # type: ignore[no-untyped-def]
+    """What `by_coin` pays, with the last token."""
+    return sum(by_coin.fn(sample))
+
+
+@episode_reward
+def number_of_letters(sample):  # type: ignore[no-untyped-def]
+    """How many tokens are small letters."""
+    return float(sum(map(_byte, _pieces(sample))))
+
+
+def _lured(sample: Any, lucky: bool) -> list[float]:
+    values = [1.0 if _byte(piece) else 0.0 for piece in _pieces(sample)]
+    return [values[0] + (LURE if lucky else -LURE), *values[1:]] if values else []
 
 
 @episode_reward
@@ -128,7 +162,9 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def returns(seed: int, changes: Mapping[str, Any], bound: float) -> tuple[list[float], float]:
+def returns(
+    seed: int, changes: Mapping[str, Any], bound: float, metric: str = "reward/task"
+) -> tuple[list[float], float]:
     """Mean return of the samples of each step, until it is at least `bound`, and the seconds that the loop took."""
     curve: list[float] = []
     with tempfile.TemporaryDirectory() as name:
@@ -150,7 +186,7 @@ def returns(seed: int, changes: Mapping[str, Any], bound: float) -> tuple[list[f
             loop(
                 made,
                 log,
-                on_step=lambda report: curve.append(report.metrics["reward/task"]),
+                on_step=lambda report: curve.append(report.metrics[metric]),
                 interrupted=lambda: steps_until(curve, bound) is not None,
             )
             return curve, time.monotonic() - begun
@@ -203,57 +239,83 @@ def presets(seeds: list[int], only: Iterable[str]) -> None:
         )
 
 
-def _arm(estimator: str, reward: str, **settings: Any) -> dict[str, Any]:
-    """A run that credits by `estimator` what `reward` pays."""
-    critic = {"learning_rate": 1e-2} if estimator == "gae" else None
-    return {
-        "policy": {"value_head": critic},
-        "credit": {"type": estimator, "normalize": "whiten", **settings},
-        "rewards": [{"fn": f"{__name__}:{reward}", "name": "task"}],
-        "rollout": {"sampling": {"max_new_tokens": LONG, "min_new_tokens": LONG}},
-        "objective": {"surrogate": "policy_gradient"},
-        "kl": {"place": "none"},
-        "stop": {"steps": 150},
-    }
-
-
-AT_THE_END, BY_TOKEN = "lured_at_the_end", "lured"
 ARMS: dict[str, dict[str, Any]] = {
-    "terminal: leave_one_out": _arm("leave_one_out", AT_THE_END),
-    "terminal: group_relative": _arm("group_relative", AT_THE_END),
-    "terminal: self_critical": _arm("self_critical", AT_THE_END),
-    "terminal: reward_to_go": _arm("reward_to_go", AT_THE_END),
-    "terminal: gae, lambda 1": _arm("gae", AT_THE_END, lam=1.0),
-    "terminal: shapley": _arm("shapley", AT_THE_END),
-    "terminal: leave_one_token_out": _arm("leave_one_token_out", AT_THE_END),
-    "terminal: differences": _arm("differences", AT_THE_END),
-    "terminal: attention": _arm("attention", AT_THE_END),
-    "token: reward_to_go": _arm("reward_to_go", BY_TOKEN),
-    "token: leave_one_out_process": _arm("leave_one_out_process", BY_TOKEN),
-    "token: optimal_token_baseline": _arm("optimal_token_baseline", BY_TOKEN),
-    "token: group_process": _arm("group_process", BY_TOKEN),
-    "token: per_part": _arm("per_part", BY_TOKEN),
-    "token: gae, lambda 0.95": _arm("gae", BY_TOKEN, lam=0.95),
-    "token: gae, lambda 0": _arm("gae", BY_TOKEN, lam=0.0),
+    "terminal: leave_one_out": {"type": "leave_one_out"},
+    "terminal: group_relative": {"type": "group_relative"},
+    "terminal: self_critical": {"type": "self_critical"},
+    "terminal: reward_to_go": {"type": "reward_to_go"},
+    "terminal: gae, lambda 1": {"type": "gae", "lam": 1.0},
+    "placed: differences": {"type": "differences"},
+    "placed: leave_one_token_out": {"type": "leave_one_token_out"},
+    "placed: shapley": {"type": "shapley"},
+    "placed: attention": {"type": "attention"},
+    "token: leave_one_out_process": {"type": "leave_one_out_process"},
+    "token: reward_to_go": {"type": "reward_to_go"},
+    "token: optimal_token_baseline": {"type": "optimal_token_baseline"},
+    "token: group_process": {"type": "group_process"},
+    "token: per_part": {"type": "per_part"},
+    "token: gae, lambda 0.95": {"type": "gae", "lam": 0.95},
+    "token: gae, lambda 0": {"type": "gae", "lam": 0.0},
 }
-"""Estimators that see the sum alone, or where it was earned; the first is what the others are compared with."""
+"""Estimators that see the sum alone, that place it on the tokens by themselves, or that are told where it was earned;
+the first is what the others are compared with."""
+
+ROWS_PER_STEP = 4 * 8
 
 
-def credit(seeds: list[int], only: Iterable[str]) -> None:
+class CreditTask:
+    """The task of `credit`: how long, lured by what, and how an arm is measured on it."""
+
+    def __init__(self, length: int, lure: str) -> None:
+        self.length, self.lure = length, lure
+        best = {"token": length + LURE, "coin": length}[lure]
+        self.bound, self.metric = ENOUGH * best, {"token": "reward/task", "coin": "beside/letters"}[lure]
+
+    def steps(self, name: str, seed: int, rate: float, most: int = 150) -> int | None:
+        """Steps until an arm has solved it, with a learning rate; None if it has not after `most`."""
+        paid = f"by_{self.lure}" if name.startswith("token:") else f"by_{self.lure}_at_the_end"
+        arm = {
+            "policy": {"value_head": {"learning_rate": rate} if ARMS[name]["type"] == "gae" else None},
+            "credit": {"normalize": "whiten", **ARMS[name]},
+            "rewards": [{"fn": f"{__name__}:{paid}", "name": "task"}],
+            "guards": {"beside": [{"fn": f"{__name__}:number_of_letters", "name": "letters"}]},
+            "rollout": {"sampling": {"max_new_tokens": self.length, "min_new_tokens": self.length}},
+            "objective": {"surrogate": "policy_gradient"},
+            "update": {"learning_rate": rate},
+            "kl": {"place": "none"},
+            "stop": {"steps": most},
+        }
+        return steps_until(returns(seed, arm, self.bound, self.metric)[0], self.bound)
+
+    def best_rate(self, name: str) -> float:
+        """By doubling, else by halving, as long as fewer steps are needed on a seed of its own."""
+        rate, fewest = RATE, self.steps(name, TUNING_SEED, RATE) or 150
+        for factor in (2.0, 0.5):
+            while (steps := self.steps(name, TUNING_SEED, rate * factor, fewest - 1)) is not None:
+                rate, fewest = rate * factor, steps
+            if rate != RATE:
+                break
+        return rate
+
+
+def credit(seeds: list[int], only: Iterable[str], task: CreditTask, *, tune: bool) -> None:
     """One row for each estimator: samples to 95% of the best return, and their share of what the first arm needs."""
-    rows_per_step, bound = 4 * 8, ENOUGH * (LONG + LURE)
-    print("| credit | solved | samples to 95%: median, most | share of terminal leave_one_out |")
-    print("|---|---|---|---|")
+    print("| credit | learning rate | solved | samples to 95%: median, most | share of terminal leave_one_out |")
+    print("|---|---|---|---|---|")
     yardstick: float | None = None
+    rates: dict[str, float] = {}
     for name in only or ARMS:
-        steps = [steps_until(returns(seed, ARMS[name], bound)[0], bound) for seed in seeds]
-        solved = [step * rows_per_step for step in steps if step is not None]
+        kind = name.partition(":")[0]
+        if kind not in rates:
+            rates[kind] = task.best_rate(name) if tune else RATE
+        steps = [task.steps(name, seed, rates[kind]) for seed in seeds]
+        solved = [step * ROWS_PER_STEP for step in steps if step is not None]
         # one that is not solved counts as more than any: with a majority of them there is no median
-        middle = statistics.median([math.inf if step is None else step * rows_per_step for step in steps])
+        middle = statistics.median([math.inf if step is None else step * ROWS_PER_STEP for step in steps])
         yardstick = middle if yardstick is None else yardstick
         reached = f"{middle:,.0f}, {max(solved):,}" if middle < math.inf else "not reached"
         share = f"{middle / yardstick:.2f}" if max(middle, yardstick) < math.inf else ""
-        print(f"| {name} | {len(solved)} of {len(steps)} | {reached} | {share} |", flush=True)
+        print(f"| {name} | {rates[kind]:g} | {len(solved)} of {len(steps)} | {reached} | {share} |", flush=True)
 
 
 def main() -> None:
@@ -261,9 +323,15 @@ def main() -> None:
     parser.add_argument("what", choices=["presets", "credit"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="*", default=[], help="Rows of the table; all unless given.")
+    parser.add_argument("--length", type=int, default=12, help="Of credit: tokens of a completion.")
+    parser.add_argument("--lure", choices=["token", "coin"], default="token", help="Of credit: what misleads.")
+    parser.add_argument("--tune", action="store_true", help="Of credit: a learning rate for each kind of arm.")
     options = parser.parse_args()
     print(f"{date.today()}, {platform.platform()}: {' '.join(sys.argv)}\n")
-    (presets if options.what == "presets" else credit)(options.seeds, options.only)
+    if options.what == "presets":
+        presets(options.seeds, options.only)
+    else:
+        credit(options.seeds, options.only, CreditTask(options.length, options.lure), tune=options.tune)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Part:
     num_actions: int
     """Actions of the whole optimiser step (not of this part): the global denominator."""
     num_rows: int
-    """Rows of the whole optimiser step."""
+    """Texts of the whole optimiser step: rows, where those are no segments."""
     last_of_step: bool
     """True when the optimiser steps after this part."""
     last_of_task: bool
@@ -87,17 +87,20 @@ def minibatches(
     """`epochs` passes over the batch in `num_minibatches` optimiser steps each, each in micro-batches.
 
     Micro-batches are cut by tokens, a prompt that rows share counted once; groups stay whole wherever their size
-    allows. Every row is used exactly once per epoch; the order is a function of `seed` and epoch. Rows in `left_out`
-    are counted in the denominators and not computed; an optimiser step of which nothing is left is not made. With
-    `tasks`, a number for each row, a part holds rows of one task alone, and those of a task follow each other.
+    allows, and the segments of a text are of one optimiser step. Every row is used exactly once per epoch; the order is
+    a function of `seed` and epoch. Rows in `left_out` are counted in the denominators and not computed; an optimiser
+    step of which nothing is left is not made. With `tasks`, a number for each row, a part holds rows of one task alone,
+    and those of a task follow each other.
     """
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         groups = [torch.nonzero(batch.group.cpu() == g).squeeze(1) for g in batch.group.unique().tolist()]
         order = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()])
-        for rows in order.tensor_split(num_minibatches):
-            if not len(rows):
+        texts = order if batch.whole is None else batch.whole.text.cpu()[order]
+        for of_step in texts.unique_consecutive().tensor_split(num_minibatches):
+            if not len(of_step):
                 continue
+            rows = order[torch.isin(texts, of_step)]
             num_actions = int(batch.action_mask[rows].sum())
             used = rows if left_out is None else rows[~left_out.cpu()[rows]]
             apart = [used] if tasks is None else [used[tasks[used] == task] for task in tasks[used].unique()]
@@ -115,7 +118,7 @@ def minibatches(
                     ref=None if ref is None else ref.rows(piece),
                     credit=credit.rows(piece),
                     num_actions=num_actions,
-                    num_rows=len(rows),
+                    num_rows=len(of_step),
                     last_of_step=k == len(pieces) - 1,
                     last_of_task=k in ends,
                 )

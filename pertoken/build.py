@@ -55,7 +55,7 @@ from pertoken.rewards.attention import reader_of
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
-from pertoken.sampling import Controls, Mask
+from pertoken.sampling import Controls, Mask, Sampling
 from pertoken.state import Run
 from pertoken.tasks.base import ItemTask, Split, batch_of, folded
 from pertoken.tasks.course import Course, Limit, Pool
@@ -79,11 +79,11 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     _refuse_scored_twice(config, rewards)
     _refuse_learning_from_nothing(rewards)
     policy = build_policy(config)
-    _refuse_credit(config, policy)
+    _refuse_of_model(config, policy)
     examples = None
     if config.offline is None:
         size = config.rollout.prompts_per_step
-        items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
+        items, notes = _fitting(task, "train", policy, config.rollout)
     else:
         examples = build_examples(config.offline, task, policy)
         items, notes = examples.fitting(task.items("train"), config.offline.max_tokens)
@@ -195,6 +195,12 @@ def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None
             )
 
 
+def _refuse_of_model(config: RunConfig, policy: Policy) -> None:
+    """What the configuration asks of a model and this one cannot give."""
+    _refuse_credit(config, policy)
+    _refuse_segments(config, policy)
+
+
 def _refuse_credit(config: RunConfig, policy: Policy) -> None:
     """What a way to credit asks of a model and this one cannot give; a reader of texts is loaded and asked once."""
     name = type(policy.hf_model).__name__
@@ -210,6 +216,24 @@ def _refuse_credit(config: RunConfig, policy: Policy) -> None:
             "credit.type monte_carlo goes on from the middle of completions, and rollouts of encoder-decoder models "
             f"({name}) begin at their beginning: use another credit.type (gae, differences)."
         )
+
+
+def _refuse_segments(config: RunConfig, policy: Policy) -> None:
+    """Segments that the model cannot write, or that its context has no room for."""
+    rollout, evaluation = config.rollout.sampling, config.evaluation.sampling
+    for where, sampling in (("rollout.sampling", rollout), ("evaluation.sampling", evaluation)):
+        if sampling.segment is None:
+            continue
+        if decoder_start(policy.hf_model):
+            raise ConfigError(
+                f"{where}.segment: encoder-decoder models ({type(policy.hf_model).__name__}) read a prompt and write "
+                "from the beginning; they cannot go on from the middle of a text: leave it out."
+            )
+        if sampling.least_room >= policy.context_length:
+            raise ConfigError(
+                f"{where}.segment: tokens and context are {sampling.least_room} together, and the context of this "
+                f"model is {policy.context_length}: nothing is left for a prompt. Lower one of them."
+            )
 
 
 def _memory_notes(estimate: float, device: torch.device) -> list[str]:
@@ -466,21 +490,19 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
             if name not in present
         ]
         by_task = {name: m.metric or evaluation.metric for name, m in config.task.tasks.items() if name in present}
-    _refuse_too_long(items, policy)
+    _refuse_too_long(items, policy, evaluation.sampling)
     _refuse_unknown_tokens(items, policy)
     controls = Controls.resolve(evaluation.sampling, policy.tokenizer, policy.eos_ids)
     return Evaluator(items, controls, metric=evaluation.metric, given=given, by_task=by_task), notes
 
 
-def _fitting(
-    task: ItemTask, split: Split, policy: Policy, max_prompt_tokens: int | None
-) -> tuple[Sequence[Item], list[str]]:
+def _fitting(task: ItemTask, split: Split, policy: Policy, rollout: RolloutConfig) -> tuple[Sequence[Item], list[str]]:
     """The items whose prompts are not longer than asked for, and a note on how many were left out."""
     items = task.items(split)
-    if max_prompt_tokens is None:
-        _refuse_too_long(items, policy)
+    if rollout.max_prompt_tokens is None:
+        _refuse_too_long(items, policy, rollout.sampling)
         return items, []
-    limit = min(max_prompt_tokens, policy.context_length - 1)
+    limit = min(rollout.max_prompt_tokens, policy.context_length - rollout.sampling.least_room)
     fitting = [item for item in items if len(prompt_ids(item, policy.tokenizer)) <= limit]
     if not fitting:
         raise TaskError(f"task {task.name}: no {split} item has a prompt of at most {limit} tokens; raise the limit")
@@ -490,15 +512,18 @@ def _fitting(
     ] if left_out else []
 
 
-def _refuse_too_long(items: Sequence[Item], policy: Policy) -> None:
+def _refuse_too_long(items: Sequence[Item], policy: Policy, sampling: Sampling) -> None:
+    most = policy.context_length - sampling.least_room
     for item in items:
-        if isinstance(item.prompt, str) and len(item.prompt.encode()) + 8 < policy.context_length:
+        if isinstance(item.prompt, str) and len(item.prompt.encode()) + 7 < most:
             continue  # a token is at least one byte of text, and a tokenizer adds a few marks at most: it fits
         length = len(prompt_ids(item, policy.tokenizer))
-        if length >= policy.context_length:
+        if length > most:
+            beside = f", of which a segment and what it sees take {sampling.least_room}" if sampling.segment else ""
             raise TaskError(
-                f"item {item.id}: its prompt has {length} tokens, and this model's context is {policy.context_length}. "
-                "Shorten the prompt template, or set rollout.max_prompt_tokens to leave such training items out."
+                f"item {item.id}: its prompt has {length} tokens, and this model's context is {policy.context_length}"
+                f"{beside}. Shorten the prompt template, or set rollout.max_prompt_tokens to leave such training items "
+                "out."
             )
 
 

@@ -13,7 +13,7 @@ from pertoken.rewards import Scene, Weighted, findings, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import collect
 from pertoken.rollout.engine import RolloutEngine
-from pertoken.sampling import Controls
+from pertoken.sampling import Controls, Sampling
 from pertoken.text_metrics import (
     CORPUS_METRICS,
     ITEM_METRICS,
@@ -91,7 +91,9 @@ class Evaluator:
             summary["metrics"] |= {name: fmean(values) for name, values in known.items()}
             summary["intervals"] |= {name: _interval(values) for name, values in known.items()}
         # Scored without the sampling controls: what is asked is how natural the words are, not how they were drawn.
-        batch = to_batch(episodes, Controls(), device=str(policy.device))
+        # What a segment saw is another matter: a longer text has no place in the context.
+        scoring = Controls(Sampling(segment=self.controls.sampling.segment))
+        batch = to_batch(episodes, scoring, device=str(policy.device))
         old, ref = policy.score(batch), reference.score(batch) if reference else None
         nats, counts = -(ref or old).logprobs.sum(1), batch.action_mask.sum(1).clamp_min(1)
         per_item["nats_per_token"] = (nats / counts).tolist()

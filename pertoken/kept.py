@@ -123,6 +123,8 @@ class Kept:
         policy = Policy(*load_model(model or str(trained)), compile=False)
         if policy.layout != "packed":
             raise RunFolderError(f"{type(policy.hf_model).__name__} attends in a way that cannot be looked into here")
+        if self.config.rollout.sampling.segment is not None:
+            raise RunFolderError("the texts were written by segments: no token sees all of a text")
         return self._joined([policy.last_attention(scene.batch) for scene, _ in self.scenes])
 
     def _joined(self, cells: Sequence[Tensor]) -> Float[Tensor, "B T"]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pertoken.types import Credit, PolicyOutput, TokenBatch, TokenLoss
@@ -479,6 +479,7 @@ def aggregate(
     *,
     over: Over = "token",
     denominator: int | float | None = None,
+    lengths: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
     """One number from the losses of the actions.
 
@@ -489,6 +490,7 @@ def aggregate(
     `sequence` gives each token of a long row less weight than one of a short row; `token` weighs all tokens
     alike, so long rows count more. Pass the counts of the *whole* optimiser step (`count`, summed over its
     parts) as denominator: then the parts' results add up to that of one big batch, however it is cut.
+    Where rows are segments of longer sequences, `lengths` are the actions of those, which `sequence` takes means over.
     A batch without actions gives 0, with gradient 0.
 
     >>> losses, mask = torch.tensor([[1.0, 1.0], [4.0, 0.0]]), torch.tensor([[True, True], [True, False]])
@@ -500,7 +502,7 @@ def aggregate(
     (per_token,) = _at_actions(action_mask, per_token)
     row_sums = per_token.sum(1)
     if over == "sequence":
-        row_sums = row_sums / action_mask.sum(1).clamp_min(1)
+        row_sums = row_sums / (action_mask.sum(1) if lengths is None else lengths).clamp_min(1)
     divisor = count(action_mask, over=over) if denominator is None else denominator
     return row_sums.sum() / (divisor or 1)
 

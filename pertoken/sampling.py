@@ -24,6 +24,26 @@ NO_TOKEN = -1
 """Fills the left of a history shorter than the widest one."""
 
 
+class Segment(BaseModel):
+    """Write a completion by segments, each behind the prompt and the end of what was written before it: no pass of the
+    model holds more than that, however long the completion becomes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tokens: int = Field(ge=1)
+    """Tokens of a segment; the last one of a completion may have fewer."""
+    context: int = Field(ge=0)
+    """Tokens of the completion before a segment that it sees, right behind the prompt."""
+
+    def seen_from(self, count: int) -> int:
+        """The first token of a completion (from 0) that stands behind the prompt when its token `count` is chosen.
+
+        >>> [Segment(tokens=4, context=2).seen_from(count) for count in (0, 3, 4, 7, 8)]
+        [0, 0, 2, 2, 6]
+        """
+        return max(count - count % self.tokens - self.context, 0)
+
+
 class Sampling(BaseModel):
     """How tokens are drawn. The defaults are the plain distribution of the model: softmax(logits)."""
 
@@ -49,6 +69,9 @@ class Sampling(BaseModel):
     """Words never to be written, with or without a space before them."""
     stop: tuple[str, ...] = ()
     """Strings that end the completion; the token that completes one is kept and is the last action."""
+    segment: Segment | None = None
+    """Write completions by segments, in a context of bounded length, and learn from them so; null keeps each completion
+    in one context. Penalties and n-grams then look at what the segment sees."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> "Sampling":
@@ -66,6 +89,18 @@ class Sampling(BaseModel):
     def truncates(self) -> bool:
         """True if some control removes tokens by their rank or probability."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def window(self) -> int:
+        """Most tokens of a completion that stand behind its prompt at once."""
+        if self.segment is None:
+            return self.max_new_tokens
+        return min(self.segment.tokens + self.segment.context, self.max_new_tokens)
+
+    @property
+    def least_room(self) -> int:
+        """Tokens that must fit behind a prompt: all of a segment and what it sees; without segments a first one."""
+        return 1 if self.segment is None else self.window
 
     def untruncated(self, **changes: float) -> "Sampling":
         """The same without top-k, top-p and min-p: for episodes that come without kept sets, and are not scored."""

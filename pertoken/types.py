@@ -115,6 +115,22 @@ class Episode:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The texts that the rows of a batch are segments of (`segments.py`)."""
+
+    text: Int[Tensor, " B"]
+    """Number of the row's text: its row in the batch that was cut. The segments of a text follow each other."""
+    before: Int[Tensor, " B"]
+    """How many actions of the text precede the row's first one."""
+    actions: Int[Tensor, " B"]
+    """How many actions the text has."""
+
+    def rows(self, index: Int[Tensor, " R"]) -> "Whole":
+        """Those of the rows `index`, in that order."""
+        return Whole(self.text[index], self.before[index], self.actions[index])
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """Episodes as right-padded tensors."""
 
@@ -134,6 +150,8 @@ class TokenBatch:
     """Kept sets of the actions (packed bits, see `Completion.support`), row by row."""
     sample_entropy: Float[Tensor, "B T"] | None = None
     """Entropy of the distribution that each action was drawn from (nats); None if an episode does not know it."""
+    whole: Whole | None = None
+    """What the rows are segments of; None where each is a text by itself."""
 
     def __post_init__(self) -> None:
         if bool((self.action_mask & ~self.attention_mask).any()):
@@ -198,10 +216,11 @@ class TokenBatch:
             controls=self.controls,
             support=support,
             sample_entropy=None if self.sample_entropy is None else self.sample_entropy[index],
+            whole=None if self.whole is None else self.whole.rows(index),
         )
 
 
-_NOT_BY_ROW = ("episode_ids", "controls", "support", "sample_entropy")
+_NOT_BY_ROW = ("episode_ids", "controls", "support", "sample_entropy", "whole")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pertoken.config import RunConfig
 from pertoken.errors import NumericsError
 from pertoken.objectives import aggregate, critic_loss, kl_per_token, policy_loss
 from pertoken.observe import Updated
+from pertoken.segments import cut
 from pertoken.state import Run
 from pertoken.trust_region import Fisher, Weights, line_search, natural_step
 from pertoken.types import Credit, PolicyOutput, TokenBatch
@@ -36,8 +37,27 @@ def update(
 ) -> Updated:
     """All optimiser steps on one batch. A non-finite loss or gradient skips its optimiser step and is counted.
 
-    tasks: a number for the task of each row, which `update.balance` goes by.
+    tasks: a number for the task of each row, which `update.balance` goes by. Texts that were written by segments are
+    learnt from segment by segment, by the credit that the whole text gave their tokens.
     """
+    pieces = cut(batch)
+    if pieces is None:
+        return _update(run, batch, old, ref, credit, step, tasks)
+    of_row = None if tasks is None or pieces.batch.whole is None else tasks[pieces.batch.whole.text]
+    beside = None if ref is None else pieces.taken(ref)
+    updated = _update(run, pieces.batch, pieces.taken(old), beside, pieces.credit(credit), step, of_row)
+    return replace(updated, streams={name: pieces.put(cells) for name, cells in updated.streams.items()})
+
+
+def _update(
+    run: Run,
+    batch: TokenBatch,
+    old: PolicyOutput,
+    ref: PolicyOutput | None,
+    credit: Credit,
+    step: int,
+    tasks: Int[Tensor, " B"] | None,
+) -> Updated:
     config, seed = run.config.update, run.config.seed * 1_000_003 + step
     balanced = tasks is not None and config.balance == "pcgrad"
     gradients = Gradients(run.policy.trainable(), seed=seed) if balanced else None
@@ -151,7 +171,10 @@ def part_loss(
         "sequence": part.num_rows,
         "constant": part.num_rows * run.config.rollout.sampling.max_new_tokens,
     }
-    loss = aggregate(tokens.per_token, mask, over=objective.over, denominator=denominators[objective.over])
+    lengths = None if part.batch.whole is None else part.batch.whole.actions
+    loss = aggregate(
+        tokens.per_token, mask, over=objective.over, denominator=denominators[objective.over], lengths=lengths
+    )
     sums["loss/policy"] += loss.item()
     seen = dict(tokens.aux)
     head = run.config.policy.value_head
@@ -327,10 +350,11 @@ class _Drift:
 def check_sampled(run: Run, batch: TokenBatch, old: PolicyOutput, rows: Tensor | None = None) -> dict[str, float]:
     """`check_ratio` of the rows that were sampled for this step: of those that are replayed the sampler was another.
 
-    rows: where the rows of `batch` are in the step's batch; None if it is all of it.
+    rows: where the rows of `batch` are in the step's batch; None if it is all of it. Segments know their text.
     """
     if run.sampled is not None:
         places = torch.arange(len(batch.episode_ids)) if rows is None else rows.cpu()
+        places = places if batch.whole is None else batch.whole.text.cpu()
         kept = (places < run.sampled).nonzero()[:, 0].to(batch.group.device)
         batch, old = batch.rows(kept), old.rows(kept)
     return check_ratio(batch, old, exact=is_exact(run))

@@ -30,6 +30,7 @@ MAY: dict[str, set[str]] = {
     "schedule": {"errors"},
     "sampling": {"errors"},
     "types": {"errors", "sampling"},
+    "segments": {"sampling", "types"},
     "prompts": {"errors", "types"},
     "forward": {"errors"},
     # the stages of a step: each knows the types, none knows a sibling
@@ -44,6 +45,7 @@ MAY: dict[str, set[str]] = {
             "schedule",
             "sampling",
             "types",
+            "segments",
             "prompts",
             "forward",
         }
@@ -92,6 +94,7 @@ MAY["resampling"] = MAY["state"] | {"state", "redistribution"}
 MAY["updating"] = {
     "errors",
     "types",
+    "segments",
     "config",
     "batching",
     "objectives",

@@ -334,6 +334,13 @@ def test_rows_without_actions_are_not_counted() -> None:
     equal(aggregate(f64([[1, 3], [4, 9], [9, 9]]), mask, over="sequence"), 3.0)
 
 
+def test_rows_that_are_segments_are_averaged_over_the_length_of_their_text() -> None:
+    losses, mask = f64([[1, 2], [6, 0], [9, 9]]), torch.tensor([[True, True], [True, False], [False, False]])
+    lengths = torch.tensor([3, 3, 0])
+    equal(aggregate(losses, mask, over="sequence", denominator=1, lengths=lengths), 3.0)
+    equal(aggregate(losses, mask, over="token", lengths=lengths), 3.0)
+
+
 def test_means_of_means_are_not_the_mean() -> None:
     losses, mask = f64([[1, 1], [4, 0]]), torch.tensor([[True, True], [True, False]])
     equal(aggregate(losses, mask), 2.0)

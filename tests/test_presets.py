@@ -11,6 +11,10 @@ import yaml
 from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError
 from pertoken.presets import PRESETS
+from pertoken.rewards import Sample
+from pertoken.rewards.align import align
+from pertoken.testing import byte_tokenizer
+from pertoken.types import Item
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
 
@@ -111,6 +115,18 @@ def test_the_benchmark_has_an_arm_for_every_method(known_answers, tmp_path):
         config = RunConfig.model_validate(known_answers.settings(tmp_path, 0, known_answers.preset_arm(name)))
         assert config.algorithm == name
     assert known_answers.TUNED.keys() <= PRESETS.keys()
+
+
+def test_what_the_benchmark_pays_at_the_end_is_what_it_pays_by_token(known_answers):
+    for text in ("", "a", "Bcd7", "cAbe"):
+        tokens = byte_tokenizer().encode(text)
+        sample = Sample(Item("i", "p"), tokens, [True] * len(tokens), align(tokens, byte_tokenizer()), "length", 3)
+        letters = known_answers.number_of_letters.fn(sample)
+        for lure in ("token", "coin"):
+            by_token = getattr(known_answers, f"by_{lure}").fn(sample)
+            assert len(by_token) == len(tokens)
+            assert getattr(known_answers, f"by_{lure}_at_the_end").fn(sample) == sum(by_token)
+            assert abs(sum(by_token) - letters) == (known_answers.LURE if text else 0.0)
 
 
 @pytest.mark.parametrize("name", ["rloo", "cispo", "dppo"])

@@ -28,7 +28,18 @@ Refusals = Iterator[tuple[bool, str]]
 
 def refusals(run: "RunConfig") -> Refusals:
     """Everything that is looked at, in the order in which it is told."""
-    for about in (_rollouts, _credit, _objective, _guards, _replay, _trust_region, _given_answers, _tasks, _ends):
+    for about in (
+        _rollouts,
+        _segments,
+        _credit,
+        _objective,
+        _guards,
+        _replay,
+        _trust_region,
+        _given_answers,
+        _tasks,
+        _ends,
+    ):
         yield from about(run)
 
 
@@ -77,6 +88,23 @@ def _rollouts(run: "RunConfig") -> Refusals:
     yield (
         run.update.minibatches > rows,
         f"update.minibatches {run.update.minibatches} exceeds the {rows} samples of a step.",
+    )
+
+
+def _segments(run: "RunConfig") -> Refusals:
+    if run.rollout.sampling.segment is None:
+        return
+    objective, segment = run.objective, "rollout.sampling.segment"
+    for key, value in (("level", objective.level), ("importance_level", objective.importance_level)):
+        yield (
+            value != "token",
+            f"objective.{key} {value} is about the ratio of a whole text, and {segment} trains its segments one by "
+            f"one: set objective.{key}=token.",
+        )
+    yield (
+        run.credit.type == "attention" and run.credit.model is None,
+        f"credit.type attention looks back from the last token, which with {segment} does not see the whole text: name "
+        "a model that reads it (credit.model), or use credit.type shapley.",
     )
 
 

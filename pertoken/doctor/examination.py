@@ -16,6 +16,7 @@ from pertoken.doctor.base import Check, Probe, Verdict, changed
 from pertoken.errors import ConfigError, closest
 from pertoken.observe import StepReport
 from pertoken.policy.model import Policy
+from pertoken.sampling import Segment
 from pertoken.state import Run
 from pertoken.tracking.certificate import Certificate, Line
 from pertoken.tracking.runlog import now, versions
@@ -29,8 +30,8 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 """In the order in which they are made; the last one trains."""
 
-PROMPTS, SAMPLES, NEW_TOKENS = 2, 4, 8
-"""At most so many prompts, samples of each and tokens of each are looked at."""
+PROMPTS, SAMPLES, NEW_TOKENS, SEGMENT = 2, 4, 8, 3
+"""At most so many prompts, samples of each, tokens of each and of a segment are looked at."""
 
 ITEMS = 512
 """How many of the task's items are loaded."""
@@ -79,6 +80,7 @@ def small(config: RunConfig) -> RunConfig:
         "rollout.samples_per_prompt": min(rollout.samples_per_prompt, SAMPLES),
         "rollout.sampling.max_new_tokens": tokens,
         "rollout.sampling.min_new_tokens": fewest,
+        "rollout.sampling.segment": _short(rollout.sampling.segment),
         "rollout.length_schedule": None,
         "update.minibatches": min(config.update.minibatches, 2),
         "task": _few_items(config.task),
@@ -88,6 +90,13 @@ def small(config: RunConfig) -> RunConfig:
     for path, value in changes.items():
         config = changed(config, path, value)
     return config
+
+
+def _short(segment: Segment | None) -> Segment | None:
+    """Segments so short that a few tokens need several of them."""
+    if segment is None:
+        return None
+    return Segment(tokens=min(segment.tokens, SEGMENT), context=min(segment.context, SEGMENT))
 
 
 def _few_items(task: TaskConfig) -> TaskConfig:

@@ -24,7 +24,7 @@ def data(probe: Probe) -> Verdict:
     longest = sorted(items, key=lambda item: -len(str(item.prompt)))[:LONGEST]
     prompts = [prompt_ids(item, policy.tokenizer) for item in longest]
     before = [len(decoder_start(policy.hf_model) or ids) for ids in prompts]
-    room, wanted = policy.context_length - max(before), probe.config.rollout.sampling.max_new_tokens
+    room, wanted = policy.context_length - max(before), probe.config.rollout.sampling.window
     short = sum(policy.context_length - taken < wanted for taken in before)
     chats = [item for item in longest if not isinstance(item.prompt, str)]
     template = getattr(policy.tokenizer, "chat_template", None)

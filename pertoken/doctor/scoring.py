@@ -40,6 +40,7 @@ EACH_CONTROL: dict[str, dict[str, Any]] = {
     "min_new_tokens": {"min_new_tokens": 6},
     "banned_words": {"banned_words": ("the", "a", "e")},
     "stop": {"stop": ("e", ".")},
+    "segment": {"segment": {"tokens": 2, "context": 3}},
 }
 """A setting of each sampling control, alone; the length of a completion is no control of its distribution."""
 
@@ -131,6 +132,8 @@ def controls(probe: Probe) -> Verdict:
     run = probe.run
     gaps: dict[str, float] = {}
     for name, settings in EACH_CONTROL.items():
+        if name == "segment" and decoder_start(run.policy.hf_model):
+            continue  # it is refused there
         sampling = Sampling(max_new_tokens=CONTROL_TOKENS, **settings)
         resolved = Controls.resolve(sampling, run.policy.tokenizer, run.policy.eos_ids)
         episodes = collect(run.engine, _items(probe, 1), run.policy.tokenizer, resolved, samples_per_prompt=2)

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ from pertoken.policy.scoring import (
     recomputable,
     score_batch,
 )
+from pertoken.segments import cut
 from pertoken.types import PolicyOutput, TokenBatch
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -148,8 +149,15 @@ class Policy:
         Without `grad` the rows go through in parts of at most `tokens_per_pass` cells. Dropout is off unless the
         policy was made with `dropout=True`, and then on only in passes with gradient. With `into_grad` the backward
         pass adds gradients of matrices straight to `.grad` (faster, less memory, and seen by `backward()` alone).
-        `against` adds the KL to another policy, over the whole vocabulary (`Reference.against`).
+        `against` adds the KL to another policy, over the whole vocabulary (`Reference.against`). Rows that were written
+        by segments are scored segment by segment, each behind what it saw.
         """
+        pieces = cut(batch)
+        if pieces is not None:
+            beside = None if against is None else replace(against, hidden=pieces.take(against.hidden))
+            return pieces.joined(
+                self.score(pieces.batch, grad=grad, entropy_grad=entropy_grad, into_grad=into_grad, against=beside)
+            )
         trunk = Trunk(
             self.hf_model, self.value_head, self.autocast_dtype, self.layout, self.recompute_activations, into_grad,
             self.pointwise,
@@ -216,6 +224,9 @@ class Reference:
 
     def score(self, batch: TokenBatch, *, hidden: bool = False) -> PolicyOutput:
         """Log-probs and entropies at the actions of `batch` under the frozen weights, and `hidden` states if asked."""
+        pieces = cut(batch)
+        if pieces is not None:
+            return pieces.joined(self.score(pieces.batch, hidden=hidden))
         policy = self._policy
         trunk = Trunk(self._model, None, policy.autocast_dtype, policy.layout)
         with self._frozen():

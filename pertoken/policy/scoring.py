@@ -401,7 +401,8 @@ def _head_in_chunks(
     against: Against | None,
 ) -> tuple[Float[Tensor, " A"], ...]:
     """For any head and any controls: autograd chunk by chunk, logits computed again in the backward pass."""
-    generated = (batch.action_mask.cumsum(1) - 1)[batch.action_mask]
+    before = 0 if batch.whole is None else batch.whole.before[:, None]
+    generated = (batch.action_mask.cumsum(1) - 1 + before)[batch.action_mask]
     history = _histories(batch) if batch.controls.needs_history else None
     other = None if against is None else against.hidden[batch.action_mask]
     vocab = model.get_output_embeddings().weight.shape[0]

@@ -68,11 +68,16 @@ class TransformersEngine:
             prompts, controls, seeds, device=self._model.device, context=self._context, tokenizer=self._tokenizer,
             start=self._start, taken=taken, on_token=on_token,
         )  # fmt: skip
-        by_length = sorted(rows.rows, key=lambda row: len(prompts[row.index]))
-        for _, same in groupby(by_length, key=lambda row: len(prompts[row.index])):
-            waiting = list(same)
-            for start in range(0, len(waiting), self._max_rows):
-                self._generate(rows, waiting[start : start + self._max_rows])
+        going = rows.rows
+        while going:
+            by_length = sorted(going, key=lambda row: len(rows.prompts[row.index]))
+            for _, same in groupby(by_length, key=lambda row: len(rows.prompts[row.index])):
+                waiting = list(same)
+                for start in range(0, len(waiting), self._max_rows):
+                    self._generate(rows, waiting[start : start + self._max_rows])
+            going = [row for row in going if row.full]
+            for row in going:
+                rows.turn(row)
         return [row.completion() for row in rows.rows]
 
     def _generate(self, rows: Rows, batch: list[Row]) -> None:
@@ -117,17 +122,17 @@ class _Chosen(LogitsProcessor):
         self._rows, self._batch = rows, batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        live = [k for k, row in enumerate(self._batch) if row.stop is None]
+        live = [k for k, row in enumerate(self._batch) if not row.waits]
         only = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
         only[live] = self._rows.choose(scores[live], [self._batch[k] for k in live])
         return torch.full_like(scores, -torch.inf).scatter_(1, only[:, None], 0.0)
 
 
 class _Ended(StoppingCriteria):
-    """Stops a batch when all of its rows have ended."""
+    """Stops a batch when all of its rows have ended, or their segments are full."""
 
     def __init__(self, batch: list[Row]) -> None:
         self._batch = batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
-        return torch.tensor([row.stop is not None for row in self._batch], device=input_ids.device)
+        return torch.tensor([row.waits for row in self._batch], device=input_ids.device)

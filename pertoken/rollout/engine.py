@@ -140,8 +140,7 @@ class NativeEngine:
             start=self._start, taken=taken, on_token=on_token,
         )  # fmt: skip
         slots = min(self._max_rows, len(prompts))
-        room = min(rows.budget, self._context - min(map(len, prompts)))
-        return _Decoding(rows, self._decoders(controls), slots, self._hf.device).run(room)
+        return _Decoding(rows, self._decoders(controls), slots, self._hf.device).run()
 
     def _decoders(self, controls: Controls) -> list[Decoder]:
         """The policy's, and behind it that of the mask policy if `controls` ask for one."""
@@ -164,10 +163,10 @@ class _Decoding:
         self.waiting = deque(sorted(rows.rows, key=lambda r: (-len(prompts[r.index]), prompts[r.index], r.index)))
         self.live: list[Row] = []
 
-    def run(self, room: int) -> list[Completion]:
-        """All completions; `room` is how many tokens a row may need behind its prompt."""
+    def run(self) -> list[Completion]:
+        """All completions."""
         for decoder in self.decoders:
-            decoder.reserve(self.slots, max(map(len, self.rows.prompts)), room)
+            decoder.reserve(self.slots, *self.rows.room())
         while self.waiting or self.live:
             first = len(self.live)
             places = self._admit()
@@ -200,8 +199,12 @@ class _Decoding:
         return places
 
     def _retire(self) -> None:
-        """Free the slots of rows that have ended."""
-        for slot in reversed([k for k, row in enumerate(self.live) if row.stop]):
+        """Free the slots of rows that have ended; those whose segment is full wait to be let in for the next one."""
+        for slot in reversed([k for k, row in enumerate(self.live) if row.waits]):
+            row = self.live[slot]
+            if row.full:
+                self.rows.turn(row)
+                self.waiting.append(row)
             last = len(self.live) - 1
             if slot != last:
                 for decoder in self.decoders:

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from pertoken import native
 from pertoken.errors import ModelError
-from pertoken.sampling import NO_TOKEN, Controls, draw, entropy_of, keep_set, let_through, processed_logits, refuse_lost
+from pertoken.sampling import (
+    NO_TOKEN,
+    Controls,
+    Segment,
+    draw,
+    entropy_of,
+    keep_set,
+    let_through,
+    processed_logits,
+    refuse_lost,
+)
 from pertoken.types import Completion, StopReason
 
 OnToken = Callable[[int, int, float, float], None]
@@ -49,11 +59,20 @@ class Row:
     """Why it ended; None while it goes on."""
     taken: int = 0
     """How many tokens at the end of its prompt are the beginning of the completion."""
+    begun: int = 0
+    """How many of `tokens` were there when its segment began: what it then stood behind is in `Rows.prompts`."""
+    full: bool = False
+    """Its segment has all of its tokens, and it goes on in the next one (`Rows.turn`)."""
 
     @property
     def count(self) -> int:
         """Tokens of the completion so far."""
         return self.taken + len(self.tokens)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it draws no further token behind what it stands behind now."""
+        return self.full or self.stop is not None
 
     def completion(self) -> Completion:
         assert self.stop is not None
@@ -81,23 +100,54 @@ class Rows:
         start: what completions stand behind where prompts are read apart from them (`decoder_start`); then the context
         holds it, and each prompt by itself. taken: see `RolloutEngine.generate`.
 
-        Raises ModelError for a prompt that is empty or fills the context.
+        Raises ModelError for a prompt that is empty or fills the context, or leaves less than a segment needs.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-        for prompt in prompts:
-            if not prompt or len(prompt) >= context:
+        sampling = controls.sampling
+        if start and sampling.segment:
+            raise ValueError("an encoder-decoder model writes completions from their beginning: no segments")
+        self.rows = [Row(index, taken=count) for index, count in enumerate(taken or [0] * len(prompts))]
+        self._given, most = [tuple(prompt) for prompt in prompts], context - sampling.least_room
+        for prompt, row in zip(prompts, self.rows, strict=True):
+            length = len(prompt) - (row.taken if sampling.segment else 0)
+            if not prompt or length > most:
                 raise ModelError(
-                    f"a prompt has {len(prompt)} tokens; this model takes 1 to {context - 1}, room to answer included. "
+                    f"a prompt has {length} tokens; this model takes 1 to {most}, room to answer included. "
                     "Shorten the prompt template or leave long items out (rollout.max_prompt_tokens)."
                 )
-        self.prompts = [tuple(prompt) for prompt in prompts]
-        self.rows = [Row(index, taken=count) for index, count in enumerate(taken or [0] * len(prompts))]
-        self.controls, self.budget = controls, controls.sampling.max_new_tokens
+        self.controls, self.budget = controls, sampling.max_new_tokens
         self._device, self._context, self._tokenizer = device, context, tokenizer
         self._start, self._tell = start, on_token
         self._uniforms = torch.stack([_uniforms(seed, self.budget) for seed in seeds])
         self._eos = torch.tensor(controls.eos_ids or (NO_TOKEN,), device=device)
+        self.prompts = [self._behind(row) for row in self.rows]
+        """What each row's segment stands behind; without segments its prompt."""
+
+    def room(self) -> tuple[int, int]:
+        """The longest prompt that a decoder will be given, and how many tokens may follow one."""
+        longest, shortest, segment = max(map(len, self.prompts)), min(map(len, self.prompts)), self._segment
+        own = min(self.budget, self._context - shortest)
+        if segment is None:
+            return longest, own
+        sources = (len(given) - row.taken for given, row in zip(self._given, self.rows, strict=True))
+        return max(longest, max(sources) + min(segment.context, self.budget)), min(own, segment.tokens)
+
+    def turn(self, row: Row) -> None:
+        """Begin the next segment of a row whose segment is full: `prompts` has what it stands behind."""
+        self.prompts[row.index] = self._behind(row)
+        row.begun, row.full = len(row.tokens), False
+
+    def _behind(self, row: Row) -> tuple[int, ...]:
+        given = self._given[row.index]
+        if self._segment is None:
+            return given
+        source, text = given[: len(given) - row.taken], (*given[len(given) - row.taken :], *row.tokens)
+        return (*source, *text[self._segment.seen_from(row.count) :])
+
+    @property
+    def _segment(self) -> Segment | None:
+        return self.controls.sampling.segment
 
     def choose(
         self, logits: Float[Tensor, "R V"], rows: Sequence[Row], mask_logits: Float[Tensor, "R V"] | None = None
@@ -118,6 +168,7 @@ class Rows:
             if self._tell is not None:
                 self._tell(row.index, token, logprob, nats)
             row.stop = self._end(row, ended)
+            row.full = row.stop is None and self._ends_segment(row)
         return ids
 
     def _draw(
@@ -144,7 +195,7 @@ class Rows:
     def _history(self, rows: Sequence[Row]) -> Int[Tensor, "R L"] | None:
         if not self.controls.needs_history:
             return None
-        texts = [[*self.prompts[row.index], *row.tokens] for row in rows]
+        texts = [[*self.prompts[row.index], *row.tokens[row.begun :]] for row in rows]
         width = max(map(len, texts))
         return torch.tensor([[NO_TOKEN] * (width - len(ids)) + ids for ids in texts], device=self._device)
 
@@ -155,12 +206,16 @@ class Rows:
             return "eos"
         if sampling.stop and count >= sampling.min_new_tokens and self._says_stop(row):
             return "stop_string"
-        if len(self._start or self.prompts[row.index]) + len(row.tokens) >= self._context:
+        width = len(self._start or self.prompts[row.index]) + len(row.tokens) - row.begun
+        if width >= self._context and not self._ends_segment(row):
             return "context"
         return "length" if count >= self.budget else None
 
+    def _ends_segment(self, row: Row) -> bool:
+        return self._segment is not None and row.count % self._segment.tokens == 0
+
     def _says_stop(self, row: Row) -> bool:
-        prompt = self.prompts[row.index]
+        prompt = self._given[row.index]
         tokens = [*prompt[len(prompt) - row.taken :], *row.tokens]
         # A token adds at least one character, save for pieces of a multi-byte one: 4 per character is enough.
         longest = max(map(len, self.controls.sampling.stop))

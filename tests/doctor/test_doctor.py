@@ -168,7 +168,7 @@ def test_attended_padding_fails_padding_alone(sound, monkeypatch):
     assert "with more padding is off" in found["padding"].words
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty"])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty", "segment"])
 def test_a_control_that_scoring_ignores_is_named(sound, monkeypatch, name):
     def ignoring(own):
         def score(batch, **named):
