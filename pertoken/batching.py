@@ -1,7 +1,8 @@
 """Ragged episodes to padded tensors, and batches to minibatches with their global denominators."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,13 +66,15 @@ class Part:
     """Actions of the whole optimiser step (not of this part): the global denominator."""
     num_rows: int
     """Rows of the whole optimiser step."""
-    last_of_step: bool
-    """True when the optimiser steps after this part."""
     last_of_task: bool
-    """True when the next part is of another task (if they are kept apart) or of another optimiser step."""
+    """True when the next part is of another task (if they are kept apart), or there is none."""
 
 
-def minibatches(
+Cut = Callable[[int], Iterator[Part]]
+"""The micro-batches of an optimiser step, of at most about so many tokens each; may be asked again for smaller ones."""
+
+
+def optimizer_steps(
     batch: TokenBatch,
     old: PolicyOutput,
     ref: PolicyOutput | None,
@@ -79,12 +82,11 @@ def minibatches(
     *,
     epochs: int,
     num_minibatches: int,
-    tokens_per_micro_batch: int,
     seed: int,
     left_out: Bool[Tensor, " B"] | None = None,
     tasks: Int[Tensor, " B"] | None = None,
-) -> Iterator[Part]:
-    """`epochs` passes over the batch in `num_minibatches` optimiser steps each, each in micro-batches.
+) -> Iterator[Cut]:
+    """`epochs` passes over the batch in `num_minibatches` optimiser steps each, each still to be cut.
 
     Micro-batches are cut by tokens, a prompt that rows share counted once; groups stay whole wherever their size
     allows. Every row is used exactly once per epoch; the order is a function of `seed` and epoch. Rows in `left_out`
@@ -96,26 +98,37 @@ def minibatches(
         groups = [torch.nonzero(batch.group.cpu() == g).squeeze(1) for g in batch.group.unique().tolist()]
         order = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()])
         for rows in order.tensor_split(num_minibatches):
-            if not len(rows):
-                continue
-            num_actions = int(batch.action_mask[rows].sum())
             used = rows if left_out is None else rows[~left_out.cpu()[rows]]
-            apart = [used] if tasks is None else [used[tasks[used] == task] for task in tasks[used].unique()]
-            pieces, ends = list[Tensor](), set[int]()
-            for of_task in apart if len(used) else ():
-                cut = [of_task[part] for part in batch.rows(of_task).parts(tokens_per_micro_batch)]
-                # Largest first: the memory that its activations leave behind has room for those of the others.
-                pieces += sorted(cut, key=lambda piece: -int(batch.attention_mask[piece].sum()))
-                ends.add(len(pieces) - 1)
-            for k, piece in enumerate(pieces):
-                yield Part(
-                    rows=piece,
-                    batch=batch.rows(piece),
-                    old=old.rows(piece),
-                    ref=None if ref is None else ref.rows(piece),
-                    credit=credit.rows(piece),
-                    num_actions=num_actions,
-                    num_rows=len(rows),
-                    last_of_step=k == len(pieces) - 1,
-                    last_of_task=k in ends,
-                )
+            if len(used):
+                apart = [used] if tasks is None else [used[tasks[used] == task] for task in tasks[used].unique()]
+                yield partial(_cut, batch, old, ref, credit, rows, apart)
+
+
+def _cut(
+    batch: TokenBatch,
+    old: PolicyOutput,
+    ref: PolicyOutput | None,
+    credit: Credit,
+    rows: Int[Tensor, " R"],
+    apart: Sequence[Tensor],
+    tokens: int,
+) -> Iterator[Part]:
+    """The optimiser step of `rows` in parts of about `tokens` tokens; those to compute lie `apart`, task by task."""
+    num_actions = int(batch.action_mask[rows].sum())
+    pieces, ends = list[Tensor](), set[int]()
+    for of_task in apart:
+        cut = [of_task[part] for part in batch.rows(of_task).parts(tokens)]
+        # Largest first: the memory that its activations leave behind has room for those of the others.
+        pieces += sorted(cut, key=lambda piece: -int(batch.attention_mask[piece].sum()))
+        ends.add(len(pieces) - 1)
+    for k, piece in enumerate(pieces):
+        yield Part(
+            rows=piece,
+            batch=batch.rows(piece),
+            old=old.rows(piece),
+            ref=None if ref is None else ref.rows(piece),
+            credit=credit.rows(piece),
+            num_actions=num_actions,
+            num_rows=len(rows),
+            last_of_task=k in ends,
+        )

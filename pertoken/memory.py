@@ -1,8 +1,10 @@
 """Memory of the process: what it took, and how freed memory goes back to the system."""
 
 import ctypes
+import errno
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +16,22 @@ GIGABYTE = 1e9
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 """oneDNN keeps the code that it generated for 1,024 shapes of matrices, 0.3 GB; rows of text rarely have one again."""
+
+
+_RAN_OUT = re.compile(
+    r"(can't|cannot) allocate memory|not enough memory|out of memory|bad_alloc|ALLOC_FAILED|could not create a memory",
+    re.IGNORECASE,
+)
+"""What torch's allocators, C++, CUDA's libraries and oneDNN say; only some of them have a type for it."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that there was not enough memory, in Python, in torch on any device, or in the system."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_RAN_OUT.search(str(error)))
 
 
 def keep_freed_memory() -> None:

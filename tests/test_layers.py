@@ -23,6 +23,7 @@ MAY: dict[str, set[str]] = {
     "cache": set(),
     "native": {"cache"},
     "memory": {"native"},
+    "portions": {"errors", "memory"},
     "stopwatch": set(),
     "background": set(),
     "workers": {"errors", "memory"},
@@ -40,6 +41,7 @@ MAY: dict[str, set[str]] = {
             "native",
             "background",
             "workers",
+            "portions",
             "rows",
             "schedule",
             "sampling",
@@ -66,6 +68,7 @@ MAY: dict[str, set[str]] = {
         *(
             "errors",
             "memory",
+            "portions",
             "background",
             "schedule",
             "sampling",

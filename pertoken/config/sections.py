@@ -794,7 +794,7 @@ class UpdateConfig(Section):
     k3 between the policy before the update and now); null makes all epochs and minibatches."""
     tokens_per_micro_batch: int = Field(default=2048, ge=1)
     """Tokens per forward and backward, a prompt that rows share counted once; less takes less memory, and gradients
-    add up to the same as in one piece."""
+    add up to the same as in one piece. Halved where they do not fit into memory."""
     recompute_activations: bool = False
     """Keep the input of each layer alone for the backward pass and compute the rest again there: the same gradient,
     far less memory per token, about a third more time."""

@@ -43,6 +43,7 @@ from pertoken.policy.scoring import (
     recomputable,
     score_batch,
 )
+from pertoken.portions import Portion
 from pertoken.types import PolicyOutput, TokenBatch
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -116,7 +117,7 @@ class Policy:
                 f"update.recompute_activations: {type(model).__name__} has no layers that transformers can run again; "
                 "turn it off, and lower update.tokens_per_micro_batch instead."
             )
-        self.tokens_per_pass = tokens_per_pass
+        self.portion = Portion("scoring", tokens_per_pass, "tokens of a pass")
         self._has_adapters = lora is not None
         self.model.eval()
 
@@ -160,12 +161,12 @@ class Policy:
                 return score_batch(trunk, batch, entropy_grad=entropy_grad, against=against)
             finally:
                 self.model.eval()
-        return _score_in_parts(trunk, batch, self.tokens_per_pass, against=against)
+        return _score_in_parts(trunk, batch, self.portion, against=against)
 
     def last_attention(self, batch: TokenBatch) -> Tensor:
         """How much the last token of each row attends to each of its actions, `[B, T]` (`scoring.last_attention`)."""
         trunk = Trunk(self.hf_model, None, self.autocast_dtype, self.layout, pointwise=self.pointwise)
-        parts = batch.parts(self.tokens_per_pass)
+        parts = batch.parts(self.portion.size)
         cells = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
         for rows in parts:
             cells[rows] = last_attention(trunk, batch.rows(rows)).float()
@@ -219,7 +220,7 @@ class Reference:
         policy = self._policy
         trunk = Trunk(self._model, None, policy.autocast_dtype, policy.layout)
         with self._frozen():
-            return _score_in_parts(trunk, batch, policy.tokens_per_pass, hidden=hidden)
+            return _score_in_parts(trunk, batch, policy.portion, hidden=hidden)
 
     @torch.no_grad()
     def follow(self, share: float) -> None:
@@ -275,27 +276,32 @@ def _cast_linears(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
 
 
 def _score_in_parts(
-    trunk: Trunk, batch: TokenBatch, tokens_per_pass: int, *, hidden: bool = False, against: Against | None = None
+    trunk: Trunk, batch: TokenBatch, portion: Portion, *, hidden: bool = False, against: Against | None = None
 ) -> PolicyOutput:
-    """The whole batch without gradient, about `tokens_per_pass` tokens at a time."""
-    parts = batch.parts(tokens_per_pass)
-    with torch.no_grad():
-        outputs = [
-            score_batch(
-                trunk,
-                batch.rows(rows),
-                hidden=hidden,
-                against=None if against is None else Against(against.logits, against.hidden[rows], against.forward),
-            )
-            for rows in parts
-        ]
-    back = torch.cat(parts).argsort()
+    """The whole batch without gradient, about a portion of tokens at a time."""
 
-    def column(name: str) -> Any:
-        cells = [getattr(output, name) for output in outputs]
-        return None if cells[0] is None else torch.cat(cells)[back]
+    def score(tokens: int) -> PolicyOutput:
+        parts = batch.parts(tokens)
+        with torch.no_grad():
+            outputs = [
+                score_batch(
+                    trunk,
+                    batch.rows(rows),
+                    hidden=hidden,
+                    against=None if against is None else Against(against.logits, against.hidden[rows], against.forward),
+                )
+                for rows in parts
+            ]
+        back = torch.cat(parts).argsort()
 
-    return PolicyOutput(**{name: column(name) for name in vars(outputs[0])})
+        def column(name: str) -> Any:
+            cells = [getattr(output, name) for output in outputs]
+            return None if cells[0] is None else torch.cat(cells)[back]
+
+        return PolicyOutput(**{name: column(name) for name in vars(outputs[0])})
+
+    lengths = batch.attention_mask.sum(1)
+    return portion.attempt(score, there=int(lengths.sum()), least=int(lengths.max()))
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
