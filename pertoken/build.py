@@ -26,7 +26,7 @@ from pertoken.config import (
     SelfCritical,
     TaskConfig,
 )
-from pertoken.errors import ConfigError, ModelError, TaskError, closest
+from pertoken.errors import ConfigError, ModelError, PertokenError, RunFolderError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
 from pertoken.forward import decoder_start
@@ -146,9 +146,22 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         notes=notes,
     )
     if checkpoint is not None:
-        run.load_state_dict(load_state(checkpoint, policy, optimizer, run.tensors()))
-        run.engine.load_weights(policy.trainable(), version=run.progress.step)
+        _go_on(run, checkpoint)
     return run
+
+
+def _go_on(run: Run, checkpoint: Path) -> None:
+    """Put `run` where `checkpoint` left it. Checkpoints may come from anybody: what they say may be anything."""
+    state = load_state(checkpoint, run.policy, run.optimizer, run.tensors())
+    try:
+        run.load_state_dict(state)
+    except PertokenError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"{checkpoint}: not a checkpoint that this run can go on from: {error!r}. Resume from an older one."
+        ) from error
+    run.engine.load_weights(run.policy.trainable(), version=run.progress.step)
 
 
 def build_replay(config: RunConfig) -> Buffer | None:
@@ -230,7 +243,7 @@ def build_policy(config: RunConfig) -> Policy:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(settings.model, device=device)
+    model, tokenizer = load_model(settings.model, device=device, trusted=settings.trust_remote_code)
     if settings.languages is not None:
         set_languages(model, tokenizer, **settings.languages.model_dump())
     head = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from pertoken.config import RunConfig
@@ -177,7 +178,7 @@ class Run:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
-        self.progress = Progress(**state["progress"])
+        self.progress = TypeAdapter(Progress).validate_python(state["progress"])
         if state["kl"].keys() == self.kl.state_dict().keys():
             self.kl.load_state_dict(state["kl"])
         else:

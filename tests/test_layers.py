@@ -33,6 +33,7 @@ MAY: dict[str, set[str]] = {
     "types": {"errors", "sampling"},
     "prompts": {"errors", "types"},
     "forward": {"errors"},
+    "hub": {"errors"},
     # the stages of a step: each knows the types, none knows a sibling
     **{
         stage: {
@@ -48,6 +49,7 @@ MAY: dict[str, set[str]] = {
             "types",
             "prompts",
             "forward",
+            "hub",
         }
         for stage in STAGES
     },
@@ -110,11 +112,21 @@ MAY["build"] = MAY["offline"] | {"offline", "text_metrics", "forward"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
 MAY["run"] = MAY["build"] | {"build", "doctor"}
-MAY["kept"] = MAY["build"] | {"build", "redistribution"}
+MAY["kept"] = MAY["build"] | {"build", "redistribution", "hub"}
 MAY["crossval"] = {"errors", "config", "text_metrics", "tracking"}
 MAY["credit_compare"] = {"errors", "types", "config", "credit", "tracking", "redistribution", "kept"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
-MAY["reward_models"] = {"errors", "config", "preferences", "rows", "tasks", "rewards", "text_metrics", "tracking"}
+MAY["reward_models"] = {
+    "errors",
+    "hub",
+    "config",
+    "preferences",
+    "rows",
+    "tasks",
+    "rewards",
+    "text_metrics",
+    "tracking",
+}
 MAY["search"] = {"errors", "config", "run", "text_metrics", "tracking"}
 MAY["cli"] = MAY["run"] | {
     "presets",

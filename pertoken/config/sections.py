@@ -53,6 +53,9 @@ class PolicyConfig(Section):
 
     model: str = "smollm2-135m-instruct"
     """Embedded name, hub name, model folder, or .gguf file."""
+    trust_remote_code: str | None = Field(default=None, pattern="^([0-9a-f]{40}|[0-9a-f]{64})$")
+    """Python code of the model that may run: the commit of its repository on the hub as you have read it (its weights
+    are taken from there too), or of a folder the digest that its refusal names. null runs none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Matrix work in bfloat16 (master weights stay float32), or all in float32. auto: bfloat16 where it is fast."""
     languages: LanguagesConfig | None = None

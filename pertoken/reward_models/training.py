@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pertoken.errors import ConfigError, ModelError, NumericsError, RunFolderError, TaskError
+from pertoken.hub import NO_CODE, SAFE
 from pertoken.preferences import bradley_terry
 from pertoken.reward_models.evaluation import (
     PAIR_ABOUT,
@@ -369,10 +370,10 @@ class PairLearner:
             with without_bars():
                 self.model: Any = AutoModelForSequenceClassification.from_pretrained(
                     source, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=self._columns,
-                    dtype=torch.float32, use_safetensors=True, problem_type="single_label_classification",
+                    dtype=torch.float32, **SAFE, problem_type="single_label_classification",
                     ignore_mismatched_sizes=True,
                 )  # fmt: skip
-                self._tokenizer = AutoTokenizer.from_pretrained(source)
+                self._tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"model.trunk: {settings.trunk!r} is no model in safetensors that can be reached from here "
