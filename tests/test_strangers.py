@@ -127,9 +127,7 @@ def test_a_model_of_pickles_is_refused(model_folder, tmp_path, canary):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     plant(folder, canary, ["pytorch_model.bin"])
-    with pytest.raises(
-        ModelError, match=r"no weights in safetensors, and pickles \(pytorch_model.bin\) are not"
-    ):
+    with pytest.raises(ModelError, match=r"no weights in safetensors, and pickles \(pytorch_model.bin\) are not"):
         load_model(str(folder))
 
 
@@ -288,7 +286,6 @@ STATES = {
     "a step that is a text": lambda state: state["progress"].update(step="../../x"),
     "a step that is a list": lambda state: state["progress"].update(step=[[]]),
     "a KL of text": lambda state: state.update(kl="high"),
-    "no rewards": lambda state: state.update(kl={"coefficient": []}),
     "portions of text": lambda state: state.update(portions={"micro_batch": "all"}),
     "samples drawn ahead of nothing": lambda state: state.update(ahead={"completions": 3}),
     "no random states": lambda state: state.pop("random"),
