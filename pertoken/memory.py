@@ -121,7 +121,7 @@ def used_memory(device: torch.device) -> float:
 def process_memory() -> float:
     """What the process has in use now (GB); 0 where the system does not tell."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / GIGABYTE
