@@ -61,7 +61,8 @@ VALUES = st.recursive(
 )
 PIECES = [
     b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\n", b"\r", b'"', b"'", b"{", b"}", b"[" * 50, b"]", b":", b",", b"- ",
-    b"&a ", b"*a", b"<<: *a", b"!!int ", b"%", b"@", b"\t", b"\\ud83d", b"1e999", b"NaN", b"null", b"9" * 5000, b"\xed\xa0\xbd",
+    b"&a ", b"*a", b"<<: *a", b"!!int ", b"%", b"@", b"\t", b"\\ud83d", b"1e999", b"NaN", b"null", b"9" * 5000,
+    b"\xed\xa0\xbd",
 ]  # fmt: skip
 
 
