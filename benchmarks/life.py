@@ -167,14 +167,9 @@ class Life:
     def report(self) -> str:
         metrics = RunReader(self.folder).metrics()
         resumed = len(RunReader(self.folder).run()["resumed"])
-        odd = [
-            name for name in metrics if not of_the_machine(name) and name.startswith("skipped") and any(metrics[name])
-        ]
         size = sum(path.stat().st_size for path in (self.folder / "checkpoints").rglob("*") if path.is_file())
         ends = ", ".join(f"{end} {count}" for end, count in sorted(self.ends.items()))
-        peaks = (
-            f"{statistics.median(self.peaks) / 1e9:.2f} GB, at most {max(self.peaks) / 1e9:.2f}" if self.peaks else "-"
-        )
+        peaks = [each / 1e9 for each in self.peaks] or [0.0]
         return (
             f"{sum(self.ends.values())} sessions ({ends}), {resumed} resumed, {len(metrics.get('step', []))} steps, "
             f"memory of a session {statistics.median(peaks):.2f} GB (at most {max(peaks):.2f}), checkpoints "
