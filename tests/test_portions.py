@@ -191,16 +191,17 @@ def takes_at_most(monkeypatch, tokens, *, grad=True, error=GPU):
     whole = policy_model.score_batch
 
     def score_batch(trunk, batch, **named):
+        found = whole(trunk, batch, **named)
         if torch.is_grad_enabled() == grad and int(batch.attention_mask.sum()) > tokens:
-            raise error
-        return whole(trunk, batch, **named)
+            raise error  # late, when dropout has drawn its numbers
+        return found
 
     monkeypatch.setattr(policy_model, "score_batch", score_batch)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_an_update_that_does_not_fit_ends_as_one_with_small_micro_batches(config, tmp_path, monkeypatch, setting):
-    small = config(tmp_path / "small", 64, **SETTINGS[setting])
+    small = config(tmp_path / "small", 48, **SETTINGS[setting])
     run.train(small)
     notes = []
     large = config(tmp_path / "large", 512, **SETTINGS[setting])
@@ -208,13 +209,13 @@ def test_an_update_that_does_not_fit_ends_as_one_with_small_micro_batches(config
     run.train(large, on_note=notes.append)
     close(weights(tmp_path / "large"), weights(tmp_path / "small"))
     rows = metrics(tmp_path / "large")
-    assert all(row["portion/micro_batch"] <= 64 for row in rows)
+    assert {row["portion/micro_batch"] for row in rows} == {48}
     assert all("portion/micro_batch" not in row for row in metrics(tmp_path / "small"))
     assert any("step 1: memory ran out with " in note and "CUDA out of memory" in note for note in notes)
     assert rows[0]["grad/norm"] == pytest.approx(metrics(tmp_path / "small")[0]["grad/norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("part", [1, 2, 3, 5])
+@pytest.mark.parametrize("part", [1, 2, 4])
 def test_gradients_of_the_parts_before_it_are_dropped(config, tmp_path, monkeypatch, part):
     """Memory runs out at the k-th micro-batch, in the backward pass: what was added up before it counts once."""
     backward, calls, norms = updating._backward, [], []
@@ -227,12 +228,12 @@ def test_gradients_of_the_parts_before_it_are_dropped(config, tmp_path, monkeypa
         return found
 
     for name in ("whole", "cut"):
-        built = build.build_run(config(tmp_path / name, 60))
+        built = build.build_run(config(tmp_path / name, 30))
         inputs = updating_inputs(built)
         norms.append(updating.update(built, *inputs, 1).metrics["grad/norm"])
         monkeypatch.setattr(updating, "_backward", failing)
-    assert built.micro_batch.size == 30
-    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert built.micro_batch.size == 15
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert norms[0] > 0
 
 
@@ -286,7 +287,7 @@ def test_an_optimiser_that_does_not_fit_is_a_named_error(config, tmp_path, monke
 
 
 def test_learning_from_answers_is_cut_too(config, tmp_path, monkeypatch):
-    method = {"method": {"type": "sft"}}
+    method = {"method": {"type": "sft", "batch": 8}}
     small, large = (config(tmp_path / str(n), n, **method) for n in (40, 512))
     run.train(small)
     whole = offline.part_loss

@@ -241,7 +241,6 @@ def made(tmp_path_factory, model_folder):
             "policy": {"model": str(model_folder), "precision": "float32", "device": "cpu"},
             "task": {"type": "file", "path": str(place / "data.jsonl"), "prompt": "{prompt}:", "id": "id"},
             "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "sampling": {"max_new_tokens": 3}},
-            "rewards": [{"name": "length"}],
             "evaluation": {"items": 0},
             "checkpoint": {"every": 1},
             "stop": {"steps": 2},

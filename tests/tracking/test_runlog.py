@@ -271,7 +271,7 @@ ODD_ROWS = {
     ("episodes/000001.jsonl", '{"item": "a"}'): r"line 1: .*Field required",
     (
         "episodes/000001.jsonl",
-        '{"item": 1, "completion": "", "stop": "eos", "streams": {}, "tokens": {"id": [1], "piece": [], "action": [1]}}',
+        '{"item": 1, "completion": "", "stop": "eos", "streams": {}, "tokens": {"id": [1], "piece": [], "action": []}}',
     ): "line 1: columns and streams of other lengths than its 1 tokens",
     ("run.json", '{"format_version": 1, "status": 3}'): "status: Input should be a valid string",
 }
