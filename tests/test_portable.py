@@ -74,10 +74,8 @@ def test_text_files_are_opened_in_a_named_encoding(path):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         given = {keyword.arg for keyword in node.keywords}
         modes = [str(a.value) for a in node.args if isinstance(a, ast.Constant) and not str(a.value).strip("rwabxt+")]
-        opens = name == "open" and (
-            isinstance(node.func, ast.Name) or all(isinstance(a, ast.Constant) for a in node.args)
-        )
-        of_text = name in ("read_text", "write_text") or (opens and "b" not in "".join(modes))
+        plain = isinstance(node.func, ast.Name) or all(isinstance(a, ast.Constant) for a in node.args)
+        of_text = name in ("read_text", "write_text") or (name == "open" and plain and "b" not in "".join(modes))
         positional = name == "read_text" and bool(node.args)
         if of_text and "encoding" not in given and not positional:
             without.append(f"{relative(path)}:{node.lineno}: {ast.unparse(node)[:80]}")
