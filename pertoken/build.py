@@ -116,12 +116,6 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     notes += about_held_out
     average, anchor = copies_of(config, policy)
     before = None if config.update.trust_region is None else policy.snapshot()
-    needed = footprint(policy, natural=before is not None).update(config.update.tokens_per_micro_batch)
-    estimate = used_memory(policy.device) + needed / GIGABYTE
-    if config.update.balance != "none":  # a gradient of each task
-        trained = sum(p.numel() * p.element_size() for p in policy.trainable().values())
-        estimate += len({item.task for item in items}) * trained / GIGABYTE
-    notes += _memory_notes(estimate, policy.device)
     run = Run(
         config=config,
         policy=policy,
@@ -142,9 +136,9 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         replay=build_replay(config),
         before_update=before,
         examples=examples,
-        memory_estimate=estimate,
         notes=notes,
     )
+    plan_memory(run)
     if checkpoint is not None:
         _go_on(run, checkpoint)
     return run
@@ -225,15 +219,36 @@ def _refuse_credit(config: RunConfig, policy: Policy) -> None:
         )
 
 
-def _memory_notes(estimate: float, device: torch.device) -> list[str]:
-    """A warning if the run will hardly fit."""
-    installed = installed_memory(device)
-    if estimate < 0.9 * installed:
-        return []
-    return [
-        f"this run will take about {estimate:.1f} GB of memory at its height, and {installed:.1f} GB are installed: "
-        "lower update.tokens_per_micro_batch, or train with policy.lora"
-    ]
+LEAST_PLANNED = 128
+"""Tokens of a micro-batch below which no run is planned: if those do not fit, it is something else that does not."""
+
+
+def plan_memory(run: Run) -> None:
+    """Estimate what `run` will take, and let it begin with micro-batches that fit into nine tenths of what there is.
+
+    Of what is installed and allowed here, not of what is free now: two runs of one configuration are cut alike.
+    """
+    policy, rollout, portion = run.policy, run.config.rollout, run.micro_batch
+    kept = footprint(policy, natural=run.before_update is not None)
+    base = used_memory(policy.device)
+    if run.config.update.balance != "none":  # a gradient of each task
+        trained = sum(p.numel() * p.element_size() for p in policy.trainable().values())
+        base += len({item.task for item in run.items}) * trained / GIGABYTE
+    most = rollout.prompts_per_step * rollout.samples_per_prompt * policy.context_length
+
+    def estimate(tokens: int) -> float:
+        return base + kept.update(min(tokens, most)) / GIGABYTE
+
+    installed, size = installed_memory(policy.device), portion.size
+    while estimate(size) > 0.9 * installed and size > LEAST_PLANNED:
+        size //= 2
+    wanted, run.memory_estimate = estimate(portion.whole), estimate(portion.size)
+    about = f"this run will take about {wanted:.1f} GB of memory at its height, and {installed:.1f} GB are installed: "
+    if estimate(size) > 0.9 * installed:
+        run.notes.append(about + "lower update.tokens_per_micro_batch, or train with policy.lora")
+    elif size < portion.size:
+        portion.size, run.memory_estimate = size, estimate(size)
+        run.notes.append(about + f"it begins with {size} tokens per micro-batch, which changes no gradient")
 
 
 def build_policy(config: RunConfig) -> Policy:

@@ -1,5 +1,6 @@
 """Memory of the process: what it took, and how freed memory goes back to the system."""
 
+import contextlib
 import ctypes
 import errno
 import math
@@ -127,14 +128,22 @@ def process_memory() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / GIGABYTE
 
 
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says how much a container may take, in its newer and its older way."""
+
+
 def installed_memory(device: torch.device) -> float:
-    """What there is (GB), of the GPU if `device` is one; infinite where the system does not tell."""
+    """What there is (GB), of the GPU if `device` is one, else what a container allows of it; infinite where the system
+    does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIGABYTE
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIGABYTE
-    except (AttributeError, ValueError):
-        return math.inf
+    limits = [math.inf]
+    with contextlib.suppress(AttributeError, ValueError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path(path).read_text(encoding="ascii")))
+    return min(limits) / GIGABYTE
 
 
 def peak_memory(device: torch.device) -> float | None:

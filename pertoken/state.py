@@ -68,10 +68,10 @@ class Run:
     kl: FixedKL | AdaptiveKL
     optimizer: torch.optim.Optimizer
     evaluator: Evaluator | None
-    memory_estimate: float
-    """What the run was expected to take at its height, before it began (GB)."""
     guards: Guards
     """What looks for signs that the reward is gamed."""
+    memory_estimate: float = 0.0
+    """What the run was expected to take at its height, before it began (GB)."""
     course: Course | None = None
     """Which items a step takes, where that is more than one pass after the other over all of them."""
     beside: list[Weighted] = field(default_factory=list)

@@ -262,6 +262,25 @@ def test_a_resumed_run_keeps_the_smaller_micro_batches(config, tmp_path, monkeyp
     assert kills.outcome(tmp_path / "parts") == kills.outcome(tmp_path / "whole")
 
 
+def test_a_run_that_will_not_fit_begins_with_smaller_micro_batches(config, tmp_path, monkeypatch):
+    """By its estimate; and ends as it would have with them."""
+    usual = build.build_run(config(tmp_path / "usual", 512))
+    assert not usual.portions()["micro_batch"].size < 512
+    assert not any("tokens per micro-batch" in note for note in usual.notes)
+    kept = build.footprint(usual.policy)
+    fits = build.used_memory(usual.policy.device) + kept.update(140) / 1e9
+    monkeypatch.setattr(build, "used_memory", lambda device: fits - kept.update(140) / 1e9)
+    monkeypatch.setattr(build, "installed_memory", lambda device: fits / 0.9)
+    planned = build.build_run(config(tmp_path / "planned", 512))
+    assert planned.micro_batch.size == 128
+    assert planned.memory_estimate < fits < usual.memory_estimate
+    assert any("begins with 128 tokens per micro-batch" in note for note in planned.notes)
+    run.train(config(tmp_path / "large", 512))
+    run.train(config(tmp_path / "small", 128))
+    close(weights(tmp_path / "large"), weights(tmp_path / "small"))
+    assert metrics(tmp_path / "large")[0]["portion/micro_batch"] == 128
+
+
 def test_one_row_that_does_not_fit_alone_ends_the_run_by_name(config, tmp_path, monkeypatch):
     takes_at_most(monkeypatch, 5)
     settings = config(tmp_path / "run", 512)

@@ -174,8 +174,8 @@ METRICS: dict[str, Term] = {
     "memory/estimate": Term("What the run was expected to take at its height, before its first step.", "GB"),
     "memory/peak": Term("Most memory in use so far: of the GPU where there is one, else of the process.", "GB"),
     "portion/<name>": Term(
-        "How much goes through at once since memory ran out: tokens of a `micro_batch`, tokens of a `scoring` pass, "
-        "rows of a `rollout`.",
+        "How much goes through at once where less than was set fits into memory: tokens of a `micro_batch`, tokens of "
+        "a `scoring` pass, rows of a `rollout`.",
         "count",
     ),
     "skipped/updates": Term(

@@ -132,7 +132,9 @@ class RunLog:
                     if step_of(path) > step:
                         with writing("the resumed run", path):
                             path.unlink()
-            run["resumed"].append({"time": now(), "step": max(step, 0), "versions": versions(), "notes": notes})
+            run.setdefault("resumed", []).append(
+                {"time": now(), "step": max(step, 0), "versions": versions(), "notes": notes}
+            )
             run |= {"status": "running", "reason": "", "finished": None}
             if config_text is not None:
                 write_whole(folder / "config.yaml", config_text.encode(), "the configuration")
