@@ -79,8 +79,8 @@ def set_states(portions: Mapping[str, Portion], states: Mapping[str, list[int]])
 
 
 @contextmanager
-def nothing_to_cut() -> Iterator[None]:
-    """Names the error of work that cannot be done in smaller portions."""
+def nothing_to_cut(remedy: str = REMEDY) -> Iterator[None]:
+    """Names the error of work that cannot be done in smaller portions, and what to do."""
     try:
         yield
     except PertokenError:
@@ -88,7 +88,7 @@ def nothing_to_cut() -> Iterator[None]:
     except Exception as error:
         if not ran_out(error):
             raise
-        raise OutOfMemoryError(f"memory ran out where nothing can be cut: {_first_line(error)}. {REMEDY}") from error
+        raise OutOfMemoryError(f"memory ran out where nothing can be cut: {_first_line(error)}. {remedy}") from error
 
 
 def _first_line(error: Exception) -> str:
