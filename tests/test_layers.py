@@ -119,6 +119,7 @@ MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "ro
 MAY["reward_models"] = {
     "errors",
     "hub",
+    "portions",
     "config",
     "preferences",
     "rows",
