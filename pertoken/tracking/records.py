@@ -14,6 +14,8 @@ from pertoken.errors import RunFolderError
 from pertoken.tracking.files import Row, read_rows
 
 _Number = Annotated[float, Field(allow_inf_nan=False)] | None
+_Adapter = Any
+"""`TypeAdapter[...]`, which the shape checker of the tests does not know."""
 _Step = Annotated[int, Field(ge=0, lt=10**9)]
 
 
@@ -111,7 +113,7 @@ def check_run(path: Path, run: object) -> None:
     _check(path, [run], _RUN)
 
 
-def _read_texts(path: Path, kind: TypeAdapter[Any]) -> tuple[list[Row], bool]:
+def _read_texts(path: Path, kind: _Adapter) -> tuple[list[Row], bool]:
     rows, torn = _read(path, kind)
     for number, row in enumerate(rows, 1):
         tokens = row.get("tokens") or {"id": []}
@@ -124,13 +126,13 @@ def _read_texts(path: Path, kind: TypeAdapter[Any]) -> tuple[list[Row], bool]:
     return rows, torn
 
 
-def _read(path: Path, kind: TypeAdapter[Any]) -> tuple[list[Row], bool]:
+def _read(path: Path, kind: _Adapter) -> tuple[list[Row], bool]:
     rows, torn = read_rows(path)
     _check(path, rows, kind)
     return rows, torn
 
 
-def _check(path: Path, rows: Sequence[object], kind: TypeAdapter[Any]) -> None:
+def _check(path: Path, rows: Sequence[object], kind: _Adapter) -> None:
     try:
         kind.validate_python(rows[0] if kind is _RUN else rows, strict=True)
     except ValidationError as error:
