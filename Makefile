@@ -36,5 +36,18 @@ mutants: $(VENV)/.test                  ## change the token maths one detail at 
 	$(PIP) "mutmut>=3.8"
 	$(BIN)/python benchmarks/mutants.py
 
+audit: $(VENV)/.test                    ## are there known faults in what is installed?
+	$(PIP) "pip-audit>=2.9,<3"
+	$(BIN)/pip-audit --local --skip-editable
+
+sbom: $(VENV)/.quickstart               ## what a user gets: build/sbom.json (CycloneDX), from the environment of the quickstart
+	$(PIP) "cyclonedx-bom>=7,<8"
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o build/sbom.json
+
+package: $(VENV)/.test                  ## build wheel and sdist, install each in an environment of its own, train with it
+	$(PIP) "build>=1.2,<2"
+	$(BIN)/python benchmarks/package.py --dependencies
+
 clean:                                  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -3,10 +3,13 @@
     python benchmarks/kills.py --kills 200           # at random moments
     python benchmarks/kills.py --operations          # before each file operation of a run, one after the other
     python benchmarks/kills.py --kills 10 --cli      # processes of `pertoken train`, instead of forks of this one
+    python benchmarks/kills.py --signals 20          # SIGTERM, Ctrl-C and Ctrl-C twice, to `pertoken train`
+    python benchmarks/kills.py --disks 20            # disks that fill up, or are read-only on resuming (needs root)
 
 A life is a process that begins or resumes a run. A run is killed one to five times and then lives to its end. What
 counts: the SHA-256 of the trained weights, all rows of metrics and evaluations but their timings, and a folder in
-which `verify_run` finds nothing. Exits with 1 if any run ended in another way, and names its folder.
+which `verify_run` finds nothing. What a signal or a disk ends has to end by a named error or as it was asked to. Exits
+with 1 if any run ended in another way, and names its folder.
 """
 
 import argparse
@@ -28,11 +31,16 @@ from pathlib import Path
 
 from pertoken import run, trainer
 from pertoken.config import RunConfig
+from pertoken.errors import PertokenError
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.tracking import RunReader
 from pertoken.tracking.runs import verify_run
 
 STEPS = 6
+NAMED = 3
+"""Exit code of a process that ended by a named error."""
+LEFT = (0, 5_000, 20_000, 100_000, 300_000, 1_200_000)
+"""Bytes that stay free on a disk that is filled up: for no row, for half a row, for half a checkpoint, for no model."""
 STAGES = ("building", "evaluate", "generate", "update", "record", "checkpoint", "finishing")
 SETTINGS = {
     "gae": {"credit": {"type": "gae"}, "policy": {"value_head": {}}, "objective": {"entropy_coefficient": 0.01}},
@@ -131,6 +139,8 @@ def fork(work: Callable[[], None]) -> int:
         try:
             work()
             code = 0
+        except PertokenError:
+            code = NAMED
         except BaseException:
             traceback.print_exc()  # os._exit below would swallow it
         finally:
@@ -143,7 +153,8 @@ def ended(pid: int) -> str:
     status = os.waitpid(pid, 0)[1]
     if os.WIFSIGNALED(status):
         return "killed" if os.WTERMSIG(status) == signal.SIGKILL else f"signal {os.WTERMSIG(status)}"
-    return "finished" if not os.WEXITSTATUS(status) else f"exit code {os.WEXITSTATUS(status)}"
+    code = os.WEXITSTATUS(status)
+    return {0: "finished", NAMED: "a named error"}.get(code, f"exit code {code}")
 
 
 def die_at(operation: int) -> None:
@@ -198,6 +209,7 @@ class Experiment:
         self.place, self.settings, self.as_cli = place, settings, as_cli
         self.kills, self.runs, self.failures = 0, 0, list[str]()
         self.stages: Counter[str] = Counter()
+        self.ends: Counter[str] = Counter()
         self.stage = mmap.mmap(-1, 1)
         assert ended(fork(lambda: prepare(place))) == "finished"
         sys.path.insert(0, str(place))
@@ -211,19 +223,15 @@ class Experiment:
 
     def life(self, setting: str, folder: Path, *, after: float | None = None, operation: int | None = None) -> str:
         """One process on the run in `folder`, killed after so many seconds, or at that operation, or never."""
-        config = configuration(self.place, setting, folder)
         if self.as_cli:
-            path = self.place / f"{folder.name}.yaml"
-            path.write_text(config.to_yaml(), encoding="utf-8")
-            paths = os.pathsep.join([str(self.place), *sys.path[1:]])
-            environment = os.environ | {"PYTHONPATH": paths}
-            job = subprocess.Popen(cli(folder, path), stdout=subprocess.DEVNULL, env=environment)
+            job = self._cli(setting, folder)
             try:
                 code = job.wait(after)
             except subprocess.TimeoutExpired:
                 job.kill()
                 code = job.wait()
             return {0: "finished", -9: "killed"}.get(code, f"exit code {code}")
+        config = configuration(self.place, setting, folder)
 
         def work() -> None:
             mark_stages(self.stage)
@@ -239,7 +247,6 @@ class Experiment:
 
     def disturbed(self, setting: str, folder: Path, deaths: list[dict[str, float]]) -> int:
         """Run through these deaths and then to the end, compare; returns how many of the deaths it died."""
-        self.runs += 1
         kills = 0
         for death in deaths:
             end = self.life(setting, folder, **death)  # type: ignore[arg-type]
@@ -250,15 +257,7 @@ class Experiment:
             elif end != "finished":
                 self.failures.append(f"{folder}: a life ended with {end}")
         self.kills += kills
-        end = self.life(setting, folder)
-        if end != "finished":
-            self.failures.append(f"{folder}: the last life ended with {end}")
-        elif (found := outcome(folder)) != self.expected[setting]:
-            expected = self.expected[setting]
-            parts = [name for name in found if found[name] != expected.get(name)]  # type: ignore[attr-defined]
-            self.failures.append(f"{folder}: other {', '.join(parts)} than undisturbed")
-        else:
-            shutil.rmtree(folder)
+        self._last_life(setting, folder)
         return kills
 
     def at_random(self, kills: int, seed: int) -> None:
@@ -279,10 +278,88 @@ class Experiment:
                 operation += every
                 print(f"so far: {self.report()}", flush=True)
 
+    def by_signals(self, count: int, seed: int) -> None:
+        """Runs of `pertoken train` that get a signal at a random moment, or two, and then live to their end."""
+        source, self.as_cli = random.Random(seed), True
+        begun = time.monotonic()
+        assert self.life(self.settings[0], self.place / "by-cli") == "finished"
+        span = time.monotonic() - begun
+        for number in range(count):
+            setting, folder = source.choice(self.settings), self.place / f"signalled-{number}"
+            ask = source.choice([[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGINT]])
+            job = self._cli(setting, folder)
+            time.sleep(source.uniform(0, span))
+            for asked in ask:
+                job.send_signal(asked)
+                time.sleep(source.uniform(0, 0.3))
+            code = job.wait(120)
+            self.ends[f"{' '.join(a.name for a in ask)} -> {code}"] += 1
+            self._last_life(setting, folder)
+            print(f"so far: {self.report()}", flush=True)
+
+    def on_disks(self, count: int, seed: int) -> None:
+        """Runs whose disk fills up at a random moment, or is read-only when they are resumed after a kill."""
+        source = random.Random(seed)
+        for number in range(count):
+            setting, disk = source.choice(self.settings), self.place / f"disk-{number}"
+            disk.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
+            try:
+                self._on_disk(source, setting, disk)
+            finally:
+                subprocess.run(["umount", str(disk)], check=True)
+            print(f"so far: {self.report()}", flush=True)
+
+    def _on_disk(self, source: random.Random, setting: str, disk: Path) -> None:
+        folder, after = disk / "run", source.uniform(0, self.seconds[setting])
+        if source.random() < 0.7:
+            pid = fork(lambda: live(configuration(self.place, setting, folder)))
+            time.sleep(after)
+            free, left = shutil.disk_usage(disk).free, source.choice(LEFT)
+            (disk / "ballast").write_bytes(b"x" * max(0, free - left))
+            end = ended(pid)
+            self.ends[f"full -> {end}"] += 1
+            if end == "a named error":  # and again, as long as there is no room
+                end = self.life(setting, folder)
+                self.ends[f"still full -> {end}"] += 1
+            (disk / "ballast").unlink()
+        else:
+            self.life(setting, folder, after=after)
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            end = self.life(setting, folder)
+            self.ends[f"read-only -> {end}"] += 1
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        if end not in ("finished", "a named error"):
+            self.failures.append(f"{folder}: a life ended with {end}")
+        self._last_life(setting, folder)
+
+    def _cli(self, setting: str, folder: Path) -> "subprocess.Popen[bytes]":
+        """A process of `pertoken train` on the run in `folder`."""
+        path = self.place / f"{folder.name}.yaml"
+        path.write_text(configuration(self.place, setting, folder).to_yaml(), encoding="utf-8")
+        paths = os.pathsep.join([str(self.place), *sys.path[1:]])
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(cli(folder, path), env=os.environ | {"PYTHONPATH": paths}, **quiet)  # type: ignore[call-overload,no-any-return]
+
+    def _last_life(self, setting: str, folder: Path) -> None:
+        """Let a run live to its end, and compare it with the undisturbed one."""
+        self.runs += 1
+        end = self.life(setting, folder)
+        if end != "finished":
+            self.failures.append(f"{folder}: the last life ended with {end}")
+            return
+        found, expected = outcome(folder), self.expected[setting]
+        if found == expected:
+            shutil.rmtree(folder)
+            return
+        parts = [name for name in found if found[name] != expected.get(name)]  # type: ignore[attr-defined]
+        self.failures.append(f"{folder}: other {', '.join(parts)} than undisturbed")
+
     def report(self) -> str:
         stages = ", ".join(f"{name} {count}" for name, count in self.stages.most_common())
         head = f"{self.kills} kills in {self.runs} runs, {len(self.failures)} of them ended otherwise"
-        return "\n".join([head, f"killed while: {stages}", *self.failures])
+        ends = [f"{end}: {count}" for end, count in sorted(self.ends.items())]
+        return "\n".join([head, f"killed while: {stages}", *ends, *self.failures])
 
 
 def main() -> None:
@@ -290,6 +367,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0, help="at least so many kills at random moments")
     parser.add_argument("--operations", action="store_true", help="a kill before each file operation")
     parser.add_argument("--every", type=int, default=1, help="with --operations: before every n-th only")
+    parser.add_argument("--signals", type=int, default=0, help="so many runs that are asked to end by signals")
+    parser.add_argument("--disks", type=int, default=0, help="so many runs on disks that fill up or are read-only")
     parser.add_argument("--cli", action="store_true", help="kill processes of `pertoken train`")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--seed", type=int, default=0)
@@ -299,6 +378,9 @@ def main() -> None:
     experiment.at_random(options.kills, options.seed)
     if options.operations:
         experiment.at_operations(options.every)
+    experiment.on_disks(options.disks, options.seed)
+    if options.signals:
+        experiment.by_signals(options.signals, options.seed)
     print(experiment.report())
     if experiment.failures:
         sys.exit(1)

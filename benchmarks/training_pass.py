@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pertoken import memory
-from pertoken.batching import minibatches, to_batch
+from pertoken.batching import optimizer_steps, to_batch
 from pertoken.objectives import aggregate, policy_loss
 from pertoken.policy.model import EMBEDDED, Policy, fast_in_bfloat16, load_model
 from pertoken.profiling import matrix_parameters, matrix_rate
@@ -74,9 +74,8 @@ def own_pass(
             parameter.grad.zero_()
     logprobs = torch.zeros_like(batch.sample_logprobs)
     nothing = PolicyOutput(batch.sample_logprobs, batch.sample_logprobs)
-    for part in minibatches(
-        batch, nothing, None, credit, epochs=1, num_minibatches=1, tokens_per_micro_batch=tokens, seed=0
-    ):
+    (cut,) = optimizer_steps(batch, nothing, None, credit, epochs=1, num_minibatches=1, seed=0)
+    for part in cut(tokens):
         new = policy.score(part.batch, grad=True, into_grad=True)
         old = PolicyOutput(new.logprobs.detach(), new.entropy)
         loss = policy_loss(new, old, None, part.credit, part.batch).per_token

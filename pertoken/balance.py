@@ -38,6 +38,10 @@ class Gradients:
         self._generator = torch.Generator().manual_seed(seed % 2**63)
         self._cosines: list[float] = []
 
+    def forget(self) -> None:
+        """Drop what was put aside and not yet combined."""
+        self._apart.clear()
+
     def put_aside(self) -> None:
         """Take what is in `.grad` as the gradient of one task, and leave 0 there."""
         gradients = []

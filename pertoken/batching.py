@@ -1,7 +1,8 @@
 """Ragged episodes to padded tensors, and batches to minibatches with their global denominators."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,13 +66,15 @@ class Part:
     """Actions of the whole optimiser step (not of this part): the global denominator."""
     num_rows: int
     """Texts of the whole optimiser step: rows, where those are no segments."""
-    last_of_step: bool
-    """True when the optimiser steps after this part."""
     last_of_task: bool
-    """True when the next part is of another task (if they are kept apart) or of another optimiser step."""
+    """True when the next part is of another task (if they are kept apart), or there is none."""
 
 
-def minibatches(
+Cut = Callable[[int], Iterator[Part]]
+"""The micro-batches of an optimiser step, of at most about so many tokens each; may be asked again for smaller ones."""
+
+
+def optimizer_steps(
     batch: TokenBatch,
     old: PolicyOutput,
     ref: PolicyOutput | None,
@@ -79,12 +82,11 @@ def minibatches(
     *,
     epochs: int,
     num_minibatches: int,
-    tokens_per_micro_batch: int,
     seed: int,
     left_out: Bool[Tensor, " B"] | None = None,
     tasks: Int[Tensor, " B"] | None = None,
-) -> Iterator[Part]:
-    """`epochs` passes over the batch in `num_minibatches` optimiser steps each, each in micro-batches.
+) -> Iterator[Cut]:
+    """`epochs` passes over the batch in `num_minibatches` optimiser steps each, each still to be cut.
 
     Micro-batches are cut by tokens, a prompt that rows share counted once; groups stay whole wherever their size
     allows, and the segments of a text are of one optimiser step. Every row is used exactly once per epoch; the order is
@@ -98,27 +100,39 @@ def minibatches(
         order = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()])
         texts = order if batch.whole is None else batch.whole.text.cpu()[order]
         for of_step in texts.unique_consecutive().tensor_split(num_minibatches):
-            if not len(of_step):
-                continue
             rows = order[torch.isin(texts, of_step)]
-            num_actions = int(batch.action_mask[rows].sum())
             used = rows if left_out is None else rows[~left_out.cpu()[rows]]
-            apart = [used] if tasks is None else [used[tasks[used] == task] for task in tasks[used].unique()]
-            pieces, ends = list[Tensor](), set[int]()
-            for of_task in apart if len(used) else ():
-                cut = [of_task[part] for part in batch.rows(of_task).parts(tokens_per_micro_batch)]
-                # Largest first: the memory that its activations leave behind has room for those of the others.
-                pieces += sorted(cut, key=lambda piece: -int(batch.attention_mask[piece].sum()))
-                ends.add(len(pieces) - 1)
-            for k, piece in enumerate(pieces):
-                yield Part(
-                    rows=piece,
-                    batch=batch.rows(piece),
-                    old=old.rows(piece),
-                    ref=None if ref is None else ref.rows(piece),
-                    credit=credit.rows(piece),
-                    num_actions=num_actions,
-                    num_rows=len(of_step),
-                    last_of_step=k == len(pieces) - 1,
-                    last_of_task=k in ends,
-                )
+            if len(used):
+                apart = [used] if tasks is None else [used[tasks[used] == task] for task in tasks[used].unique()]
+                yield partial(_cut, batch, old, ref, credit, rows, apart)
+
+
+def _cut(
+    batch: TokenBatch,
+    old: PolicyOutput,
+    ref: PolicyOutput | None,
+    credit: Credit,
+    rows: Int[Tensor, " R"],
+    apart: Sequence[Tensor],
+    tokens: int,
+) -> Iterator[Part]:
+    """The optimiser step of `rows` in parts of about `tokens` tokens; those to compute lie `apart`, task by task."""
+    num_actions = int(batch.action_mask[rows].sum())
+    num_texts = len(rows) if batch.whole is None else len(batch.whole.text[rows].unique())
+    pieces, ends = list[Tensor](), set[int]()
+    for of_task in apart:
+        cut = [of_task[part] for part in batch.rows(of_task).parts(tokens)]
+        # Largest first: the memory that its activations leave behind has room for those of the others.
+        pieces += sorted(cut, key=lambda piece: -int(batch.attention_mask[piece].sum()))
+        ends.add(len(pieces) - 1)
+    for k, piece in enumerate(pieces):
+        yield Part(
+            rows=piece,
+            batch=batch.rows(piece),
+            old=old.rows(piece),
+            ref=None if ref is None else ref.rows(piece),
+            credit=credit.rows(piece),
+            num_actions=num_actions,
+            num_rows=num_texts,
+            last_of_task=k in ends,
+        )

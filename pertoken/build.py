@@ -26,7 +26,7 @@ from pertoken.config import (
     SelfCritical,
     TaskConfig,
 )
-from pertoken.errors import ConfigError, ModelError, TaskError, closest
+from pertoken.errors import ConfigError, ModelError, PertokenError, RunFolderError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
 from pertoken.forward import decoder_start
@@ -116,12 +116,6 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     notes += about_held_out
     average, anchor = copies_of(config, policy)
     before = None if config.update.trust_region is None else policy.snapshot()
-    needed = footprint(policy, natural=before is not None).update(config.update.tokens_per_micro_batch)
-    estimate = used_memory(policy.device) + needed / GIGABYTE
-    if config.update.balance != "none":  # a gradient of each task
-        trained = sum(p.numel() * p.element_size() for p in policy.trainable().values())
-        estimate += len({item.task for item in items}) * trained / GIGABYTE
-    notes += _memory_notes(estimate, policy.device)
     run = Run(
         config=config,
         policy=policy,
@@ -142,13 +136,26 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         replay=build_replay(config),
         before_update=before,
         examples=examples,
-        memory_estimate=estimate,
         notes=notes,
     )
+    plan_memory(run)
     if checkpoint is not None:
-        run.load_state_dict(load_state(checkpoint, policy, optimizer, run.tensors()))
-        run.engine.load_weights(policy.trainable(), version=run.progress.step)
+        _go_on(run, checkpoint)
     return run
+
+
+def _go_on(run: Run, checkpoint: Path) -> None:
+    """Put `run` where `checkpoint` left it. Checkpoints may come from anybody: what they say may be anything."""
+    state = load_state(checkpoint, run.policy, run.optimizer, run.tensors())
+    try:
+        run.load_state_dict(state)
+    except PertokenError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"{checkpoint}: not a checkpoint that this run can go on from: {error!r}. Resume from an older one."
+        ) from error
+    run.engine.load_weights(run.policy.trainable(), version=run.progress.step)
 
 
 def build_replay(config: RunConfig) -> Buffer | None:
@@ -236,15 +243,36 @@ def _refuse_segments(config: RunConfig, policy: Policy) -> None:
             )
 
 
-def _memory_notes(estimate: float, device: torch.device) -> list[str]:
-    """A warning if the run will hardly fit."""
-    installed = installed_memory(device)
-    if estimate < 0.9 * installed:
-        return []
-    return [
-        f"this run will take about {estimate:.1f} GB of memory at its height, and {installed:.1f} GB are installed: "
-        "lower update.tokens_per_micro_batch, or train with policy.lora"
-    ]
+LEAST_PLANNED = 128
+"""Tokens of a micro-batch below which no run is planned: if those do not fit, it is something else that does not."""
+
+
+def plan_memory(run: Run) -> None:
+    """Estimate what `run` will take, and let it begin with micro-batches that fit into nine tenths of what there is.
+
+    Of what is installed and allowed here, not of what is free now: two runs of one configuration are cut alike.
+    """
+    policy, rollout, portion = run.policy, run.config.rollout, run.micro_batch
+    kept = footprint(policy, natural=run.before_update is not None)
+    base = used_memory(policy.device)
+    if run.config.update.balance != "none":  # a gradient of each task
+        trained = sum(p.numel() * p.element_size() for p in policy.trainable().values())
+        base += len({item.task for item in run.items}) * trained / GIGABYTE
+    most = rollout.prompts_per_step * rollout.samples_per_prompt * policy.context_length
+
+    def estimate(tokens: int) -> float:
+        return base + kept.update(min(tokens, most)) / GIGABYTE
+
+    installed, size = installed_memory(policy.device), portion.size
+    while estimate(size) > 0.9 * installed and size > LEAST_PLANNED:
+        size //= 2
+    wanted, run.memory_estimate = estimate(portion.whole), estimate(portion.size)
+    about = f"this run will take about {wanted:.1f} GB of memory at its height, and {installed:.1f} GB are installed: "
+    if estimate(size) > 0.9 * installed:
+        run.notes.append(about + "lower update.tokens_per_micro_batch, or train with policy.lora")
+    elif size < portion.size:
+        portion.size, run.memory_estimate = size, estimate(size)
+        run.notes.append(about + f"it begins with {size} tokens per micro-batch, which changes no gradient")
 
 
 def build_policy(config: RunConfig) -> Policy:
@@ -254,7 +282,7 @@ def build_policy(config: RunConfig) -> Policy:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(settings.model, device=device)
+    model, tokenizer = load_model(settings.model, device=device, trusted=settings.trust_remote_code)
     if settings.languages is not None:
         set_languages(model, tokenizer, **settings.languages.model_dump())
     head = None

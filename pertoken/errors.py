@@ -48,6 +48,10 @@ class NumericsError(PertokenError, ArithmeticError):
     """A check of the token maths failed: ratio before the first update, non-finite losses in a row."""
 
 
+class OutOfMemoryError(PertokenError, MemoryError):
+    """Memory ran out, and the work cannot be cut into smaller portions."""
+
+
 class RunFolderError(PertokenError, OSError):
     """A run folder or checkpoint that cannot be written or read: no space, no permission, wrong version."""
 

@@ -22,6 +22,7 @@ from pertoken.batching import to_batch
 from pertoken.build import build_rewards, build_task
 from pertoken.config import ByWorth, RunConfig, load_config
 from pertoken.errors import RunFolderError
+from pertoken.hub import NO_CODE
 from pertoken.policy.model import Policy, load_model
 from pertoken.redistribution import blocks_of, by_worth, most_texts
 from pertoken.rewards import Learns, Multiplier, Scene, Stateful, Weighted, score
@@ -47,7 +48,9 @@ class Kept:
     def tokenizer(self) -> Any:
         """That of the trained model, or of the one that training began with."""
         trained = self.folder / "model"
-        return AutoTokenizer.from_pretrained(trained) if trained.is_dir() else load_model(self.config.policy.model)[1]
+        if trained.is_dir():
+            return AutoTokenizer.from_pretrained(trained, **NO_CODE)
+        return load_model(self.config.policy.model)[1]
 
     @cached_property
     def scenes(self) -> list[tuple[Scene, TokenRewards]]:

@@ -1,8 +1,11 @@
 """Memory of the process: what it took, and how freed memory goes back to the system."""
 
+import contextlib
 import ctypes
+import errno
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +17,22 @@ GIGABYTE = 1e9
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 """oneDNN keeps the code that it generated for 1,024 shapes of matrices, 0.3 GB; rows of text rarely have one again."""
+
+
+_RAN_OUT = re.compile(
+    r"(can't|cannot) allocate memory|not enough memory|out of memory|bad_alloc|ALLOC_FAILED|could not create a memory",
+    re.IGNORECASE,
+)
+"""What torch's allocators, C++, CUDA's libraries and oneDNN say; only some of them have a type for it."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that there was not enough memory, in Python, in torch on any device, or in the system."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_RAN_OUT.search(str(error)))
 
 
 def keep_freed_memory() -> None:
@@ -103,20 +122,28 @@ def used_memory(device: torch.device) -> float:
 def process_memory() -> float:
     """What the process has in use now (GB); 0 where the system does not tell."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / GIGABYTE
 
 
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says how much a container may take, in its newer and its older way."""
+
+
 def installed_memory(device: torch.device) -> float:
-    """What there is (GB), of the GPU if `device` is one; infinite where the system does not tell."""
+    """What there is (GB), of the GPU if `device` is one, else what a container allows of it; infinite where the system
+    does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIGABYTE
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIGABYTE
-    except (AttributeError, ValueError):
-        return math.inf
+    limits = [math.inf]
+    with contextlib.suppress(AttributeError, ValueError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path(path).read_text(encoding="ascii")))
+    return min(limits) / GIGABYTE
 
 
 def peak_memory(device: torch.device) -> float | None:

@@ -34,9 +34,9 @@ from pertoken.preferences import (
 from pertoken.sampling import Controls
 from pertoken.state import Run, items_of
 from pertoken.tracking.runlog import RunLog
-from pertoken.trainer import Clock, checkpoint, curriculum_figures, evaluate, memory
+from pertoken.trainer import Clock, checkpoint, curriculum_figures, cuts, evaluate, memory
 from pertoken.types import Episode, Item, PolicyOutput, TokenBatch
-from pertoken.updating import distance_figures, set_learning_rate, settle, step_optimizer
+from pertoken.updating import distance_figures, from_here, set_learning_rate, settle, step_optimizer
 
 
 def kind_of(method: OfflineConfig, items: Sequence[Item]) -> Kind:
@@ -71,6 +71,7 @@ def loop(
         seconds = sum(clock.seconds.values())
         metrics |= {"tokens/per_second": rows.batch.num_actions / seconds} | clock.seconds | memory(run)
         metrics |= curriculum_figures(run, step)
+        run.notes += cuts(run, step)
         report = StepReport(step, metrics, rows.episodes, streams)
         run.progress.step = step
         run.progress.tokens += rows.batch.num_actions
@@ -125,12 +126,18 @@ class Rows:
         ref = None if self.ref is None else self.ref.rows(index)
         return Rows(episodes, self.batch.rows(index), self.desirable[index], ref, self.baseline)
 
-    def parts(self, tokens: int) -> list[Int[Tensor, " R"]]:
-        """Micro-batches of at most about `tokens` tokens, largest first; answers that are compared stay together."""
+    @property
+    def largest(self) -> int:
+        """Tokens of the answers that are compared, at most: they stay together."""
         sizes, prompts = self.batch.attention_mask.sum(1).tolist(), self.batch.prompt_lengths()
         groups = self.batch.prompt_groups()
-        largest = max(prompts[rows[0]] + sum(sizes[b] - prompts[b] for b in rows) for rows in groups)
-        return sorted(self.batch.parts(max(tokens, largest)), key=lambda rows: -sum(sizes[b] for b in rows.tolist()))
+        return max(prompts[rows[0]] + sum(sizes[b] - prompts[b] for b in rows) for rows in groups)
+
+    def parts(self, tokens: int) -> list[Int[Tensor, " R"]]:
+        """Micro-batches of at most about `tokens` tokens, largest first; answers that are compared stay together."""
+        sizes = self.batch.attention_mask.sum(1).tolist()
+        parts = self.batch.parts(max(tokens, self.largest))
+        return sorted(parts, key=lambda rows: -sum(sizes[b] for b in rows.tolist()))
 
 
 def rows_of(run: Run, step: int) -> Rows:
@@ -213,22 +220,28 @@ def update(run: Run, rows: Rows, step: int) -> tuple[dict[str, float], dict[str,
     config, method, examples = run.config.update, _method(run), _examples(run)
     rate = set_learning_rate(run, step)
     logprobs, paid = torch.zeros_like(rows.batch.sample_logprobs), torch.zeros_like(rows.batch.sample_logprobs)
-    total, bad = 0.0, ""
-    for index in rows.parts(config.tokens_per_micro_batch):
-        part = rows.part(index)
-        against = None
-        if isinstance(method, Tdpo) and part.ref is not None:
-            against = _reference(run).against(part.ref, forward=True)
-        new = run.policy.score(part.batch, grad=True, into_grad=True, against=against)
-        loss, scored = part_loss(method, new, part, rows)
-        logprobs[index] = new.logprobs.detach().float()
-        if scored is not None:
-            paid[index] = scored.detach().float()
-        total += loss.item()
-        if math.isfinite(loss.item()):
-            loss.backward()
-        else:
-            bad = bad or f"loss {loss.item()} in {', '.join(part.batch.episode_ids[:4])} ..."
+
+    def passes(tokens: int) -> tuple[float, str]:
+        total, bad = 0.0, ""
+        for index in rows.parts(tokens):
+            part = rows.part(index)
+            against = None
+            if isinstance(method, Tdpo) and part.ref is not None:
+                against = _reference(run).against(part.ref, forward=True)
+            new = run.policy.score(part.batch, grad=True, into_grad=True, against=against)
+            loss, scored = part_loss(method, new, part, rows)
+            logprobs[index] = new.logprobs.detach().float()
+            if scored is not None:
+                paid[index] = scored.detach().float()
+            total += loss.item()
+            if math.isfinite(loss.item()):
+                loss.backward()
+            else:
+                bad = bad or f"loss {loss.item()} in {', '.join(part.batch.episode_ids[:4])} ..."
+        return total, bad
+
+    tokens = int(rows.batch.attention_mask.sum())
+    total, bad = run.micro_batch.attempt(passes, there=tokens, least=rows.largest, undo=from_here(run))
     norm = step_optimizer(run, bad, step)
     limit = config.max_grad_norm
     streams = {"logprob": logprobs}

@@ -15,6 +15,9 @@ from pertoken.errors import MissingExtraError, TaskError
 MAX_ROW_BYTES = 8_000_000
 """A longer row is a broken file (a missing quote or line break), not a problem to put to a model."""
 
+MAX_ARRAY_BYTES = 1_000_000_000
+"""A JSON array is read whole, and takes some ten times its size; what is larger than this should be JSON lines."""
+
 Row = Mapping[str, Any]
 Numbered = tuple[int, Row | str]
 """Line (where there are no lines: number of the row), from 1, and the row, or why it cannot be read."""
@@ -62,6 +65,16 @@ def _an_object(row: Any) -> Row | str:
 
 def _json_array(file: Path) -> Iterator[Numbered]:
     """A list of objects; many a `.json` holds JSON lines, so those are read too."""
+    if file.stat().st_size > MAX_ARRAY_BYTES:
+        with file.open("rb") as beginning:
+            is_array = beginning.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        if is_array:
+            raise TaskError(
+                f"{file}: a JSON array of more than {MAX_ARRAY_BYTES / 1e9:.0f} GB, which cannot be read row by row: "
+                "write it as JSON lines (one object per line)"
+            )
+        yield from _json_lines(file)
+        return
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -81,10 +94,12 @@ def _delimited(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
     def read(file: Path) -> Iterator[Numbered]:
         # Bytes that are no UTF-8 become lone surrogates: the cell that holds them is refused later, not the file.
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            records = _records(csv.reader(lines, delimiter=delimiter, strict=True))
-            _, header = next(records)
+            records = _records(_Lines(lines), delimiter)
+            _, header = next(records, (1, "there is none"))
             if isinstance(header, str):
                 raise TaskError(f"{file}: the header cannot be read: {header}")
+            if odd := [name for name in header if not _writable(name)]:
+                raise TaskError(f"{file}: the header names a column that is no UTF-8 text: {odd[0][:40]!a}")
             if twice := [name for name in header if header.count(name) > 1]:
                 raise TaskError(f"{file}: the header names the column {twice[0]!r} twice")
             for line, cells in records:
@@ -98,12 +113,48 @@ def _delimited(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
     return read
 
 
-def _records(reader: Any) -> Iterator[tuple[int, list[str] | str]]:
-    """Each record, or what is wrong with it, and the line that it begins in: cells may hold line breaks."""
+def _writable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Lines:
+    """The lines of a file for the csv module, none of them read beyond what a row may have."""
+
+    def __init__(self, file: Any) -> None:
+        """file: opened for text."""
+        self._file = file
+        self.count = 0
+        """Lines read so far."""
+        self.size = 0
+        """Characters of the record that is being read: cells may hold line breaks."""
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(MAX_ROW_BYTES + 1)
+        if not line:
+            raise StopIteration
+        self.count += 1
+        self.size += len(line)
+        if self.size > MAX_ROW_BYTES:
+            while line and not line.endswith(("\n", "\r")):
+                line = self._file.readline(MAX_ROW_BYTES)
+            raise csv.Error(f"larger than {MAX_ROW_BYTES / 1e6:.0f} MB")
+        return line
+
+
+def _records(lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    """Each record, or what is wrong with it, and the line that it begins in."""
     limit = csv.field_size_limit(MAX_ROW_BYTES)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         while True:
-            line = reader.line_num + 1
+            line, lines.size = lines.count + 1, 0
             try:
                 yield line, next(reader)
             except StopIteration:
@@ -123,7 +174,11 @@ def _parquet(file: Path) -> Iterator[Numbered]:
     try:
         batches = pq.ParquetFile(file).iter_batches()
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except pa.ArrowInvalid as error:
+    except (
+        pa.ArrowException,
+        ValueError,
+        OverflowError,
+    ) as error:  # broken pages, text that is no UTF-8, days of no calendar
         raise TaskError(f"{file}: not a readable Parquet file: {error}") from error
 
 

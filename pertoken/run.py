@@ -19,6 +19,7 @@ from pertoken.config import DocstringsTask, MixtureTask, RewardConfig, RunConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
+from pertoken.portions import nothing_to_cut
 from pertoken.prompts import prompt_ids
 from pertoken.resampling import beside
 from pertoken.rewards import Isolated, Scene, score
@@ -79,7 +80,8 @@ def train(
             lock = RunLock(folder)
             stack.callback(lock.release)
             saved, notes = CheckpointStore(folder / "checkpoints").newest()
-        run = build.build_run(config, checkpoint=saved.path if saved else None)
+        with nothing_to_cut():
+            run = build.build_run(config, checkpoint=saved.path if saved else None)
         stack.callback(_end_processes, run)
         if lock is None:
             log = RunLog.create(
@@ -160,7 +162,8 @@ def _train(
         reason = "interrupted"
         if not should_end():
             train_by = loop if run.config.offline is None else offline.loop
-            reason = train_by(run, log, on_step=after_step, interrupted=should_end)
+            with nothing_to_cut():
+                reason = train_by(run, log, on_step=after_step, interrupted=should_end)
             if run.stop_reason() is None:
                 checkpoint(run, log)
         stopped_early = run.stop_reason() is None

@@ -23,7 +23,7 @@ import torch
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pertoken.config import RunConfig, Section, explain, load_config, load_settings
+from pertoken.config import Name, RunConfig, Section, explain, load_config, load_settings
 from pertoken.errors import (
     ConfigError,
     MissingExtraError,
@@ -100,7 +100,7 @@ class Prune(Section):
 class SearchConfig(Section):
     """A search: what is drawn, how often, and by what it is judged."""
 
-    name: str = "search"
+    name: Name = "search"
     """Name of the search; part of its folder and of the names of its runs."""
     folder: str | None = None
     """Folder of the study; null makes searches/<name>."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from pertoken.config import RunConfig
@@ -17,6 +18,7 @@ from pertoken.examples import Examples
 from pertoken.guards import Guards
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.model import Policy, Reference
+from pertoken.portions import Portion, set_states, states
 from pertoken.replay import Buffer
 from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
@@ -68,10 +70,10 @@ class Run:
     kl: FixedKL | AdaptiveKL
     optimizer: torch.optim.Optimizer
     evaluator: Evaluator | None
-    memory_estimate: float
-    """What the run was expected to take at its height, before it began (GB)."""
     guards: Guards
     """What looks for signs that the reward is gamed."""
+    memory_estimate: float = 0.0
+    """What the run was expected to take at its height, before it began (GB)."""
     course: Course | None = None
     """Which items a step takes, where that is more than one pass after the other over all of them."""
     beside: list[Weighted] = field(default_factory=list)
@@ -102,6 +104,20 @@ class Run:
     """A copy of the policy that stays where the update of a step began (`update.trust_region`)."""
     before_step: dict[str, Any] | None = None
     """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
+    _micro_batch: Portion | None = field(default=None, repr=False)
+
+    @property
+    def micro_batch(self) -> Portion:
+        """How many tokens of an update go through the model at once."""
+        tokens = self.config.update.tokens_per_micro_batch
+        if self._micro_batch is None or self._micro_batch.whole != tokens:
+            self._micro_batch = Portion("micro_batch", tokens, "tokens of a micro-batch")
+        return self._micro_batch
+
+    def portions(self) -> dict[str, Portion]:
+        """What is cut smaller where memory runs out, by name."""
+        found = (self.micro_batch, self.policy.portion, getattr(self.engine, "portion", None))
+        return {portion.name: portion for portion in found if portion is not None}
 
     def controls_at(self, step: int) -> Controls:
         """The sampling controls of `step`: with as many tokens as `rollout.length_schedule` gives it."""
@@ -146,6 +162,7 @@ class Run:
             "ahead": ahead,
             "course": None if self.course is None else self.course.get_state(),
             "replay": None if self.replay is None else self._replay_state(self.replay),
+            "portions": states(self.portions()),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -165,7 +182,7 @@ class Run:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
-        self.progress = Progress(**state["progress"])
+        self.progress = TypeAdapter(Progress).validate_python(state["progress"])
         if state["kl"].keys() == self.kl.state_dict().keys():
             self.kl.load_state_dict(state["kl"])
         else:
@@ -178,6 +195,7 @@ class Run:
         if self.mask is not None and "mask" in anew:
             self.mask.load_weights(self.policy.trainable(), version=self.progress.step)
         self.notes += [f"the checkpoint has no {kind} of this run: it starts anew" for kind in anew]
+        set_states(self.portions(), state.get("portions", {}))
         if "guards" in state:
             self.guards.load_state_dict(state["guards"])
         if self.course is not None and state.get("course") is not None:

@@ -134,7 +134,7 @@ def family_model(name: str) -> Any:
     )
     kind, settings = families[name]
     torch.manual_seed(0)
-    model = auto.from_config(CONFIG_MAPPING[kind](**settings), attn_implementation="eager")  # type: ignore[no-untyped-call]
+    model = auto.from_config(CONFIG_MAPPING[kind](**settings), attn_implementation="eager", trust_remote_code=False)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

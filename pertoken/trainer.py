@@ -22,6 +22,7 @@ from pertoken.memory import Heap, peak_memory
 from pertoken.objectives import effective_share, importance_weights
 from pertoken.observe import StepReport, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
+from pertoken.portions import states
 from pertoken.replay import Group, renumbered
 from pertoken.resampling import beside, with_differences
 from pertoken.rewards import Learns, Scene, Stateful, Weighted, findings, score
@@ -70,6 +71,7 @@ def loop(
         clock.lap("update")
         measured = clock.seconds | memory(run) | writing_figures(scene) | beside_figures(run.beside, scene)
         measured |= drawn.figures() | learnt | curriculum_figures(run, step) | replay_figures(run, scene)
+        run.notes += cuts(run, step)
         report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured, run.sampled))
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene)
@@ -245,9 +247,15 @@ def replay_figures(run: Run, scene: Scene) -> dict[str, float]:
 
 
 def memory(run: Run) -> dict[str, float]:
-    """The memory that the run has taken at its height, beside what was expected (GB)."""
+    """The memory that the run has taken at its height, beside what was expected (GB), and portions that were cut."""
     peak = peak_memory(run.policy.device)
-    return {"memory/estimate": run.memory_estimate} | ({} if peak is None else {"memory/peak": peak})
+    found = {"memory/estimate": run.memory_estimate} | ({} if peak is None else {"memory/peak": peak})
+    return found | {f"portion/{name}": float(size) for name, (_, size) in states(run.portions()).items()}
+
+
+def cuts(run: Run, step: int) -> list[str]:
+    """A sentence on each portion that did not fit into memory since this was last asked."""
+    return [f"step {step}: {sentence}" for portion in run.portions().values() for sentence in portion.told()]
 
 
 def guard(run: Run, report: StepReport) -> StepReport:

@@ -4,15 +4,15 @@ Everything around it, what is sampled, scored and written down, is in `trainer.p
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from pertoken.balance import Gradients
-from pertoken.batching import Part, minibatches
+from pertoken.batching import Cut, Part, optimizer_steps
 from pertoken.config import RunConfig
 from pertoken.errors import NumericsError
 from pertoken.objectives import aggregate, critic_loss, kl_per_token, policy_loss
@@ -62,50 +62,34 @@ def _update(
     balanced = tasks is not None and config.balance == "pcgrad"
     gradients = Gradients(run.policy.trainable(), seed=seed) if balanced else None
     rate = set_learning_rate(run, step)
-    streams: dict[str, Tensor] = {}
-    sums = {"loss/policy": 0.0, "loss/value": 0.0}
     norms: list[float] = []
-    first = old.logprobs.clone()  # of the weights before the update; where a pass of the update is the first to know
-    steps, moved, bad = 0, False, ""
-    seen: list[Part] = []
+    steps = 0
     region: dict[str, float] = {}
     head_only = head_only_at(run.config, step)
     natural = config.trust_region is not None and not head_only
     entropy_coefficient = _entropy_coefficient(run.config, batch, old)
     drift = _Drift(config.stop_kl, adapts=config.schedule == "kl")
-    parts = minibatches(
-        batch, old, ref, credit, epochs=config.epochs, num_minibatches=config.minibatches,
-        tokens_per_micro_batch=config.tokens_per_micro_batch, seed=seed, left_out=_without_effect(run, credit),
-        tasks=tasks if gradients else None,
+    passes = _Passes(run, batch, entropy_coefficient, head_only, gradients, drift, first=old.logprobs.clone())
+    cuts = optimizer_steps(
+        batch, old, ref, credit, epochs=config.epochs, num_minibatches=config.minibatches, seed=seed,
+        left_out=_without_effect(run, credit), tasks=tasks if gradients else None,
     )  # fmt: skip
-    for part in parts:
-        new = _pass(run, part, entropy_grad=entropy_coefficient != 0)
-        if not moved and not run.policy.dropout:
-            # Until the weights move, old and new are the same policy; taking the same pass for both removes the
-            # rounding noise between passes of different shapes (and the drift of the sampler).
-            part = replace(part, old=replace(part.old, logprobs=new.logprobs.detach()))  # noqa: PLW2901
-            check_sampled(run, part.batch, part.old, part.rows)
-            first[part.rows] = part.old.logprobs
-        loss = part_loss(run, part, new, sums, streams, batch, entropy_coefficient, head_only=head_only)
-        bad = bad or _backward(loss, part)
-        drift.add(part, new)
-        if gradients and part.last_of_task:
-            gradients.put_aside()
-        seen += [part] if natural else []
-        if part.last_of_step:
-            steps += 1
-            if drift.too_far():
-                run.optimizer.zero_grad(set_to_none=False)
-                break
-            if gradients:
-                gradients.combine()
-            if natural:
-                norm, region = natural_step_of(run, seen, batch, sums["loss/policy"], entropy_coefficient, bad, step)
-            else:
-                norm = step_optimizer(run, bad, step, head_only=head_only)
-            moved = moved or norm is not None
-            norms += [] if norm is None else [norm]
-            bad = ""
+    for cut in cuts:
+        passes.add_up(cut)
+        steps += 1
+        if drift.too_far():
+            run.optimizer.zero_grad(set_to_none=False)
+            break
+        if gradients:
+            gradients.combine()
+        if natural:
+            loss = passes.sums["loss/policy"]
+            norm, region = natural_step_of(run, passes.parts, batch, loss, entropy_coefficient, passes.bad, step)
+        else:
+            norm = step_optimizer(run, passes.bad, step, head_only=head_only)
+        passes.moved = passes.moved or norm is not None
+        norms += [] if norm is None else [norm]
+    first, streams, sums = passes.first, passes.streams, passes.sums
     metrics = check_sampled(run, batch, replace(old, logprobs=first)) | {
         "loss/policy": sums["loss/policy"] / max(steps, 1),
         "clip/share": streams["clipped"].sum().item() / max(batch.num_actions, 1) if streams else 0.0,
@@ -120,6 +104,79 @@ def _update(
     metrics |= {"groups/redrawn": float(run.redrawn)} if run.config.rollout.redraws else {}
     metrics |= {"loss/value": sums["loss/value"] / max(steps, 1)} if run.policy.value_head is not None else {}
     return Updated(metrics, streams)
+
+
+@dataclass
+class _Passes:
+    """The passes over the parts of an update, and what they add up."""
+
+    run: Run
+    batch: TokenBatch
+    entropy_coefficient: float
+    head_only: bool
+    gradients: Gradients | None
+    drift: "_Drift"
+    first: Tensor
+    """Log-probs under the weights before the update, of the samplers where no pass has seen them yet."""
+    streams: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=lambda: {"loss/policy": 0.0, "loss/value": 0.0})
+    """Losses of all optimiser steps."""
+    parts: list[Part] = field(default_factory=list)
+    """Those of the optimiser step that was added up last, where its step asks for them again (a trust region)."""
+    bad: str = ""
+    """What is wrong with its gradient, in words."""
+    moved: bool = False
+    """Whether an optimiser step has changed the weights."""
+
+    def add_up(self, cut: Cut) -> None:
+        """Add up the gradient of an optimiser step; where its micro-batches do not fit, of smaller ones."""
+        lengths, before, start_over = self.batch.attention_mask.sum(1), self.sums, from_here(self.run)
+
+        def undo() -> None:
+            start_over()
+            self.drift.begin()
+            if self.gradients:
+                self.gradients.forget()
+
+        def passes(tokens: int) -> None:
+            self.sums, self.parts, self.bad = dict(before), [], ""
+            for part in cut(tokens):
+                self._add(part)
+
+        self.run.micro_batch.attempt(passes, there=int(lengths.sum()), least=int(lengths.max()), undo=undo)
+
+    def _add(self, part: Part) -> None:
+        run = self.run
+        new = _pass(run, part, entropy_grad=self.entropy_coefficient != 0)
+        if not self.moved and not run.policy.dropout:
+            # Until the weights move, old and new are the same policy; taking the same pass for both removes the
+            # rounding noise between passes of different shapes (and the drift of the sampler).
+            part = replace(part, old=replace(part.old, logprobs=new.logprobs.detach()))
+            check_sampled(run, part.batch, part.old, part.rows)
+            self.first[part.rows] = part.old.logprobs
+        loss = part_loss(
+            run, part, new, self.sums, self.streams, self.batch, self.entropy_coefficient, head_only=self.head_only
+        )
+        self.bad = self.bad or _backward(loss, part)
+        self.drift.add(part, new)
+        if self.gradients and part.last_of_task:
+            self.gradients.put_aside()
+        if run.config.update.trust_region is not None:
+            self.parts.append(part)
+
+
+def from_here(run: Run) -> Callable[[], None]:
+    """What takes back the gradients that are added up from now on, and puts random states back to where they are."""
+    device = run.policy.device
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def start_over() -> None:
+        run.optimizer.zero_grad(set_to_none=False)
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], device)
+
+    return start_over
 
 
 def head_only_at(config: RunConfig, step: int) -> bool:
@@ -327,6 +384,10 @@ class _Drift:
         self._limit, self._nats, self._actions, self._ended = limit, 0.0, 0, False
         self._looks, self._moved = limit is not None or adapts, 0.0
 
+    def begin(self) -> None:
+        """Forget the parts since the last optimiser step."""
+        self._nats, self._actions = 0.0, 0
+
     def add(self, part: Part, new: PolicyOutput) -> None:
         """Look at a part. The tokens are samples of the policy before the update: k3 to the one of now."""
         if self._looks:
@@ -338,7 +399,7 @@ class _Drift:
         """Whether the parts since the last time say that the update should end."""
         self._moved = self._nats / max(self._actions, 1)
         self._ended = self._limit is not None and self._moved > self._limit
-        self._nats, self._actions = 0.0, 0
+        self.begin()
         return self._ended
 
     def figures(self) -> dict[str, float]:

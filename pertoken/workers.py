@@ -493,7 +493,7 @@ def _bound_memory(gigabytes: float) -> None:
     if sys.platform == "linux":
         import resource
 
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        mapped = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
         bound = int(mapped + (1.5 * gigabytes - taken) * 1e9)
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (bound if hard < 0 else min(bound, hard), hard))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken.batching import minibatches, to_batch
+from pertoken.batching import optimizer_steps, to_batch
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import episode
 from pertoken.types import Credit, PolicyOutput
@@ -21,10 +21,16 @@ def rows(num=12, group_size=3):
     ]
 
 
-def parts_of(batch, **settings):
+def steps_of(batch, tokens=5, **settings):
+    """The parts of each optimiser step."""
     values = PolicyOutput(batch.sample_logprobs, batch.sample_logprobs)
-    defaults = {"epochs": 1, "num_minibatches": 1, "tokens_per_micro_batch": 5, "seed": 0}
-    return list(minibatches(batch, values, None, Credit(batch.sample_logprobs), **(defaults | settings)))
+    settings = {"epochs": 1, "num_minibatches": 1, "seed": 0} | settings
+    cuts = optimizer_steps(batch, values, None, Credit(batch.sample_logprobs), **settings)
+    return [list(cut(tokens)) for cut in cuts]
+
+
+def parts_of(batch, tokens=5, **settings):
+    return [part for step in steps_of(batch, tokens, **settings) for part in step]
 
 
 def test_masks_come_from_lengths():
@@ -43,31 +49,36 @@ def test_trap_8_a_token_that_looks_like_padding_stays_an_action():
 @pytest.mark.parametrize(("epochs", "steps", "micro"), [(1, 1, 100), (1, 3, 5), (2, 2, 1), (3, 5, 4)])
 def test_every_row_is_used_once_per_epoch_and_counts_are_global(epochs, steps, micro):
     batch = to_batch(rows(), Controls())
-    parts = parts_of(batch, epochs=epochs, num_minibatches=steps, tokens_per_micro_batch=micro)
-    assert sum(part.last_of_step for part in parts) == epochs * steps
-    assert sorted(torch.cat([part.rows for part in parts]).tolist()) == sorted(list(range(12)) * epochs)
-    step = []
-    for part in parts:
-        step.append(part)
-        if part.last_of_step:
-            assert {p.num_actions for p in step} == {sum(p.batch.num_actions for p in step)}
-            assert {p.num_rows for p in step} == {sum(len(p.rows) for p in step)}
-            step = []
-        assert part.batch.episode_ids == tuple(str(k) for k in part.rows.tolist())
+    found = steps_of(batch, micro, epochs=epochs, num_minibatches=steps)
+    assert len(found) == epochs * steps
+    assert sorted(torch.cat([p.rows for step in found for p in step]).tolist()) == sorted(list(range(12)) * epochs)
+    for step in found:
+        assert {p.num_actions for p in step} == {sum(p.batch.num_actions for p in step)}
+        assert {p.num_rows for p in step} == {sum(len(p.rows) for p in step)}
+        assert all(p.batch.episode_ids == tuple(str(k) for k in p.rows.tolist()) for p in step)
+
+
+def test_an_optimiser_step_can_be_cut_again():
+    """Into other parts of the same rows, in the same order of optimiser steps."""
+    batch = to_batch(rows(), Controls())
+    values = PolicyOutput(batch.sample_logprobs, batch.sample_logprobs)
+    for cut in optimizer_steps(batch, values, None, Credit(values.logprobs), epochs=2, num_minibatches=2, seed=0):
+        large, small = list(cut(100)), list(cut(4))
+        assert len(large) < len(small)
+        assert sorted(torch.cat([p.rows for p in large])) == sorted(torch.cat([p.rows for p in small]))
+        assert {(p.num_actions, p.num_rows) for p in large} == {(p.num_actions, p.num_rows) for p in small}
 
 
 def test_groups_stay_together():
-    for part in parts_of(to_batch(rows(), Controls()), num_minibatches=2, tokens_per_micro_batch=3):
+    for part in parts_of(to_batch(rows(), Controls()), 3, num_minibatches=2):
         assert len(part.batch.group.unique()) == 1
 
 
 def test_the_largest_micro_batch_of_a_step_comes_first():
-    parts = parts_of(to_batch(rows(), Controls()), num_minibatches=2, tokens_per_micro_batch=12)
-    sizes = [int(part.batch.attention_mask.sum()) for part in parts]
-    ends = [k + 1 for k, part in enumerate(parts) if part.last_of_step]
-    for first, end in zip([0, *ends], ends, strict=False):
-        assert end - first > 1
-        assert sizes[first:end] == sorted(sizes[first:end], reverse=True)
+    for parts in steps_of(to_batch(rows(), Controls()), 12, num_minibatches=2):
+        sizes = [int(part.batch.attention_mask.sum()) for part in parts]
+        assert len(sizes) > 1
+        assert sizes == sorted(sizes, reverse=True)
 
 
 def test_order_depends_on_seed_and_epoch_alone():

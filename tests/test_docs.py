@@ -1,5 +1,6 @@
 """What the pages say is true: snippets run, links resolve, generated parts are fresh, nothing is left out."""
 
+import ast
 import dataclasses
 import doctest
 import importlib
@@ -264,6 +265,24 @@ def test_both_readmes_are_in_step():
     assert links[0] == links[1]
     tests = [re.findall(r"`(tests/[\w/.]+|test_\w+)`", text) for text in (english, chinese)]
     assert tests[0] == tests[1]
+
+
+# --- promises -----------------------------------------------------------------------------------------------
+
+
+def test_each_promise_names_a_test_that_there_is():
+    text = read("docs/reliability.md")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    there = {
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert named
+    assert named <= there, f"no such tests: {sorted(named - there)}"
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| promise ")]
+    assert [row for row in rows if "`test_" not in row.rsplit("|", 2)[1]] == []
 
 
 # --- examples in docstrings ---------------------------------------------------------------------------------

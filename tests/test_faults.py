@@ -1,5 +1,6 @@
 """Inputs and numbers at the edge, through the whole loop: each is harmless, or ends in a named error."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -126,6 +127,72 @@ def test_one_bad_row_in_an_update_skips_the_update_and_names_the_row(settle, mon
     assert report.metrics["skipped/updates"] == 1
     assert unmoved(built, before)
     assert "update skipped, loss nan in episodes 1/" in built.notes[-1]
+
+
+def skipped(built, episodes, before):
+    """A step that must end in a skipped update: what is said of it."""
+    report = a_step(built, episodes)
+    assert report.metrics["skipped/updates"] == 1
+    assert unmoved(built, before)
+    assert built.optimizer.state_dict()["state"] == {}, "the optimiser's averages saw it"
+    return built.notes[-1]
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_rewards_whose_sum_is_beyond_a_float_move_nothing(settle, credit):
+    """Each of them is finite, so no reward is to blame; what they add up to is not."""
+    built = build.build_run(settle(credit={"type": credit}))
+    huge = torch.finfo(torch.float32).max * 0.9
+    built.rewards = [trainer.Weighted(lambda scene: scene.batch.action_mask * huge, 1.0, "huge")]
+    before = weights(built)
+    episodes = [episode([1, 2], [3, 4, 5][: 1 + k % 3], id=f"e{k}", group=k // 3) for k in range(6)]
+    said = skipped(built, episodes, before)
+    assert "update skipped, " in said
+
+
+def test_a_critic_that_says_nan_for_one_row_skips_the_update_and_names_it(settle):
+    built = build.build_run(settle(credit={"type": "gae"}))
+    with torch.no_grad():
+        built.policy.hf_model.get_input_embeddings().weight[200] = 1e30  # what the trunk makes of it overflows
+    before = weights(built)
+    episodes = [episode([1, 2], [3, 4, 5], id=f"e{k}", group=k // 3) for k in range(5)]
+    episodes.append(episode([1, 2], [3, 200, 5], id="huge", group=1))
+    with contextlib.suppress(NumericsError):
+        assert "huge" in skipped(built, episodes, before)
+    assert unmoved(built, before)
+
+
+@pytest.mark.parametrize("surrogate", ["clipped", "reinforce"])
+def test_a_policy_that_has_moved_beyond_what_a_ratio_can_say(settle, surrogate):
+    """Ratios of e^200: clipped ones are harmless, others skip the update, and nothing becomes NaN."""
+    built = build.build_run(settle(objective={"surrogate": surrogate}))
+    built.staleness = 1  # importance weights correct for the samplers
+    before = weights(built)
+    episodes = [episode([1, 2], [3, 4, 5 + k], id=f"e{k}", group=k // 3) for k in range(6)]
+    batch = to_batch(episodes, built.controls)
+    old = built.policy.score(batch)
+    far = replace(batch, sample_logprobs=old.logprobs - 200.0 * batch.action_mask)
+    rewards = trainer.reward(built, Scene(far, episodes, built.policy.tokenizer, old, None, 1))
+    updated = updating.update(built, far, old, None, assign(built.config.credit, rewards, far, old), 1)
+    assert all(torch.isfinite(p).all() for p in built.policy.trainable().values())
+    assert updated.metrics["skipped/updates"] == 0 or unmoved(built, before)
+
+
+def test_a_reference_that_says_nan_for_one_row_is_named(settle):
+    built = build.build_run(settle(kl={"coefficient": 0.1}))
+    score = built.reference.score
+
+    def with_nan(batch, **named):
+        out = score(batch, **named)
+        out.logprobs[1][batch.action_mask[1]] = torch.nan
+        return out
+
+    built.reference.score = with_nan
+    before = weights(built)
+    episodes = [episode([1, 2], [3, 4, 5 + k], id=f"e{k}", group=k // 3) for k in range(6)]
+    with pytest.raises(RewardError, match=r"'kl'.*'e1'"):
+        a_step(built, episodes)
+    assert unmoved(built, before)
 
 
 @pytest.mark.parametrize("credit", CREDITS)

@@ -23,6 +23,7 @@ MAY: dict[str, set[str]] = {
     "cache": set(),
     "native": {"cache"},
     "memory": {"native"},
+    "portions": {"errors", "memory"},
     "stopwatch": set(),
     "background": set(),
     "workers": {"errors", "memory"},
@@ -33,6 +34,7 @@ MAY: dict[str, set[str]] = {
     "segments": {"sampling", "types"},
     "prompts": {"errors", "types"},
     "forward": {"errors"},
+    "hub": {"errors"},
     # the stages of a step: each knows the types, none knows a sibling
     **{
         stage: {
@@ -41,6 +43,7 @@ MAY: dict[str, set[str]] = {
             "native",
             "background",
             "workers",
+            "portions",
             "rows",
             "schedule",
             "sampling",
@@ -48,6 +51,7 @@ MAY: dict[str, set[str]] = {
             "segments",
             "prompts",
             "forward",
+            "hub",
         }
         for stage in STAGES
     },
@@ -68,6 +72,7 @@ MAY: dict[str, set[str]] = {
         *(
             "errors",
             "memory",
+            "portions",
             "background",
             "schedule",
             "sampling",
@@ -110,11 +115,22 @@ MAY["build"] = MAY["offline"] | {"offline", "text_metrics", "forward"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
 MAY["run"] = MAY["build"] | {"build", "doctor"}
-MAY["kept"] = MAY["build"] | {"build", "redistribution"}
+MAY["kept"] = MAY["build"] | {"build", "redistribution", "hub"}
 MAY["crossval"] = {"errors", "config", "text_metrics", "tracking"}
 MAY["credit_compare"] = {"errors", "types", "config", "credit", "tracking", "redistribution", "kept"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
-MAY["reward_models"] = {"errors", "config", "preferences", "rows", "tasks", "rewards", "text_metrics", "tracking"}
+MAY["reward_models"] = {
+    "errors",
+    "hub",
+    "portions",
+    "config",
+    "preferences",
+    "rows",
+    "tasks",
+    "rewards",
+    "text_metrics",
+    "tracking",
+}
 MAY["search"] = {"errors", "config", "run", "text_metrics", "tracking"}
 MAY["cli"] = MAY["run"] | {
     "presets",

@@ -48,6 +48,14 @@ def test_freed_memory_goes_back():
     assert when_told > 0.2
 
 
+@pytest.mark.parametrize(("text", "expected"), [("1000000000\n", 1.0), ("max\n", None), ("9" * 19, None)])
+def test_what_a_container_allows_is_all_that_there_is(tmp_path, monkeypatch, text, expected):
+    whole = memory.installed_memory(CPU)
+    (tmp_path / "memory.max").write_text(text)
+    monkeypatch.setattr(memory, "CONTAINER_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "nothing")))
+    assert memory.installed_memory(CPU) == (expected or pytest.approx(whole, rel=1))
+
+
 def test_giving_back_hurts_nothing_that_is_alive():
     block = torch.arange(1000)
     give_back_freed_memory()

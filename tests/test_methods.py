@@ -318,13 +318,8 @@ def test_masked_importance_weights_leave_tokens_of_older_weights_out(make):
     given = Credit(batch.action_mask.float())
     run.staleness = 1  # so that the shift is no mistake
     new = run.policy.score(batch, grad=True)
-    part = next(
-        iter(
-            updating.minibatches(
-                batch, shifted, None, given, epochs=1, num_minibatches=1, tokens_per_micro_batch=10**6, seed=0
-            )
-        )
-    )
+    cut = next(updating.optimizer_steps(batch, shifted, None, given, epochs=1, num_minibatches=1, seed=0))
+    part = next(cut(10**6))
     sums, streams = {"loss/policy": 0.0, "loss/value": 0.0}, {}
     loss = updating.part_loss(run, part, new, sums, streams, batch, 0.0, head_only=False)
     assert loss.item() == 0.0

@@ -6,7 +6,7 @@ pairs. `algorithm: NAME` stands for a table of settings (`presets.py`) at the pl
 combinations that cannot work are refused with what to change.
 """
 
-from pertoken.config.reading import Section, explain, load_settings, overrides_of, validate
+from pertoken.config.reading import Name, Section, explain, load_settings, overrides_of, validate
 from pertoken.config.run import RunConfig, load_config, load_stages
 from pertoken.config.sections import (
     AttentionCredit,
@@ -105,6 +105,7 @@ __all__ = [
     "MethodConfig",
     "MixtureTask",
     "MonteCarlo",
+    "Name",
     "Normalize",
     "ObjectiveConfig",
     "OfflineConfig",

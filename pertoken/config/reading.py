@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pertoken.errors import ConfigError, closest
 
@@ -22,6 +22,22 @@ class Section(BaseModel):
         """This configuration as YAML, all defaults written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10))}
+"""What Windows takes for a device in any folder, whatever follows behind a dot."""
+
+
+def _can_be_a_folder(name: str) -> str:
+    """`name`, if every system lets a folder have it: folders are copied from one to the other."""
+    if name.partition(".")[0].lower() in _DEVICES or name.endswith("."):
+        raise ValueError(
+            "Windows gives no folder such a name: it is that of a device (con, nul ...), or ends with a dot"
+        )
+    return name
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_can_be_a_folder)]
+"""A name that becomes that of a folder."""
 
 S = TypeVar("S", bound=Section)
 

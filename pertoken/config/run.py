@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from pertoken.config.reading import Section, merge, merge_settings, validate
+from pertoken.config.reading import Name, Section, merge, merge_settings, validate
 from pertoken.config.refusals import refusals
 from pertoken.config.sections import (
     CheckpointConfig,
@@ -36,7 +36,7 @@ from pertoken.presets import PRESETS
 class RunConfig(Section):
     """Everything that a run depends on."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name = "run"
     """Names the run folder."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides items, samples and minibatches."""
@@ -114,7 +114,8 @@ def load_stages(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
     folder, found = validate(merged, RunConfig).run_folder, list[RunConfig]()
     for place, stage in enumerate(stages):
         where = f"stages.{place}"
-        if not isinstance(stage.get("name"), str) or stage["name"] in (config.name for config in found):
+        taken = {config.name.lower() for config in found}  # folders that differ in case alone are one on macOS
+        if not isinstance(stage.get("name"), str) or stage["name"].lower() in taken:
             raise ConfigError(f"{where}.name: each stage needs a name of its own, got {stage.get('name')!r}")
         if "folder" in stage or "seed" in stage:
             raise ConfigError(f"{where}: `folder` and `seed` are those of the chain; set them at the top of the file")

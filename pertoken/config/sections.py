@@ -53,6 +53,9 @@ class PolicyConfig(Section):
 
     model: str = "smollm2-135m-instruct"
     """Embedded name, hub name, model folder, or .gguf file."""
+    trust_remote_code: str | None = Field(default=None, pattern="^([0-9a-f]{40}|[0-9a-f]{64})$")
+    """Python code of the model that may run: the commit of its repository on the hub as you have read it (its weights
+    are taken from there too), or of a folder the digest that its refusal names. null runs none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Matrix work in bfloat16 (master weights stay float32), or all in float32. auto: bfloat16 where it is fast."""
     languages: LanguagesConfig | None = None
@@ -794,7 +797,7 @@ class UpdateConfig(Section):
     k3 between the policy before the update and now); null makes all epochs and minibatches."""
     tokens_per_micro_batch: int = Field(default=2048, ge=1)
     """Tokens per forward and backward, a prompt that rows share counted once; less takes less memory, and gradients
-    add up to the same as in one piece."""
+    add up to the same as in one piece. Halved where they do not fit into memory."""
     recompute_activations: bool = False
     """Keep the input of each layer alone for the backward pass and compute the rest again there: the same gradient,
     far less memory per token, about a third more time."""

@@ -325,7 +325,7 @@ def _loss(
     """The loss of the trainer, of `batch` in one piece."""
     run: Run = replace(probe.run, config=config, kl=FixedKL(config.kl.coefficient))
     rows = torch.arange(len(batch.group))
-    part = Part(rows, batch, old, ref, given, batch.num_actions, len(rows), last_of_step=True, last_of_task=True)
+    part = Part(rows, batch, old, ref, given, batch.num_actions, len(rows), last_of_task=True)
     sums = {"loss/policy": 0.0, "loss/value": 0.0}
     return updating.part_loss(run, part, new, sums, {}, batch, config.objective.entropy_coefficient, head_only=False)
 

@@ -175,7 +175,7 @@ def _part(probe: Probe, rows: Tensor) -> Part:
     credit = _made_up_credit(probe).rows(rows)
     return Part(
         rows, batch, old.rows(rows), None if ref is None else ref.rows(rows), credit, batch.num_actions, len(rows),
-        last_of_step=True, last_of_task=True,
+        last_of_task=True,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def available() -> bool:
     if compiler is None or not torch.backends.mkldnn.is_available():
         return False
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.[ch]*"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.[ch]*"))]
     key = "\n".join([*texts, version, torch.__version__, *FLAGS, platform.processor(), processor()])
     target = cache_folder() / "native" / f"pertoken-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     try:
@@ -95,6 +95,8 @@ def _run(*commands: list[str]) -> None:
 def processor() -> str:
     """What the processor can do: code built for one machine must not be loaded on another by way of a shared home."""
     try:
-        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+        return next(
+            line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("flags")
+        )
     except (OSError, StopIteration):
         return platform.machine()

@@ -52,29 +52,53 @@ def load_state(
     Its entry `anew` lists those of `also` that the checkpoint has not, or of another shape: they are left as they were.
     """
     try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        with safe_open(folder / "state.safetensors", framework="pt", device=str(policy.device)) as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        torch_states = {name: tensor.cpu() for name, tensor in stored.items() if name.startswith("random/")}
-        python, numpy = state.pop("random").values()
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        return _load_state(folder, policy, optimizer, also)
+    except RunFolderError:
+        raise
+    except _UNREADABLE as error:
         raise RunFolderError(f"{folder}: not a readable checkpoint: {error!r}. Resume from an older one.") from error
+
+
+_UNREADABLE = (
+    OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, RuntimeError, SafetensorError,
+)  # fmt: skip
+"""What files that are anything but a checkpoint can raise, JSON of another shape among them."""
+
+
+def _load_state(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    with safe_open(folder / "state.safetensors", framework="pt", device=str(policy.device)) as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    torch_states = {name: tensor.cpu() for name, tensor in stored.items() if name.startswith("random/")}
+    python, numpy = state.pop("random").values()
     named = policy.trainable()
     _refuse_other_policy(folder, named, stored)
+    averages = {name: _averages_of(name, parameter, stored) for name, parameter in named.items()}
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(stored[f"weight/{name}"])
-    for name, parameter in named.items():
-        prefix = f"optimizer/{name}/"
-        fields = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
-        if fields:
-            optimizer.state[parameter] = {key: value.clone() for key, value in fields.items()}
+            if averages[name]:
+                optimizer.state[parameter] = averages[name]
     state["anew"] = [name for name, cell in also.items() if name not in stored or stored[name].shape != cell.shape]
     with torch.no_grad():
         for name in also.keys() - set(state["anew"]):
             also[name].copy_(stored[name])
     _set_random_states(torch_states, python, numpy)
     return state
+
+
+def _averages_of(name: str, parameter: torch.Tensor, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the optimiser keeps of a parameter: numbers, and tensors of its shape. The fused one does not look twice."""
+    prefix = f"optimizer/{name}/"
+    fields = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    for key, value in fields.items():
+        if value.shape not in (parameter.shape, ()) or value.dtype != torch.float32:
+            raise ValueError(
+                f"{prefix}{key}: expected {list(parameter.shape)} in float32, got {list(value.shape)} in {value.dtype}"
+            )
+    return {key: value.clone() for key, value in fields.items()}
 
 
 def _tensors(

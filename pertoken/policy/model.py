@@ -11,7 +11,7 @@ import io
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from pertoken.cache import cache_folder
 from pertoken.errors import MissingExtraError, ModelError, closest
+from pertoken.hub import NO_CODE, code_arguments, why_not
 from pertoken.policy.layers import fuse_layers
 from pertoken.policy.pointwise import compile_pointwise
 from pertoken.policy.scoring import (
@@ -43,6 +44,7 @@ from pertoken.policy.scoring import (
     recomputable,
     score_batch,
 )
+from pertoken.portions import Portion
 from pertoken.segments import cut
 from pertoken.types import PolicyOutput, TokenBatch
 
@@ -117,7 +119,7 @@ class Policy:
                 f"update.recompute_activations: {type(model).__name__} has no layers that transformers can run again; "
                 "turn it off, and lower update.tokens_per_micro_batch instead."
             )
-        self.tokens_per_pass = tokens_per_pass
+        self.portion = Portion("scoring", tokens_per_pass, "tokens of a pass")
         self._has_adapters = lora is not None
         self.model.eval()
 
@@ -168,12 +170,12 @@ class Policy:
                 return score_batch(trunk, batch, entropy_grad=entropy_grad, against=against)
             finally:
                 self.model.eval()
-        return _score_in_parts(trunk, batch, self.tokens_per_pass, against=against)
+        return _score_in_parts(trunk, batch, self.portion, against=against)
 
     def last_attention(self, batch: TokenBatch) -> Tensor:
         """How much the last token of each row attends to each of its actions, `[B, T]` (`scoring.last_attention`)."""
         trunk = Trunk(self.hf_model, None, self.autocast_dtype, self.layout, pointwise=self.pointwise)
-        parts = batch.parts(self.tokens_per_pass)
+        parts = batch.parts(self.portion.size)
         cells = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
         for rows in parts:
             cells[rows] = last_attention(trunk, batch.rows(rows)).float()
@@ -230,7 +232,7 @@ class Reference:
         policy = self._policy
         trunk = Trunk(self._model, None, policy.autocast_dtype, policy.layout)
         with self._frozen():
-            return _score_in_parts(trunk, batch, policy.tokens_per_pass, hidden=hidden)
+            return _score_in_parts(trunk, batch, policy.portion, hidden=hidden)
 
     @torch.no_grad()
     def follow(self, share: float) -> None:
@@ -286,27 +288,32 @@ def _cast_linears(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
 
 
 def _score_in_parts(
-    trunk: Trunk, batch: TokenBatch, tokens_per_pass: int, *, hidden: bool = False, against: Against | None = None
+    trunk: Trunk, batch: TokenBatch, portion: Portion, *, hidden: bool = False, against: Against | None = None
 ) -> PolicyOutput:
-    """The whole batch without gradient, about `tokens_per_pass` tokens at a time."""
-    parts = batch.parts(tokens_per_pass)
-    with torch.no_grad():
-        outputs = [
-            score_batch(
-                trunk,
-                batch.rows(rows),
-                hidden=hidden,
-                against=None if against is None else Against(against.logits, against.hidden[rows], against.forward),
-            )
-            for rows in parts
-        ]
-    back = torch.cat(parts).argsort()
+    """The whole batch without gradient, about a portion of tokens at a time."""
 
-    def column(name: str) -> Any:
-        cells = [getattr(output, name) for output in outputs]
-        return None if cells[0] is None else torch.cat(cells)[back]
+    def score(tokens: int) -> PolicyOutput:
+        parts = batch.parts(tokens)
+        with torch.no_grad():
+            outputs = [
+                score_batch(
+                    trunk,
+                    batch.rows(rows),
+                    hidden=hidden,
+                    against=None if against is None else Against(against.logits, against.hidden[rows], against.forward),
+                )
+                for rows in parts
+            ]
+        back = torch.cat(parts).argsort()
 
-    return PolicyOutput(**{name: column(name) for name in vars(outputs[0])})
+        def column(name: str) -> Any:
+            cells = [getattr(output, name) for output in outputs]
+            return None if cells[0] is None else torch.cat(cells)[back]
+
+        return PolicyOutput(**{name: column(name) for name in vars(outputs[0])})
+
+    lengths = batch.attention_mask.sum(1)
+    return portion.attempt(score, there=int(lengths.sum()), least=int(lengths.max()))
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -336,10 +343,13 @@ def fast_in_bfloat16(device: torch.device) -> bool:
     return on_cpu and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def load_model(name: str, *, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, *, device: str = "cpu", trusted: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model in float32 and its tokenizer, from an embedded name, a hub name, a folder or a GGUF file.
 
-    Raises ModelError, with what to do, if there is no such model or transformers cannot load it.
+    trusted: names the code of the model that may run (`hub.code_arguments`). Raises ModelError, with what to do, if
+    there is no such model, transformers cannot load it, or it would run other code or open a pickle.
     """
     source = name
     if name.lower() in EMBEDDED:
@@ -348,18 +358,20 @@ def load_model(name: str, *, device: str = "cpu") -> tuple[PreTrainedModel, PreT
         return _prepare(*_load_gguf(Path(name)), device)
     elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ModelError(f"policy.model: no folder {name!r}. Give a model folder, a .gguf file or a hub name.")
+    folder = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    code = code_arguments(folder, trusted)
     try:
-        folder = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
         with _no_progress_bars():
-            auto = (
-                AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(folder).is_encoder_decoder else AutoModelForCausalLM
-            )
-            model = auto.from_pretrained(folder, dtype=torch.float32)
-            _freeze_tables(model, auto)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            both = AutoConfig.from_pretrained(folder, **code).is_encoder_decoder
+            auto = AutoModelForSeq2SeqLM if both else AutoModelForCausalLM
+            model = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **code)
+            _freeze_tables(model, auto, code)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **code)
     except ImportError:
         raise
     except Exception as error:
+        if refused := why_not(folder, error):
+            raise ModelError(f"policy.model: {name!r} is not loaded: {refused}.") from error
         first = str(error).strip().split("\n")[0]
         raise ModelError(
             f"policy.model: cannot load {name!r} ({first[:200]}). It is neither a model folder, nor a .gguf file, nor "
@@ -404,13 +416,13 @@ def set_languages(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
         settings.forced_bos_token_id = ids[target]
 
 
-def _freeze_tables(model: PreTrainedModel, auto: Any) -> None:
+def _freeze_tables(model: PreTrainedModel, auto: Any, code: Mapping[str, Any]) -> None:
     """Freeze what a new model of this kind has frozen: loading forgets it, and weight decay would wear it away.
 
     Marian's waves of positions are such a table.
     """
     with torch.device("meta"):
-        new = auto.from_config(model.config)
+        new = auto.from_config(model.config, trust_remote_code=code["trust_remote_code"])
     for name, parameter in new.named_parameters():
         if not parameter.requires_grad:
             model.get_parameter(name).requires_grad_(False)
@@ -437,8 +449,9 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         # The bar of the conversion knows no switch; what is wrong comes as an exception all the same.
         with _no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            file: dict[str, Any] = {"gguf_file": path.name, **NO_CODE}
+            model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **file)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **file)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(

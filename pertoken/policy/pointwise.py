@@ -134,13 +134,13 @@ def _remembered(module: nn.Module, use: _Use) -> Trial:
     what = (use, torch.__version__, torch.get_num_threads(), native.processor())
     place = cache_folder() / "compile" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:20]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Trial(**json.loads(place.read_text()))
+        return Trial(**json.loads(place.read_text(encoding="utf-8")))
     trial = _try(module, use)
     if trial.compiled is None:  # a compiler may come
         return trial
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(asdict(trial)))
+        place.write_text(json.dumps(asdict(trial)), encoding="utf-8")
     return trial
 
 

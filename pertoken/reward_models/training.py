@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pertoken.errors import ConfigError, ModelError, NumericsError, RunFolderError, TaskError
+from pertoken.hub import NO_CODE, SAFE
+from pertoken.portions import nothing_to_cut
 from pertoken.preferences import bradley_terry
 from pertoken.reward_models.evaluation import (
     PAIR_ABOUT,
@@ -91,7 +93,8 @@ def train(config: RewardTraining, *, on_note: Note = lambda text: None) -> Train
     torch.manual_seed(config.seed)
     learner = _learner(config, pool)
     begun = time.monotonic()
-    steps = _fit(learner, pool, held_out, config.optimiser, config.seed, on_note)
+    with nothing_to_cut("Lower optimiser.batch or model.max_tokens, or train fewer layers (model.trained)."):
+        steps = _fit(learner, pool, held_out, config.optimiser, config.seed, on_note)
     seconds = time.monotonic() - begun
     split: Split = "test" if len(examples.splits["test"]) > 1 else "validation"
     on_note(f"{steps} steps in {seconds:.0f} s; measuring on {len(examples.splits[split])} {split} examples")
@@ -369,10 +372,10 @@ class PairLearner:
             with without_bars():
                 self.model: Any = AutoModelForSequenceClassification.from_pretrained(
                     source, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=self._columns,
-                    dtype=torch.float32, use_safetensors=True, problem_type="single_label_classification",
+                    dtype=torch.float32, **SAFE, problem_type="single_label_classification",
                     ignore_mismatched_sizes=True,
                 )  # fmt: skip
-                self._tokenizer = AutoTokenizer.from_pretrained(source)
+                self._tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"model.trunk: {settings.trunk!r} is no model in safetensors that can be reached from here "

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pertoken.errors import ConfigError, ModelError
+from pertoken.hub import NO_CODE, SAFE
 from pertoken.rewards.align import spread, word_spans
 from pertoken.rewards.base import Sample, SampleReward
 from pertoken.rewards.metrics.base import Granularity, check_choice
@@ -96,8 +97,8 @@ class _Matcher:
 
         source = str(minilm_folder()) if name == EMBEDDED else str(Path(name).expanduser())
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
-            self._model = AutoModel.from_pretrained(source).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
+            self._model = AutoModel.from_pretrained(source, **SAFE).eval()
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"bertscore.model: {name!r} is no folder of an encoder and no hub model that can be reached from here "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pertoken.cache import cache_folder
 from pertoken.errors import ConfigError, ModelError, RewardError
+from pertoken.hub import NO_CODE, SAFE
 from pertoken.prompts import prompt_ids
 from pertoken.rewards.align import spread
 from pertoken.rewards.base import Scene
@@ -123,7 +124,7 @@ def causal_model(name: str, where: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(_source(name), dtype=torch.float32)
+        found: Any = AutoModelForCausalLM.from_pretrained(_source(name), dtype=torch.float32, **SAFE)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{where}: {name!r} is no folder of a causal language model and no hub model that can be reached from here "
@@ -136,7 +137,7 @@ def tokenizer_of(name: str) -> Any:
     """Its tokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_source(name))
+    return AutoTokenizer.from_pretrained(_source(name), **NO_CODE)
 
 
 def _source(name: str) -> str:

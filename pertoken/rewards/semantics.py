@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pertoken.errors import ConfigError, MissingExtraError, ModelError, RewardError
+from pertoken.hub import NO_CODE, SAFE
 from pertoken.rewards.align import CharSpan, sentence_spans, spread, word_spans
 from pertoken.rewards.base import Sample, SampleReward, ScoredSpan, place_spans
 from pertoken.rewards.metrics.base import check_choice, references
@@ -167,7 +168,7 @@ def encoder(name: str) -> Callable[[str], Vector]:
         raise MissingExtraError("sentence-transformers", "semantics", "similarity") from error
     source = str(minilm_folder()) if name == EMBEDDED else str(Path(name).expanduser())
     try:
-        model = SentenceTransformer(source)
+        model = SentenceTransformer(source, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
         raise ModelError(
             f"similarity.model: {name!r} is no sentence-transformers folder and no hub model that can be reached from "
@@ -251,8 +252,8 @@ class SequenceClassifier:
         source = str(Path(name).expanduser())
         try:
             with without_bars():
-                model: Any = AutoModelForSequenceClassification.from_pretrained(source).eval()
-                tokenizer = AutoTokenizer.from_pretrained(source)
+                model: Any = AutoModelForSequenceClassification.from_pretrained(source, **SAFE).eval()
+                tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{where}: {name!r} is no folder of a classifier and no hub model that can be reached from "

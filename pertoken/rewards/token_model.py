@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pertoken.errors import ModelError
+from pertoken.hub import NO_CODE, SAFE
 from pertoken.rewards.align import CharSpan, spread
 from pertoken.rewards.base import Sample, SampleReward
 from pertoken.rewards.semantics import EMBEDDED, REMEMBERED, minilm_folder, other_texts, window_of, without_bars
@@ -199,8 +200,8 @@ def load_trunk(name: str, where: str, layers: int | None = None) -> tuple[Any, A
     cut = {} if layers is None else {"num_hidden_layers": layers}
     try:
         with without_bars():
-            model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **cut)
-            return model.eval(), AutoTokenizer.from_pretrained(source)
+            model = AutoModel.from_pretrained(source, dtype=torch.float32, **SAFE, **cut)
+            return model.eval(), AutoTokenizer.from_pretrained(source, **NO_CODE)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{where}: {name!r} is no model in safetensors that can be reached from here ({str(error)[:200]}); "

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from pertoken.errors import ConfigError
 from pertoken.forward import decoder_start
+from pertoken.portions import Portion
 from pertoken.rollout.engine import copy_parameters
 from pertoken.rollout.rows import OnToken, Row, Rows
 from pertoken.sampling import Controls
@@ -34,7 +35,8 @@ class TransformersEngine:
         self._shares_weights = dtype is None
         self._model = model if dtype is None else copy.deepcopy(model).to(dtype).requires_grad_(False)
         self._model.eval()
-        self._tokenizer, self._max_rows, self._context = tokenizer, max_rows, context_length
+        self._tokenizer, self._context = tokenizer, context_length
+        self.portion = Portion("rollout", max_rows, "rows of a rollout")
         self._start = decoder_start(self._model)
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -64,21 +66,25 @@ class TransformersEngine:
             )
         if not prompts:
             return []
-        rows = Rows(
-            prompts, controls, seeds, device=self._model.device, context=self._context, tokenizer=self._tokenizer,
-            start=self._start, taken=taken, on_token=on_token,
-        )  # fmt: skip
-        going = rows.rows
-        while going:
-            by_length = sorted(going, key=lambda row: len(rows.prompts[row.index]))
-            for _, same in groupby(by_length, key=lambda row: len(rows.prompts[row.index])):
-                waiting = list(same)
-                for start in range(0, len(waiting), self._max_rows):
-                    self._generate(rows, waiting[start : start + self._max_rows])
-            going = [row for row in going if row.full]
-            for row in going:
-                rows.turn(row)
-        return [row.completion() for row in rows.rows]
+
+        def sample(most: int) -> list[Completion]:
+            rows = Rows(
+                prompts, controls, seeds, device=self._model.device, context=self._context, tokenizer=self._tokenizer,
+                start=self._start, taken=taken, on_token=on_token,
+            )  # fmt: skip
+            going = rows.rows
+            while going:
+                by_length = sorted(going, key=lambda row: len(rows.prompts[row.index]))
+                for _, same in groupby(by_length, key=lambda row: len(rows.prompts[row.index])):
+                    waiting = list(same)
+                    for start in range(0, len(waiting), most):
+                        self._generate(rows, waiting[start : start + most])
+                going = [row for row in going if row.full]
+                for row in going:
+                    rows.turn(row)
+            return [row.completion() for row in rows.rows]
+
+        return self.portion.attempt(sample, there=len(prompts), least=1)
 
     def _generate(self, rows: Rows, batch: list[Row]) -> None:
         ids = torch.tensor([rows.prompts[row.index] for row in batch], device=self._model.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pertoken.errors import ConfigError
 from pertoken.forward import decoder_start
+from pertoken.portions import Portion
 from pertoken.rollout.decoder import Decoder, HFDecoder, RecomputingDecoder, agrees
 from pertoken.rollout.fused import fused_decoder
 from pertoken.rollout.packing import pack_linears, unpack_linears
@@ -90,7 +91,7 @@ class NativeEngine:
             pack_linears(self._model)
         self._hf = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         self._tokenizer = tokenizer
-        self._max_rows = max_rows
+        self.portion = Portion("rollout", max_rows, "rows of a rollout")
         self._context = context_length or getattr(self._hf.config, "max_position_embeddings", None) or 1 << 30
         self._start = decoder_start(self._hf)
         own = ReadingDecoder if self._start else HFDecoder
@@ -135,12 +136,21 @@ class NativeEngine:
             return []
         if self._start and any(taken or ()):
             raise ValueError("an encoder-decoder model writes completions from their beginning: `taken` must be 0")
-        rows = Rows(
-            prompts, controls, seeds, device=self._hf.device, context=self._context, tokenizer=self._tokenizer,
-            start=self._start, taken=taken, on_token=on_token,
-        )  # fmt: skip
-        slots = min(self._max_rows, len(prompts))
-        return _Decoding(rows, self._decoders(controls), slots, self._hf.device).run()
+        decoders = self._decoders(controls)
+
+        def sample(most: int) -> list[Completion]:
+            rows = Rows(
+                prompts, controls, seeds, device=self._hf.device, context=self._context, tokenizer=self._tokenizer,
+                start=self._start, taken=taken, on_token=on_token,
+            )  # fmt: skip
+            return _Decoding(rows, decoders, min(most, len(prompts)), self._hf.device).run()
+
+        def forget() -> None:  # a decoder keeps its rows, so that they need not be made for each call
+            for decoder in decoders:
+                decoder.release()
+                decoder.load({})
+
+        return self.portion.attempt(sample, there=len(prompts), least=1, undo=forget)
 
     def _decoders(self, controls: Controls) -> list[Decoder]:
         """The policy's, and behind it that of the mask policy if `controls` ask for one."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from pertoken.errors import RunFolderError
 from pertoken.tracking.files import encode, read_bytes, write_whole
 from pertoken.tracking.runlog import CERTIFICATE
@@ -111,8 +113,8 @@ def read_certificate(folder: Path) -> Certificate | None:
                 "pertoken"
             )
         del content["passed"], content["verdict"]
-        return Certificate(**content | {"lines": tuple(Line(**line) for line in content["lines"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return TypeAdapter(Certificate).validate_python(content)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise RunFolderError(
             f"{folder / CERTIFICATE} is damaged ({error}): remove it, and run pertoken doctor again"
         ) from error

@@ -77,6 +77,7 @@ PLAN: dict[str, dict[str, str]] = {
         "Tokens generated": r"tokens/generated",
         "Seconds per stage": r"time/.*",
         "Memory": r"memory/.*",
+        "At once, as memory allows": r"portion/.*",
     },
 }
 """Group -> title of a chart -> pattern of the metrics that it shows."""

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pertoken.errors import RunFolderError
@@ -168,7 +168,7 @@ def _look(path: Path) -> Checkpoint | str:
 
 
 def _misfit(folder: Path, name: str, size: int) -> str | None:
-    if Path(name).name != name:
+    if PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
         return f"its {MANIFEST} names {name!r}, which is not a file beside it"
     if not (folder / name).is_file():
         return f"{name} is missing"

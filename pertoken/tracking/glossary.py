@@ -173,6 +173,11 @@ METRICS: dict[str, Term] = {
     "time/update": Term("Time of the forward and backward passes and the optimiser.", "s"),
     "memory/estimate": Term("What the run was expected to take at its height, before its first step.", "GB"),
     "memory/peak": Term("Most memory in use so far: of the GPU where there is one, else of the process.", "GB"),
+    "portion/<name>": Term(
+        "How much goes through at once where less than was set fits into memory: tokens of a `micro_batch`, tokens of "
+        "a `scoring` pass, rows of a `rollout`.",
+        "count",
+    ),
     "skipped/updates": Term(
         "Updates left out because loss or gradient was not finite.", "count so far", better="lower"
     ),

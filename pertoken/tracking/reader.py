@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from pertoken.tracking.files import Number, Row, read_bytes, read_rows
+from pertoken.tracking.files import Number, Row, read_bytes
+from pertoken.tracking.records import read_episodes, read_evaluations, read_items, read_metrics
 from pertoken.tracking.runlog import episodes_path, evaluation_path, read_run, step_of
 
 
 class RunReader:
     """Reads a run folder. Each call looks at the disk again, so a live run is seen as it is now.
 
-    A file that is not there yet reads as empty, and the last line that a live run is just writing is left out.
+    A file that is not there yet reads as empty, and the last line that a live run is just writing is left out. What no
+    run writes is refused by RunFolderError (`records.py`).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -26,17 +28,17 @@ class RunReader:
 
     def metrics(self) -> dict[str, list[Number | None]]:
         """`metrics.jsonl` by column, all of one length; None where a row lacks the name or was not finite."""
-        rows = read_rows(self.folder / "metrics.jsonl")[0]
+        rows = read_metrics(self.folder / "metrics.jsonl")[0]
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name) for row in rows] for name in names}
 
     def evaluations(self) -> list[Row]:
         """The rows of `evaluations.jsonl`, oldest first."""
-        return read_rows(self.folder / "evaluations.jsonl")[0]
+        return read_evaluations(self.folder / "evaluations.jsonl")[0]
 
     def evaluation_items(self, step: int, split: str) -> list[Row]:
         """The held-out items of one evaluation, with the model's outputs."""
-        return read_rows(evaluation_path(self.folder, step, split))[0]
+        return read_items(evaluation_path(self.folder, step, split))[0]
 
     def episode_steps(self) -> list[int]:
         """The steps whose episodes were kept, in order."""
@@ -44,4 +46,4 @@ class RunReader:
 
     def episodes(self, step: int) -> list[Row]:
         """The episodes of one step."""
-        return read_rows(episodes_path(self.folder, step))[0]
+        return read_episodes(episodes_path(self.folder, step))[0]

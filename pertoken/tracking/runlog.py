@@ -24,12 +24,12 @@ from pertoken.tracking.files import (
     append_row,
     encode,
     read_bytes,
-    read_rows,
     write_rows,
     write_whole,
     writing,
 )
 from pertoken.tracking.lock import LOCK, WRITER, RunLock
+from pertoken.tracking.records import check_run, read_evaluations, read_metrics
 from pertoken.types import Episode, Message
 
 FORMAT_VERSION = 1
@@ -63,9 +63,9 @@ class RunLog:
         self._lock = lock
         self.notes = tuple(notes)
         self._run = run
-        metrics = read_rows(folder / "metrics.jsonl")[0]
+        metrics = read_metrics(folder / "metrics.jsonl")[0]
         self._last_step = int(metrics[-1]["step"]) if metrics else 0
-        self._evaluated = {(row["step"], row["split"]) for row in read_rows(folder / "evaluations.jsonl")[0]}
+        self._evaluated = {(row["step"], row["split"]) for row in read_evaluations(folder / "evaluations.jsonl")[0]}
         # The clock goes on from the last row: `time` is time spent running, pauses between sessions left out.
         self._clock_zero = time.monotonic() - (float(metrics[-1]["time"]) if metrics else 0.0)
 
@@ -126,13 +126,15 @@ class RunLog:
         lock = lock or RunLock(folder)
         with ExitStack() as on_error:
             on_error.callback(lock.release)
-            notes = [note for name in ("metrics.jsonl", "evaluations.jsonl") for note in _rewind(folder / name, step)]
+            notes = [*_rewind(folder / "metrics.jsonl", step), *_rewind(folder / "evaluations.jsonl", step)]
             for name in ("episodes", "evaluations"):
                 for path in sorted((folder / name).glob("*.jsonl")):
                     if step_of(path) > step:
                         with writing("the resumed run", path):
                             path.unlink()
-            run["resumed"].append({"time": now(), "step": max(step, 0), "versions": versions(), "notes": notes})
+            run.setdefault("resumed", []).append(
+                {"time": now(), "step": max(step, 0), "versions": versions(), "notes": notes}
+            )
             run |= {"status": "running", "reason": "", "finished": None}
             if config_text is not None:
                 write_whole(folder / "config.yaml", config_text.encode(), "the configuration")
@@ -269,12 +271,13 @@ def read_run(folder: Path) -> Row:
     try:
         run = json.loads(raw)
         found = int(run["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RunFolderError(f"{folder / 'run.json'} is damaged ({error}): restore it from a copy") from error
     if found > FORMAT_VERSION:
         raise RunFolderError(
             f"{folder} has run-folder format {found}, this version of pertoken knows {FORMAT_VERSION}: upgrade pertoken"
         )
+    check_run(folder / "run.json", run)
     return dict(run)
 
 
@@ -298,7 +301,7 @@ def step_of(path: Path) -> int:
 
 def _rewind(path: Path, step: int) -> list[str]:
     """Cuts a JSONL file back to its rows up to `step`; returns what was cut, in words."""
-    rows, torn = read_rows(path)
+    rows, torn = read_metrics(path) if path.name == "metrics.jsonl" else read_evaluations(path)
     kept = [row for row in rows if row["step"] <= step]
     content = b"".join(encode(row) for row in kept)
     if content != read_bytes(path):

@@ -1,13 +1,14 @@
 """Runs as a person keeps them: what lies in a folder of runs, and whether a run folder is sound."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pertoken.errors import RunFolderError
 from pertoken.tracking.checkpoints import CheckpointStore
-from pertoken.tracking.files import Row, read_rows
+from pertoken.tracking.files import Row
 from pertoken.tracking.lock import is_locked
+from pertoken.tracking.records import read_episodes, read_evaluations, read_items, read_metrics
 from pertoken.tracking.runlog import evaluation_path, read_run
 
 
@@ -39,18 +40,18 @@ def verify_run(folder: Path) -> list[str]:
     """What is wrong with a run folder, in sentences; empty if every row and every byte of a checkpoint is sound."""
     read_run(folder)
     problems = [] if (folder / "config.yaml").is_file() else ["config.yaml is missing: the run cannot be resumed"]
-    metrics = _rows(folder / "metrics.jsonl", problems)
+    metrics = _rows(read_metrics, folder / "metrics.jsonl", problems)
     steps = [row.get("step") for row in metrics]
     if steps != list(range(1, len(steps) + 1)):
         at = next(k for k, step in enumerate(steps, start=1) if step != k)
         problems.append(f"metrics.jsonl: row {at} is of step {steps[at - 1]}, expected every step from 1 on once")
-    for row in _rows(folder / "evaluations.jsonl", problems):
+    for row in _rows(read_evaluations, folder / "evaluations.jsonl", problems):
         path = evaluation_path(folder, row["step"], row["split"])
         if not path.is_file():
             problems.append(f"{path.relative_to(folder)} is missing, but evaluations.jsonl has its row")
-    for name in ("episodes", "evaluations"):
+    for name, read in {"episodes": read_episodes, "evaluations": read_items}.items():
         for path in sorted((folder / name).glob("*.jsonl")):
-            _rows(path, problems)
+            _rows(read, path, problems)
     store = CheckpointStore(folder / "checkpoints")
     problems += [f"checkpoints/{path.name}: {problem}" for path in store.paths() if (problem := store.problem(path))]
     beyond = [checkpoint for checkpoint in store.complete() if checkpoint.step > len(metrics)]
@@ -76,8 +77,8 @@ def _summary(folder: Path) -> RunSummary:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     try:
         run = read_run(folder)
-        metrics = read_rows(folder / "metrics.jsonl")[0]
-        evaluations = read_rows(folder / "evaluations.jsonl")[0]
+        metrics = read_metrics(folder / "metrics.jsonl")[0]
+        evaluations = read_evaluations(folder / "evaluations.jsonl")[0]
         checkpoints = CheckpointStore(folder / "checkpoints").complete()
     except RunFolderError:  # one of many: `runs verify` says what is wrong with it
         return RunSummary(folder, "damaged", 0, None, "", None, 0, size)
@@ -98,9 +99,9 @@ def _summary(folder: Path) -> RunSummary:
     )
 
 
-def _rows(path: Path, problems: list[str]) -> list[Row]:
+def _rows(read: Callable[[Path], tuple[list[Row], bool]], path: Path, problems: list[str]) -> list[Row]:
     try:
-        rows, torn = read_rows(path)
+        rows, torn = read(path)
     except RunFolderError as error:
         problems.append(str(error))
         return []

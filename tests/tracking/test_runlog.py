@@ -257,3 +257,41 @@ def test_a_newer_format_is_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(RunFolderError, match="damaged"):
         RunReader(tmp_path / "run")
+
+
+ODD_ROWS = {
+    ("metrics.jsonl", '{"step": "one"}'): r"line 2: step: Input should be a valid number",
+    ("metrics.jsonl", '{"loss": 1.0}'): r"line 2: step: expected a number, got None",
+    ("metrics.jsonl", '{"step": 2, "loss": [1]}'): r"line 2: loss: Input should be a valid number",
+    ("metrics.jsonl", '{"step": 2, "loss": 1e999}'): r"line 2: loss: Input should be a finite number",
+    ("evaluations.jsonl", '{"step": 0}'): r"line 1: split: Field required",
+    ("evaluations.jsonl", '{"step": 0, "split": "../x", "metrics": {}, "items": {"id": []}}'): "line 1: split: String",
+    ("evaluations.jsonl", '{"step": 0, "split": "x", "metrics": {}, "items": {"a": [1]}}'): "line 1: items: expected",
+    ("evaluations.jsonl", '{"step": -1, "split": "x", "metrics": {}, "items": {"id": []}}'): "line 1: step: Input",
+    ("episodes/000001.jsonl", '{"item": "a"}'): r"line 1: .*Field required",
+    (
+        "episodes/000001.jsonl",
+        '{"item": 1, "completion": "", "stop": "eos", "streams": {}, "tokens": {"id": [1], "piece": [], "action": []}}',
+    ): "line 1: columns and streams of other lengths than its 1 tokens",
+    ("run.json", '{"format_version": 1, "status": 3}'): "status: Input should be a valid string",
+}
+
+
+@pytest.mark.parametrize(("name", "line"), ODD_ROWS)
+def test_rows_that_no_run_writes_are_named_with_their_line(tmp_path, name, line):
+    """A run folder may be anybody's; the words are the same for report, list, export and resume."""
+    with RunLog.create(tmp_path / "run", config_text="", seed=0) as log:
+        log.step(1, {"loss": 1.0})
+    path = tmp_path / "run" / name
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w" if name == "run.json" else "a") as file:
+        file.write(line + "\n")
+
+    def read():
+        reader = RunReader(tmp_path / "run")
+        return reader.metrics(), reader.evaluations(), reader.episodes(1)
+
+    with pytest.raises(RunFolderError, match=ODD_ROWS[name, line]) as caught:
+        read()
+    assert str(path) in str(caught.value)
+    assert "no run writes that" in str(caught.value)
