@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run: policy, task, rewards, engine, optimiser, evaluator."""
 
+import inspect
 import math
 import random
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pertoken.config import (
     ByWorth,
     CurriculumConfig,
     DocstringsTask,
+    FunctionTask,
     KLConfig,
     MixtureTask,
     MonteCarlo,
@@ -52,12 +54,13 @@ from pertoken.rewards import (
     resolve,
 )
 from pertoken.rewards.attention import reader_of
+from pertoken.rewards.names import load_attribute
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Mask
 from pertoken.state import Run
-from pertoken.tasks.base import ItemTask, Split, batch_of, folded
+from pertoken.tasks.base import SPLITS, ItemTask, Split, Task, batch_of, folded
 from pertoken.tasks.course import Course, Limit, Pool
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
@@ -299,11 +302,29 @@ def build_task(config: TaskConfig) -> ItemTask:
             except TaskError as error:
                 raise TaskError(f"task.tasks.{name}: {error}") from error
         return mixed(tasks)
+    if isinstance(config, FunctionTask):
+        task = _made_task(config)
+        return folded(task, **config.fold.model_dump()) if config.fold else task
     settings = config.model_dump(exclude={"type", "weight", "metric", "curriculum", "fold"})
     if config.curriculum and config.curriculum.difficulty and not isinstance(config, DocstringsTask):
         settings["info"] = tuple(dict.fromkeys((*config.info, config.curriculum.difficulty)))
     task = load_docstring_task(**settings) if isinstance(config, DocstringsTask) else load_file_task(**settings)
     return folded(task, **config.fold.model_dump()) if config.fold else task
+
+
+def _made_task(config: FunctionTask) -> ItemTask:
+    """What the function of `config` returns, its items in memory."""
+    make_task: Any = load_attribute(config.fn, config.fn, "task")
+    if not callable(make_task):
+        raise ConfigError(f"task.fn {config.fn}: expected a function, got {type(make_task).__name__}")
+    try:
+        inspect.signature(make_task).bind(**config.parameters)
+    except TypeError as error:
+        raise ConfigError(f"task ({config.fn}): {error}; its signature is {inspect.signature(make_task)}") from error
+    made = make_task(**config.parameters)
+    if not isinstance(made, Task):
+        raise TaskError(f"task.fn {config.fn}: expected a task (name, items), got {type(made).__name__}")
+    return ItemTask(made.name, {split: tuple(made.items(split))[: config.limit] for split in SPLITS})
 
 
 def build_course(config: RunConfig, items: Sequence[Item], size: int, policy: Policy) -> Course | None:

@@ -106,7 +106,7 @@ class Evaluator:
             elif metric == PERPLEXITY:
                 summary["metrics"][name] = float((nats[chosen].sum() / counts[chosen].sum()).exp())
             else:
-                answers = [_references(self.items[k]) for k in chosen]
+                answers = [references_of(self.items[k]) for k in chosen]
                 summary["metrics"][name] = corpus_metrics([outputs[k] for k in chosen], answers)[metric]
         scene = Scene(batch, episodes, policy.tokenizer, old, ref)
         fixed = [part.fixed() for part in rewards]
@@ -137,7 +137,7 @@ class Evaluator:
 
 def _measure(outputs: Sequence[str], items: Sequence[Item]) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Per-item metrics, and the summary with intervals and what the trivial baselines would get."""
-    references = [_references(item) for item in items]
+    references = [references_of(item) for item in items]
     per_item = item_metrics(outputs, references)
     summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in per_item.items()}}
     summary["metrics"] |= corpus_metrics(outputs, references)
@@ -157,7 +157,8 @@ def _interval(values: Sequence[float]) -> list[float]:
     return [interval.low, interval.high]
 
 
-def _references(item: Item) -> list[str]:
+def references_of(item: Item) -> list[str]:
+    """What a good answer to `item` may say; nothing where that is not known."""
     if item.answer is None:
         return []
     return list(item.info.get("references") or [item.answer])

@@ -112,6 +112,9 @@ MAY["crossval"] = {"errors", "config", "text_metrics", "tracking"}
 MAY["credit_compare"] = {"errors", "types", "config", "credit", "tracking", "redistribution", "kept"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
 MAY["reward_models"] = {"errors", "config", "preferences", "rows", "tasks", "rewards", "text_metrics", "tracking"}
+MAY["turns"] = {"errors", "sampling", "types", "prompts", "rewards", "rollout"}
+MAY["integrations"] = MAY["turns"] | {"background", "batching", "config", "tasks", "build"}
+MAY["validation"] = MAY["run"] | {"run"}
 MAY["search"] = {"errors", "config", "run", "text_metrics", "tracking"}
 MAY["cli"] = MAY["run"] | {
     "presets",
@@ -124,6 +127,7 @@ MAY["cli"] = MAY["run"] | {
     "credit_compare",
     "crossval",
     "search",
+    "validation",
 }
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
@@ -140,10 +144,13 @@ OPTIONAL = {
     "referencing",
     "matplotlib",
     "optuna",
+    "lm_eval",
+    "reasoning_gym",
+    "verifiers",
 }
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
-HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib", "optuna")
+HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib", "optuna", "lm_eval", "gymnasium")
 """What no run loads that does not use it."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

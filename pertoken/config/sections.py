@@ -179,6 +179,22 @@ class FileTask(Data):
     """Decides which rows fall into which split."""
 
 
+class FunctionTask(Data):
+    """A task that a function makes; further keys are its parameters."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"] = "function"
+    fn: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`module:function`, which returns a task (`pertoken.integrations.reasoning_gym:load_task`, or one of your own)."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most this many items per split."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
 class Reinforcement(Section):
     """Learn from samples of its own and what rewards say of them; `credit` and `objective` say how."""
 
@@ -630,7 +646,7 @@ def _task_type(values: Any) -> str:
     return str(values.get("type") or next((kind for key, kind in _TOLD_BY.items() if key in values), "docstrings"))
 
 
-_TOLD_BY = {"path": "file", "tasks": "mixture"}
+_TOLD_BY = {"path": "file", "tasks": "mixture", "fn": "function"}
 """What a section without a type is of, by a key in it."""
 
 
@@ -649,6 +665,10 @@ class DocstringsMember(Member, DocstringsTask):
 
 class FileMember(Member, FileTask):
     """Your own data, as one of several tasks."""
+
+
+class FunctionMember(Member, FunctionTask):
+    """A task that a function makes, as one of several."""
 
 
 class ProgressConfig(Section):
@@ -670,7 +690,9 @@ class MixtureTask(Section):
     tasks: dict[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")],
         Annotated[
-            Annotated[DocstringsMember, Tag("docstrings")] | Annotated[FileMember, Tag("file")],
+            Annotated[DocstringsMember, Tag("docstrings")]
+            | Annotated[FileMember, Tag("file")]
+            | Annotated[FunctionMember, Tag("function")],
             Discriminator(_task_type),
         ],
     ] = Field(min_length=1)
@@ -685,7 +707,8 @@ class MixtureTask(Section):
 TaskConfig = Annotated[
     Annotated[DocstringsTask, Tag("docstrings")]
     | Annotated[FileTask, Tag("file")]
-    | Annotated[MixtureTask, Tag("mixture")],
+    | Annotated[MixtureTask, Tag("mixture")]
+    | Annotated[FunctionTask, Tag("function")],
     Discriminator(_task_type),
 ]
 

@@ -27,6 +27,7 @@ BUILT_IN = {
     "overlong": "pertoken.rewards.rules:Overlong",
     "format": "pertoken.rewards.form:Format",
     "banned": "pertoken.rewards.form:Banned",
+    "personal_data": "pertoken.rewards.personal_data:PersonalData",
     "distinct": "pertoken.rewards.diversity:Distinct",
     "self_bleu": "pertoken.rewards.diversity:SelfBleu",
     "perplexity": "pertoken.rewards.perplexity:Perplexity",
@@ -86,19 +87,19 @@ def make(name: str, parameters: Mapping[str, Any], where: str) -> Reward:
         raise ConfigError(f"{where} ({name}): {error}") from error
 
 
-def load_attribute(path: str, name: str) -> Any:
-    """What `path`, module:attribute, names; `name` is how the configuration calls it."""
+def load_attribute(path: str, name: str, kind: str = "reward") -> Any:
+    """What `path`, module:attribute, names; `name` is how the configuration calls it, and `kind` what it should be."""
     module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(
-            f"reward {name!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); "
+            f"{kind} {name!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); "
             f"is its folder on PYTHONPATH?"
         ) from error
     if not hasattr(module, attribute):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"reward {name!r}: module {module_name!r} has no {attribute!r}; {closest(attribute, known)}")
+        raise ConfigError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}; {closest(attribute, known)}")
     return getattr(module, attribute)
 
 
