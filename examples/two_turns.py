@@ -45,8 +45,8 @@ class Counter:
 # %% generate -> score -> reward -> credit -> update; the same stages as for one turn
 for step in range(1, 31):
     episodes = converse(
-        engine, Counter(), items, tokenizer, controls, max_turns=2, context_length=128, go_on_when_cut=True,
-        samples_per_prompt=16, step=step,
+        engine, items, tokenizer, controls, environment=Counter(), max_turns=2, context_length=128,
+        go_on_when_cut=True, samples_per_prompt=16, step=step,
     )  # fmt: skip
     batch = to_batch(episodes, controls)
     old = policy.score(batch)

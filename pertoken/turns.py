@@ -45,11 +45,11 @@ class Environment(Protocol):
 
 def converse(
     engine: RolloutEngine,
-    environment: Environment,
     items: Sequence[Item],
     tokenizer: Any,
     controls: Controls,
     *,
+    environment: Environment,
     max_turns: int,
     context_length: int,
     go_on_when_cut: bool = False,

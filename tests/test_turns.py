@@ -67,7 +67,13 @@ class Scripted:
 def episode_of(turns, replies, *, item=ITEMS[0], template=None, max_turns=5, **settings):
     engine, settings = Scripted(*turns), {"context_length": 200} | settings
     (found,) = converse(
-        engine, Says(*replies), [item], tokenizer_with(template), Controls(), max_turns=max_turns, **settings
+        engine,
+        [item],
+        tokenizer_with(template),
+        Controls(),
+        environment=Says(*replies),
+        max_turns=max_turns,
+        **settings,
     )
     return found, engine
 
@@ -96,10 +102,8 @@ def test_turns_and_replies_alternate_and_only_turns_are_actions():
 
 def test_the_environment_is_told_the_conversation():
     environment = Says(Reply("more", "tool"))
-    converse(
-        Scripted(("one", "eos"), ("two", "eos")), environment, [ITEMS[0]], tokenizer_with(), Controls(), max_turns=5,
-        context_length=99,
-    )  # fmt: skip
+    engine = Scripted(("one", "eos"), ("two", "eos"))
+    converse(engine, [ITEMS[0]], tokenizer_with(), Controls(), environment=environment, max_turns=5, context_length=99)
     assert environment.told[-1] == (
         {"role": "user", "content": "first"},
         {"role": "assistant", "content": "one"},
@@ -199,8 +203,8 @@ def sampled():
     def of(**sampling):
         controls = Controls.resolve(Sampling(max_new_tokens=5, **sampling), tokenizer, (256,))
         episodes = converse(
-            engine, Counts(), ITEMS, tokenizer, controls, max_turns=2, context_length=128, samples_per_prompt=3,
-            go_on_when_cut=True, step=2,
+            engine, ITEMS, tokenizer, controls, environment=Counts(), max_turns=2, context_length=128,
+            go_on_when_cut=True, samples_per_prompt=3, step=2,
         )  # fmt: skip
         return policy, episodes, to_batch(episodes, controls), controls
 
@@ -285,11 +289,13 @@ def test_trap_r2_a_constant_value_gives_no_advantage_across_a_reply(sampled):
 
 def test_what_has_no_meaning_in_turns_is_refused():
     tokenizer = byte_tokenizer()
-    settings = {"items": ITEMS, "tokenizer": tokenizer, "max_turns": 2, "context_length": 99}
+    settings = {
+        "items": ITEMS, "tokenizer": tokenizer, "environment": Says(), "max_turns": 2, "context_length": 99,
+    }  # fmt: skip
     with pytest.raises(ConfigError, match="min_new_tokens"):
-        converse(Scripted(), Says(), controls=Controls(Sampling(min_new_tokens=1)), **settings)
+        converse(Scripted(), controls=Controls(Sampling(min_new_tokens=1)), **settings)
     with pytest.raises(ConfigError, match="max_turns"):
-        converse(Scripted(), Says(), controls=Controls(), **settings | {"max_turns": 0})
+        converse(Scripted(), controls=Controls(), **settings | {"max_turns": 0})
     engine = NativeEngine(tiny_encoder_decoder(), tokenizer, head_logits=head_logits)
     with pytest.raises(ModelError, match="causal"):
-        converse(engine, Says(), controls=Controls(), **settings)
+        converse(engine, controls=Controls(), **settings)
