@@ -1,6 +1,6 @@
 """Held-out quality: the same items, answered by the policy before and after, with intervals and trivial baselines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
@@ -23,7 +23,7 @@ from pertoken.text_metrics import (
     item_metrics,
 )
 from pertoken.tracking.runlog import prompt_text, six_digits, token_columns
-from pertoken.types import Item
+from pertoken.types import Episode, Item
 
 PERPLEXITY = "perplexity"
 """exp of the mean negative log-prob per token of the answers under the reference: how natural they read to it."""
@@ -70,6 +70,8 @@ class Evaluator:
     """Metrics of the answers in the data, where a method learns from such."""
     by_task: Mapping[str, str] = field(default_factory=dict)
     """Of a mixture, the metric that each task is followed by: measured on its items alone, as `<metric>/<task>`."""
+    gather: Callable[..., list[Episode]] = collect
+    """How items become episodes, called as `collect` is; of several turns the last is the answer."""
 
     def __post_init__(self) -> None:
         known = (*ITEM_METRICS, *CORPUS_METRICS, PERPLEXITY, *(self.given.names if self.given else ()))
@@ -82,8 +84,8 @@ class Evaluator:
         self, engine: RolloutEngine, policy: Policy, reference: Reference | None, rewards: Sequence[Weighted] = ()
     ) -> Evaluation:
         """Measure the weights that `engine` samples from now (`policy` and `reference` score what it says)."""
-        episodes = collect(engine, self.items, policy.tokenizer, self.controls)
-        outputs = [align(e.tokens[e.prompt_length :], policy.tokenizer).text for e in episodes]
+        episodes = self.gather(engine, self.items, policy.tokenizer, self.controls)
+        outputs = [align(e.tokens[_answer_start(e) :], policy.tokenizer).text for e in episodes]
         per_item, summary = _measure(outputs, self.items)
         if self.given is not None:
             known = self.given(policy, reference)
@@ -133,6 +135,11 @@ class Evaluator:
         """Of item `k`, the metric that its task is followed by, where it is one of single items."""
         metric = self.by_task.get(item.task, "")
         return {f"{metric}/{item.task}": float(per_item[metric][k])} if metric in per_item else {}
+
+
+def _answer_start(episode: Episode) -> int:
+    """Where the last turn of the policy begins."""
+    return max((span.start for span in episode.spans if span.role == "action"), default=len(episode.tokens))
 
 
 def _measure(outputs: Sequence[str], items: Sequence[Item]) -> tuple[dict[str, list[float]], dict[str, Any]]:

@@ -76,6 +76,7 @@ MAY: dict[str, set[str]] = {
             "observe",
             "guards",
             "examples",
+            "turns",
             "prompts",
             "evaluation",
         ),

@@ -1,11 +1,13 @@
 """Several turns in one episode: what is given between them has no log-prob, gets no credit, and takes no time."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from pertoken.batching import to_batch
+from pertoken.config import load_config
 from pertoken.credit import gae, leave_one_out_process, reward_to_go
 from pertoken.errors import ConfigError, ModelError, RewardError
 from pertoken.policy.model import Policy
@@ -13,8 +15,11 @@ from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Scene, ScoredSpan, Weighted, episode_reward, score
 from pertoken.rollout.collect import collect
 from pertoken.rollout.engine import NativeEngine
+from pertoken.run import train
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_encoder_decoder, tiny_model
+from pertoken.tracking import RunReader
+from pertoken.tracking.certificate import read_certificate
 from pertoken.turns import Reply, converse
 from pertoken.types import Completion, Item
 
@@ -299,3 +304,100 @@ def test_what_has_no_meaning_in_turns_is_refused():
     engine = NativeEngine(tiny_encoder_decoder(), tokenizer, head_logits=head_logits)
     with pytest.raises(ModelError, match="causal"):
         converse(engine, controls=Controls(), **settings)
+
+
+# --- in a run -----------------------------------------------------------------------------------------------
+
+TOOLS = """
+from pertoken.turns import Reply
+
+class Counter:
+    def __init__(self, letter="e"):
+        self.letter = letter
+
+    def reply(self, item, messages):
+        found = messages[-1]["content"].count(self.letter)
+        turns = sum(message["role"] == "assistant" for message in messages)
+        return Reply(f" {found} more: " if turns < 2 else None, reward=float(found))
+"""
+
+
+@pytest.fixture
+def run_of(tmp_path, monkeypatch, model_folder):
+    (tmp_path / "my_tools.py").write_text(TOOLS)
+    (tmp_path / "data.csv").write_text("prompt,reference\n" + "".join(f"say {k},it {k}\n" for k in range(30)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_tools", raising=False)
+
+    def of(*overrides):
+        (tmp_path / "recipe.yaml").write_text(
+            f"policy: {{model: {model_folder}, precision: float32, device: cpu, compile: false}}\n"
+            "task: {path: data.csv, prompt: '{prompt}'}\n"
+            "rollout:\n"
+            "  turns: {fn: 'my_tools:Counter', parameters: {letter: a}, go_on_when_cut: true}\n"
+            "  prompts_per_step: 2\n  samples_per_prompt: 3\n  sampling: {max_new_tokens: 5}\n"
+            "rewards: [{name: repetition}]\n"
+            "evaluation: {items: 3, sampling: {temperature: 0, max_new_tokens: 4}}\n"
+            "stop: {steps: 2}\n"
+        )
+        return load_config(["recipe.yaml"], overrides)
+
+    return of
+
+
+@pytest.mark.parametrize("overrides", [[], ["credit.type=gae", "policy.value_head={}"], ["rollout.sampling.top_p=0.9"]])
+def test_a_run_in_turns_trains_evaluates_and_keeps_its_episodes(run_of, overrides):
+    result = train(run_of("folder=run", *overrides))
+    assert result.reason == "made all 2 steps"
+    reader = RunReader("run")
+    for record in reader.episodes(2):
+        acts = record["tokens"]["action"]
+        first, last = acts.index(True), len(acts) - acts[::-1].index(True) - 1
+        assert False in acts[first:last]  # a hole, where the tool spoke
+        assert " more: " in "".join(record["tokens"]["piece"])
+        for name in ("logprob", "advantage", "ratio", "kl"):
+            assert not any(value for value, chosen in zip(record["streams"][name], acts, strict=True) if not chosen)
+    for row in reader.evaluations():
+        assert row["items"]["words"]
+    certificate = read_certificate(result.folder)
+    assert certificate.passed, [line for line in certificate.lines if line.outcome == "fail"]
+
+
+def test_the_held_out_answer_is_the_last_turn(run_of):
+    from pertoken import build
+
+    config = run_of()
+    policy = build.build_policy(config)
+    evaluator, _ = build.build_evaluator(config, build.build_task(config.task), policy)
+    rows = evaluator(build.build_engine(policy, config.rollout), policy, None).rows
+    for row in rows:
+        acts, pieces = row["tokens"]["action"], row["tokens"]["piece"]
+        last = len(acts) - acts[::-1].index(False)
+        assert row["output"] == "".join(pieces[last:]).removesuffix("<eos>")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.ahead=true", "objective.importance_cap=2"], "turn by turn"),
+        (["rollout.redraws=1"], "turn by turn"),
+        (["credit.type=self_critical"], "has several"),
+    ],
+)
+def test_what_is_for_one_turn_is_refused(run_of, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        run_of(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.turns.fn=my_tools:Reply"], "no method reply"),
+        (["rollout.turns.fn=my_tools:Count"], "did you mean 'Counter'"),
+        (["rollout.turns.parameters={word: e}"], "word"),
+    ],
+)
+def test_an_environment_that_cannot_be_made_is_named(run_of, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        train(run_of("folder=run", *overrides))

@@ -69,6 +69,7 @@ from pertoken.config.sections import (
     TaskConfig,
     Tdpo,
     TrustRegionConfig,
+    TurnsConfig,
     UpdateConfig,
     ValueHeadConfig,
 )
@@ -136,6 +137,7 @@ __all__ = [
     "TaskConfig",
     "Tdpo",
     "TrustRegionConfig",
+    "TurnsConfig",
     "UpdateConfig",
     "ValueHeadConfig",
     "explain",

@@ -310,6 +310,21 @@ class MaskConfig(Section):
     """Make it the policy of now after every so many steps."""
 
 
+class TurnsConfig(Section):
+    """Several turns in each episode: a tool or a user answers the policy, and what it says is no action. Held-out
+    answers are the last turn of such a conversation."""
+
+    fn: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`module:name` of a class or function that makes who answers: an object with `reply(item, messages)`."""
+    parameters: dict[str, Any] = Field(default={})
+    """What it is made with."""
+    max_turns: int = Field(default=2, ge=1)
+    """Most turns of the policy; where the environment would go on, the episode is truncated. sampling.max_new_tokens
+    bounds each turn."""
+    go_on_when_cut: bool = False
+    """Go on behind a turn that its budget of tokens has cut off."""
+
+
 class RolloutConfig(Section):
     """What is sampled in each step."""
 
@@ -329,6 +344,8 @@ class RolloutConfig(Section):
     mask: MaskConfig | None = None
     """Restrict what may be sampled by an older copy of the policy; a second model in memory and in each step of
     decoding, and the engine must be native. null asks the policy alone."""
+    turns: TurnsConfig | None = None
+    """Let an environment answer, and the policy go on; null samples one turn."""
     engine: Literal["native", "transformers"] = "native"
     """Who generates: the engine made for rollouts, or plain transformers.generate, which is slower and takes any model
     that can generate; both draw the same tokens."""

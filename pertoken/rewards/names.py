@@ -103,6 +103,18 @@ def load_attribute(path: str, name: str, kind: str = "reward") -> Any:
     return getattr(module, attribute)
 
 
+def make_with(path: str, parameters: Mapping[str, Any], kind: str) -> Any:
+    """What the class or function at `path`, module:attribute, makes of `parameters`; ConfigError if it takes others."""
+    maker = load_attribute(path, path, kind)
+    if not callable(maker):
+        raise ConfigError(f"{kind} {path!r}: expected a class or function, got {type(maker).__name__}")
+    try:
+        inspect.signature(maker).bind(**parameters)
+    except TypeError as error:
+        raise ConfigError(f"{kind} {path!r}: {error}; its signature is {inspect.signature(maker)}") from error
+    return maker(**parameters)
+
+
 def _bind(name: str, reward: Any, /, **parameters: Any) -> Reward:
     """`reward` with its keyword parameters set; unknown ones are a mistake in the configuration."""
     if takes_completions(reward):

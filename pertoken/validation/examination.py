@@ -11,6 +11,7 @@ from pertoken.errors import ConfigError, TaskError
 from pertoken.evaluation import Evaluator
 from pertoken.prompts import prompt_ids
 from pertoken.rewards import Banned, Classifier, Isolated, PersonalData, Weighted
+from pertoken.rollout.collect import collect
 from pertoken.run import load_policy
 from pertoken.sampling import Controls
 from pertoken.tasks.mixture import evenly
@@ -133,6 +134,7 @@ class _Subject:
         self.items = list(items)
         self._engine = build.build_engine(self.policy, run.rollout)
         self._controls = Controls.resolve(run.evaluation.sampling, self.policy.tokenizer, self.policy.eos_ids)
+        self._gather = build.build_turns(run, self.policy) or collect
         self._measures, self._findings = list(measures.values()), list(findings.values())
         self._known: dict[tuple[str, ...], list[dict[str, Any]]] = {}
 
@@ -148,7 +150,7 @@ class _Subject:
         key = (variant, *(item.id for item in items))
         if key not in self._known:
             self._refuse_too_long(items)
-            evaluator = Evaluator(items, self._controls, metric="words")
+            evaluator = Evaluator(items, self._controls, metric="words", gather=self._gather)
             self._known[key] = evaluator(self._engine, self.policy, None, rewards).rows
         return self._known[key]
 
