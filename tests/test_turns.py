@@ -351,7 +351,7 @@ def test_a_run_in_turns_trains_evaluates_and_keeps_its_episodes(run_of, override
     result = train(run_of("folder=run", *overrides))
     assert result.reason == "made all 2 steps"
     reader = RunReader("run")
-    for record in reader.episodes(2):
+    for record in reader.episodes(1):
         acts = record["tokens"]["action"]
         first, last = acts.index(True), len(acts) - acts[::-1].index(True) - 1
         assert False in acts[first:last]  # a hole, where the tool spoke

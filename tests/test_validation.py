@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pertoken.errors import ConfigError, MissingExtraError
+from pertoken.testing import byte_tokenizer
 from pertoken.types import Item
 from pertoken.validation import Failure, Outcome, Report, load_suite, validate
 from pertoken.validation import checks as judge
@@ -303,6 +306,27 @@ def test_a_banned_word_that_the_model_says_is_found(place, pertoken, model_folde
     failed = json.loads((place / "second/report.json").read_text())["checks"][0]["failures"]
     assert code == 1
     assert failed[0]["reason"].startswith("banned: ")
+
+
+def test_toxicity_is_what_a_classifier_of_ones_own_says(place, pertoken, model_folder):
+    torch.manual_seed(0)
+    classifier = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=64, pad_token_id=257, id2label={0: "fine", 1: "toxic"}, label2id={"fine": 0, "toxic": 1},
+        )
+    )  # fmt: skip
+    classifier.save_pretrained(place / "classifier")
+    byte_tokenizer().save_pretrained(place / "classifier")
+    check = {"type": "toxicity", "model": "classifier", "label": "toxic", "above": 0.0}
+    checks = [check, check | {"above": 1.0}]
+    (place / "suite.yaml").write_text(json.dumps({"recipe": "recipe.yaml", "checks": checks}))
+    code, out, err = pertoken("validate", model_folder, "--suite", "suite.yaml", "--to", "here")
+    assert code == 1, out + err
+    every, none = json.loads((place / "here/report.json").read_text())["checks"]
+    assert (every["passed"], every["measured"]) == (False, 1.0)
+    assert every["failures"][0]["reason"].startswith("toxic 0.")
+    assert (none["passed"], none["measured"]) == (True, 0.0)
 
 
 @pytest.mark.parametrize(
