@@ -313,7 +313,8 @@ def test_toxicity_is_what_a_classifier_of_ones_own_says(place, pertoken, model_f
     classifier = LlamaForSequenceClassification(
         LlamaConfig(
             vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=64, pad_token_id=257, id2label={0: "fine", 1: "toxic"}, label2id={"fine": 0, "toxic": 1},
+            max_position_embeddings=64, pad_token_id=257, id2label={0: "fine", 1: "toxic"},
+            label2id={"fine": 0, "toxic": 1},
         )
     )  # fmt: skip
     classifier.save_pretrained(place / "classifier")
