@@ -26,9 +26,19 @@ from pertoken.doctor import CHECKS
 from pertoken.presets import PRESETS
 from pertoken.reward_models import RewardTraining
 from pertoken.search import SearchConfig
+from pertoken.validation import Suite
 
 DOCS = Path(__file__).parent
-GENERATED = ("cli.md", "config.md", "algorithms.md", "reward-models.md", "doctor.md", "reference.md", "search.md")
+GENERATED = (
+    "cli.md",
+    "config.md",
+    "algorithms.md",
+    "reward-models.md",
+    "doctor.md",
+    "reference.md",
+    "search.md",
+    "validation.md",
+)
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TOUR_BLOCK = re.compile(r"(```python\n(.*?)```\n)(?:\n```text\n.*?```\n)?", re.DOTALL)
 
@@ -52,6 +62,7 @@ def marked(text: str) -> str:
             "fields": fields,
             "reward-fields": lambda: fields_of(RewardTraining),
             "search-fields": lambda: fields_of(SearchConfig),
+            "suite-fields": lambda: fields_of(Suite),
             "algorithms": algorithms,
             "checks": checks,
             "module": lambda: module(name),

@@ -2,8 +2,9 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pertoken.config import (
     ByWorth,
     CurriculumConfig,
     DocstringsTask,
+    FunctionTask,
     KLConfig,
     MixtureTask,
     MonteCarlo,
@@ -52,17 +54,20 @@ from pertoken.rewards import (
     resolve,
 )
 from pertoken.rewards.attention import reader_of
+from pertoken.rewards.names import make_with
 from pertoken.rollout.by_generate import TransformersEngine
+from pertoken.rollout.collect import collect
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Mask, Sampling
 from pertoken.state import Run
-from pertoken.tasks.base import ItemTask, Split, batch_of, folded
+from pertoken.tasks.base import SPLITS, ItemTask, Split, Task, batch_of, folded
 from pertoken.tasks.course import Course, Limit, Pool
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
 from pertoken.tasks.mixture import LearningProgress, evenly, mixed, shares_of
-from pertoken.types import Item
+from pertoken.turns import Environment, converse
+from pertoken.types import Episode, Item
 from pertoken.weights import Anchor, Average
 
 
@@ -130,6 +135,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         guards=Guards(config.guards.window),
         beside=[part.fixed() for part in build_rewards(config.guards.beside, "guards.beside")],
         evaluator=evaluator,
+        converse=build_turns(config, policy),
         mask=mask,
         average=average,
         anchor=anchor,
@@ -162,6 +168,28 @@ def build_replay(config: RunConfig) -> Buffer | None:
     """Where samples are kept to be learnt from again."""
     replay = config.rollout.replay
     return None if replay is None or config.offline is not None else Buffer(replay.steps, replay.priority, config.seed)
+
+
+def build_turns(config: RunConfig, policy: Policy) -> Callable[..., list[Episode]] | None:
+    """How items become episodes of several turns, where the configuration wants that."""
+    turns = config.rollout.turns
+    if turns is None or config.offline is not None:
+        return None
+    if decoder_start(policy.hf_model):
+        raise ConfigError(
+            f"rollout.turns goes on from what was written, and encoder-decoder models "
+            f"({type(policy.hf_model).__name__}) cannot: leave it out, or take a causal model."
+        )
+    environment = make_with(turns.fn, turns.parameters, "rollout.turns")
+    if not isinstance(environment, Environment):
+        raise ConfigError(f"rollout.turns.fn {turns.fn}: what it makes has no method reply(item, messages)")
+    return partial(
+        converse,
+        environment=environment,
+        max_turns=turns.max_turns,
+        context_length=policy.context_length,
+        go_on_when_cut=turns.go_on_when_cut,
+    )
 
 
 def copies_of(config: RunConfig, policy: Policy) -> tuple[Average | None, Anchor | None]:
@@ -351,11 +379,22 @@ def build_task(config: TaskConfig) -> ItemTask:
             except TaskError as error:
                 raise TaskError(f"task.tasks.{name}: {error}") from error
         return mixed(tasks)
+    if isinstance(config, FunctionTask):
+        task = _made_task(config)
+        return folded(task, **config.fold.model_dump()) if config.fold else task
     settings = config.model_dump(exclude={"type", "weight", "metric", "curriculum", "fold"})
     if config.curriculum and config.curriculum.difficulty and not isinstance(config, DocstringsTask):
         settings["info"] = tuple(dict.fromkeys((*config.info, config.curriculum.difficulty)))
     task = load_docstring_task(**settings) if isinstance(config, DocstringsTask) else load_file_task(**settings)
     return folded(task, **config.fold.model_dump()) if config.fold else task
+
+
+def _made_task(config: FunctionTask) -> ItemTask:
+    """What the function of `config` returns, its items in memory."""
+    made = make_with(config.fn, config.parameters, "task")
+    if not isinstance(made, Task):
+        raise TaskError(f"task.fn {config.fn}: expected a task (name, items), got {type(made).__name__}")
+    return ItemTask(made.name, {split: tuple(made.items(split))[: config.limit] for split in SPLITS})
 
 
 def build_course(config: RunConfig, items: Sequence[Item], size: int, policy: Policy) -> Course | None:
@@ -485,7 +524,7 @@ def build_examples(method: OfflineConfig, task: ItemTask, policy: Policy) -> Exa
 def _not_used(config: RunConfig) -> list[str]:
     """A note on what is set and has no effect without samples and rewards of one's own."""
     default = RunConfig()
-    rollout = ("prompts_per_step", "samples_per_prompt", "sampling", "mask", "ahead", "max_prompt_tokens")
+    rollout = ("prompts_per_step", "samples_per_prompt", "sampling", "mask", "turns", "ahead", "max_prompt_tokens")
     found = [name for name in ("credit", "objective") if getattr(config, name) != getattr(default, name)]
     found += [
         f"kl.{name}" for name in ("place", "coefficient") if getattr(config.kl, name) != getattr(KLConfig(), name)
@@ -521,7 +560,8 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
     _refuse_too_long(items, policy, evaluation.sampling)
     _refuse_unknown_tokens(items, policy)
     controls = Controls.resolve(evaluation.sampling, policy.tokenizer, policy.eos_ids)
-    return Evaluator(items, controls, metric=evaluation.metric, given=given, by_task=by_task), notes
+    gather = build_turns(config, policy) or collect
+    return Evaluator(items, controls, metric=evaluation.metric, given=given, by_task=by_task, gather=gather), notes
 
 
 def _fitting(task: ItemTask, split: Split, policy: Policy, rollout: RolloutConfig) -> tuple[Sequence[Item], list[str]]:

@@ -1,5 +1,5 @@
-"""The command line: train, crossval, search, evaluate, generate, profile, doctor, report, show, export, config, data,
-algorithms, runs, reward, credit."""
+"""The command line: train, crossval, search, evaluate, validate, generate, profile, doctor, report, show, export,
+config, data, algorithms, runs, reward, credit."""
 
 import hashlib
 import io
@@ -213,6 +213,35 @@ def evaluate(
     config = _config([*(settings or []), *overrides])
     rows = run_evaluation(config, model=model, against=against)
     _print_table(rows[0], compare(rows), (model or config.policy.model, against or ""))
+
+
+@app.command()
+def validate(
+    model: Annotated[str, typer.Argument(help="Model, or run folder (its trained model).")],
+    suite: Annotated[Path, typer.Option(metavar="FILE", help="YAML file with the checks.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Over the suite.")] = None,
+    against: Annotated[str | None, typer.Option(help="Earlier model to compare with; default: the suite's.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of the report; default: validation/<name of suite>.")] = None,
+) -> None:
+    """Check a model before it is used: quality, safety, robustness, regression. Exit code 1 if a check failed, 2 if the
+    suite cannot be used."""
+    from pertoken.validation import load_suite
+    from pertoken.validation import validate as run_validation
+    from pertoken.validation.outcomes import HEADS
+
+    checks = load_suite([suite], overrides or [])
+    note = Console(stderr=True, highlight=False, soft_wrap=True)
+    found = run_validation(checks, model, against=against, on_note=lambda text: note.print(text, style="dim"))
+    table = Table(*HEADS, box=None, pad_edge=False)
+    for one in found.outcomes:
+        verdict = Text(one.verdict, "green" if one.passed else "bold red")
+        table.add_row(verdict, *map(Text, (one.name, one.figure, one.bound, str(one.samples), str(len(one.failures)))))
+    _print_wide(table)
+    out.print(f"\n{found.sentence}", markup=False)
+    for path in found.write(to or Path("validation") / checks.name):
+        out.print(f"{path}", markup=False)
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

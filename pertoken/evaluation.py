@@ -1,6 +1,6 @@
 """Held-out quality: the same items, answered by the policy before and after, with intervals and trivial baselines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
@@ -23,7 +23,7 @@ from pertoken.text_metrics import (
     item_metrics,
 )
 from pertoken.tracking.runlog import prompt_text, six_digits, token_columns
-from pertoken.types import Item
+from pertoken.types import Episode, Item
 
 PERPLEXITY = "perplexity"
 """exp of the mean negative log-prob per token of the answers under the reference: how natural they read to it."""
@@ -70,6 +70,8 @@ class Evaluator:
     """Metrics of the answers in the data, where a method learns from such."""
     by_task: Mapping[str, str] = field(default_factory=dict)
     """Of a mixture, the metric that each task is followed by: measured on its items alone, as `<metric>/<task>`."""
+    gather: Callable[..., list[Episode]] = collect
+    """How items become episodes, called as `collect` is; of several turns the last is the answer."""
 
     def __post_init__(self) -> None:
         known = (*ITEM_METRICS, *CORPUS_METRICS, PERPLEXITY, *(self.given.names if self.given else ()))
@@ -82,8 +84,8 @@ class Evaluator:
         self, engine: RolloutEngine, policy: Policy, reference: Reference | None, rewards: Sequence[Weighted] = ()
     ) -> Evaluation:
         """Measure the weights that `engine` samples from now (`policy` and `reference` score what it says)."""
-        episodes = collect(engine, self.items, policy.tokenizer, self.controls)
-        outputs = [align(e.tokens[e.prompt_length :], policy.tokenizer).text for e in episodes]
+        episodes = self.gather(engine, self.items, policy.tokenizer, self.controls)
+        outputs = [align(e.tokens[_answer_start(e) :], policy.tokenizer).text for e in episodes]
         per_item, summary = _measure(outputs, self.items)
         if self.given is not None:
             known = self.given(policy, reference)
@@ -108,7 +110,7 @@ class Evaluator:
             elif metric == PERPLEXITY:
                 summary["metrics"][name] = float((nats[chosen].sum() / counts[chosen].sum()).exp())
             else:
-                answers = [_references(self.items[k]) for k in chosen]
+                answers = [references_of(self.items[k]) for k in chosen]
                 summary["metrics"][name] = corpus_metrics([outputs[k] for k in chosen], answers)[metric]
         scene = Scene(batch, episodes, policy.tokenizer, old, ref)
         fixed = [part.fixed() for part in rewards]
@@ -137,9 +139,14 @@ class Evaluator:
         return {f"{metric}/{item.task}": float(per_item[metric][k])} if metric in per_item else {}
 
 
+def _answer_start(episode: Episode) -> int:
+    """Where the last turn of the policy begins."""
+    return max((span.start for span in episode.spans if span.role == "action"), default=len(episode.tokens))
+
+
 def _measure(outputs: Sequence[str], items: Sequence[Item]) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Per-item metrics, and the summary with intervals and what the trivial baselines would get."""
-    references = [_references(item) for item in items]
+    references = [references_of(item) for item in items]
     per_item = item_metrics(outputs, references)
     summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in per_item.items()}}
     summary["metrics"] |= corpus_metrics(outputs, references)
@@ -159,7 +166,8 @@ def _interval(values: Sequence[float]) -> list[float]:
     return [interval.low, interval.high]
 
 
-def _references(item: Item) -> list[str]:
+def references_of(item: Item) -> list[str]:
+    """What a good answer to `item` may say; nothing where that is not known."""
     if item.answer is None:
         return []
     return list(item.info.get("references") or [item.answer])

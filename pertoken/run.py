@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from pertoken import build, doctor, offline
 from pertoken.assignment import assign
 from pertoken.batching import to_batch
-from pertoken.config import DocstringsTask, MixtureTask, RewardConfig, RunConfig, TaskConfig
+from pertoken.config import DocstringsTask, FunctionTask, MixtureTask, RewardConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
@@ -205,7 +205,7 @@ def evaluate(config: RunConfig, *, model: str | None = None, against: str | None
     task = build.build_task(config.task)
     rows: list[dict[str, Any]] = []
     for name in names:
-        policy = _policy(config, name)
+        policy = load_policy(config, name)
         evaluator, _ = build.build_evaluator(config, task, policy)
         if evaluator is None:
             raise ConfigError("evaluation.items is 0: there is nothing to evaluate")
@@ -231,7 +231,7 @@ class Speaker:
 
     def __init__(self, config: RunConfig, *, model: str | None = None, chat: bool = True) -> None:
         self.config, self.chat = config, chat
-        self.policy = _policy(config, model or config.policy.model)
+        self.policy = load_policy(config, model or config.policy.model)
         self.engine = build.build_engine(self.policy, config.rollout)
         self.controls = Controls.resolve(config.rollout.sampling, self.policy.tokenizer, self.policy.eos_ids)
 
@@ -310,7 +310,7 @@ class _Notes:
         self._told = len(self._run.notes)
 
 
-def _policy(config: RunConfig, name: str) -> Policy:
+def load_policy(config: RunConfig, name: str) -> Policy:
     """The policy of `config` with another model: a name, a file, or a run folder."""
     folder = Path(name)
     if (folder / "run.json").is_file():
@@ -341,6 +341,8 @@ def _task_in_words(task: TaskConfig) -> str:
         return " + ".join(f"{member.weight:g} x {name}" for name, member in task.tasks.items())
     if isinstance(task, DocstringsTask):
         return task.type
+    if isinstance(task, FunctionTask):
+        return task.fn
     return task.path if isinstance(task.path, str) else task.path.get("train", ", ".join(task.path.values()))
 
 

@@ -4,7 +4,7 @@ All state that a step depends on hangs on one `Run`; what is done with it is in 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from pertoken.schedule import Schedule
 from pertoken.tasks.base import batch_of
 from pertoken.tasks.course import Course
 from pertoken.tracking.glossary import goodness
-from pertoken.types import Item
+from pertoken.types import Episode, Item
 from pertoken.weights import Anchor, Average
 
 
@@ -94,6 +94,8 @@ class Run:
     """Samples of earlier steps that are learnt from again (`rollout.replay`)."""
     sampled: int | None = None
     """Rows of this step, the first ones, that were sampled for it; those behind are replayed. None: all were."""
+    converse: Callable[..., list[Episode]] | None = None
+    """How items become episodes of several turns (`rollout.turns`), called as `collect` is; None samples one turn."""
     mask: NativeEngine | None = None
     """The older copy of the policy that says what may be sampled (`rollout.mask`)."""
     average: Average | None = None

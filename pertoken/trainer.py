@@ -89,9 +89,15 @@ def generate(run: Run, step: int) -> list[Episode]:
     """The episodes of `step`, drawn ahead or now: items and random numbers depend on the seed and `step` alone."""
     again = taken_again(run, step)
     items = items_of(run, step)[len(again) :]
-    draws, run.ahead = run.ahead or draw(run, step, items), None
-    run.staleness = step - 1 - draws.version
-    episodes = to_episodes(draws, items, run.policy.tokenizer, step=step)
+    if run.converse is None:
+        draws, run.ahead = run.ahead or draw(run, step, items), None
+        run.staleness = step - 1 - draws.version
+        episodes = to_episodes(draws, items, run.policy.tokenizer, step=step)
+    else:
+        episodes = run.converse(
+            run.engine, items, run.policy.tokenizer, run.controls_at(step),
+            samples_per_prompt=run.config.rollout.samples_per_prompt, run_seed=run.config.seed, step=step,
+        )  # fmt: skip
     if run.config.rollout.redraws:
         episodes = with_differences(run, episodes, step)
     run.sampled = len(episodes) if again else None

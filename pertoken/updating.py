@@ -74,8 +74,8 @@ def _update(
         batch, old, ref, credit, epochs=config.epochs, num_minibatches=config.minibatches, seed=seed,
         left_out=_without_effect(run, credit), tasks=tasks if gradients else None,
     )  # fmt: skip
-    for cut in cuts:
-        passes.add_up(cut)
+    for of_step in cuts:
+        passes.add_up(of_step)
         steps += 1
         if drift.too_far():
             run.optimizer.zero_grad(set_to_none=False)

@@ -23,6 +23,7 @@ from pertoken.reward_models import load_training
 from pertoken.rewards import resolve
 from pertoken.rewards.names import BUILT_IN
 from pertoken.search import load_search
+from pertoken.validation import load_suite
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -199,6 +200,9 @@ def test_recipes_on_pages_are_valid(page, place):
             continue
         if "keys" in yaml.safe_load(text):  # a search
             load_search([place / "recipe.yaml"], [f"recipe={ROOT / yaml.safe_load(text)['recipe']}"])
+            continue
+        if "checks" in yaml.safe_load(text):  # a suite
+            load_suite([place / "recipe.yaml"], [f"recipe={ROOT / yaml.safe_load(text)['recipe']}"])
             continue
         assert set(yaml.safe_load(text)) <= {*RunConfig.model_fields, "stages"}
         for config in load_stages([place / "recipe.yaml"]):

@@ -12,6 +12,7 @@ SAYS = {
     "own_data.py": ["'train': ", "step 3", "made all 3 steps; held-out ROUGE-L "],
     "span_reward.py": ["spell out 12", "'reward/digits': -", "made all 3 steps"],
     "stages_by_hand.py": ["step  1", "step 20"],
+    "two_turns.py": ["step  1", "step 30", "observation '\\n"],
 }
 
 
@@ -38,3 +39,9 @@ def test_the_example_runs_and_leaves_nothing_behind(name, tmp_path):
 def test_the_loop_by_hand_learns(tmp_path):
     rewards = [float(line.split()[3]) for line in run("stages_by_hand.py", tmp_path).splitlines() if "letter_e" in line]
     assert rewards[-1] > 0.5 > 0.1 > rewards[0]
+
+
+def test_both_turns_learn(tmp_path):
+    lines = [line.split() for line in run("two_turns.py", tmp_path).splitlines() if line.startswith("step")]
+    first, second = ([float(line[column]) for line in lines] for column in (4, 7))
+    assert min(first[-1], second[-1]) > 0.25 > 0.05 > max(first[0], second[0])

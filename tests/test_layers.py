@@ -83,6 +83,7 @@ MAY: dict[str, set[str]] = {
             "observe",
             "guards",
             "examples",
+            "turns",
             "prompts",
             "evaluation",
         ),
@@ -131,6 +132,9 @@ MAY["reward_models"] = {
     "text_metrics",
     "tracking",
 }
+MAY["turns"] = {"errors", "sampling", "types", "prompts", "rewards", "rollout"}
+MAY["integrations"] = MAY["turns"] | {"background", "batching", "config", "tasks", "build"}
+MAY["validation"] = MAY["run"] | {"run"}
 MAY["search"] = {"errors", "config", "run", "text_metrics", "tracking"}
 MAY["cli"] = MAY["run"] | {
     "presets",
@@ -143,6 +147,7 @@ MAY["cli"] = MAY["run"] | {
     "credit_compare",
     "crossval",
     "search",
+    "validation",
 }
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
@@ -159,10 +164,13 @@ OPTIONAL = {
     "referencing",
     "matplotlib",
     "optuna",
+    "lm_eval",
+    "reasoning_gym",
+    "verifiers",
 }
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
-HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib", "optuna")
+HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib", "optuna", "lm_eval", "gymnasium")
 """What no run loads that does not use it."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -86,6 +86,14 @@ def _rollouts(run: "RunConfig") -> Refusals:
         "would remember them. Leave one of them out.",
     )
     yield (
+        rollout.turns is not None and (rollout.ahead or rollout.redraws > 0),
+        "rollout.turns draws turn by turn: leave out rollout.ahead and rollout.redraws.",
+    )
+    yield (
+        rollout.turns is not None and isinstance(credit, SelfCritical | MonteCarlo | ByWorth),
+        f"credit.type {credit.type} samples or shortens texts of one turn; rollout.turns has several: use another.",
+    )
+    yield (
         run.update.minibatches > rows,
         f"update.minibatches {run.update.minibatches} exceeds the {rows} samples of a step.",
     )

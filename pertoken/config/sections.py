@@ -182,6 +182,22 @@ class FileTask(Data):
     """Decides which rows fall into which split."""
 
 
+class FunctionTask(Data):
+    """A task that a function makes; further keys are its parameters."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"] = "function"
+    fn: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`module:function`, which returns a task (`pertoken.integrations.reasoning_gym:load_task`, or one of your own)."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most this many items per split."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
 class Reinforcement(Section):
     """Learn from samples of its own and what rewards say of them; `credit` and `objective` say how."""
 
@@ -297,6 +313,21 @@ class MaskConfig(Section):
     """Make it the policy of now after every so many steps."""
 
 
+class TurnsConfig(Section):
+    """Several turns in each episode: a tool or a user answers the policy, and what it says is no action. Held-out
+    answers are the last turn of such a conversation."""
+
+    fn: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`module:name` of a class or function that makes who answers: an object with `reply(item, messages)`."""
+    parameters: dict[str, Any] = Field(default={})
+    """What it is made with."""
+    max_turns: int = Field(default=2, ge=1)
+    """Most turns of the policy; where the environment would go on, the episode is truncated. sampling.max_new_tokens
+    bounds each turn."""
+    go_on_when_cut: bool = False
+    """Go on behind a turn that its budget of tokens has cut off."""
+
+
 class RolloutConfig(Section):
     """What is sampled in each step."""
 
@@ -316,6 +347,8 @@ class RolloutConfig(Section):
     mask: MaskConfig | None = None
     """Restrict what may be sampled by an older copy of the policy; a second model in memory and in each step of
     decoding, and the engine must be native. null asks the policy alone."""
+    turns: TurnsConfig | None = None
+    """Let an environment answer, and the policy go on; null samples one turn."""
     engine: Literal["native", "transformers"] = "native"
     """Who generates: the engine made for rollouts, or plain transformers.generate, which is slower and takes any model
     that can generate; both draw the same tokens."""
@@ -633,7 +666,7 @@ def _task_type(values: Any) -> str:
     return str(values.get("type") or next((kind for key, kind in _TOLD_BY.items() if key in values), "docstrings"))
 
 
-_TOLD_BY = {"path": "file", "tasks": "mixture"}
+_TOLD_BY = {"path": "file", "tasks": "mixture", "fn": "function"}
 """What a section without a type is of, by a key in it."""
 
 
@@ -652,6 +685,10 @@ class DocstringsMember(Member, DocstringsTask):
 
 class FileMember(Member, FileTask):
     """Your own data, as one of several tasks."""
+
+
+class FunctionMember(Member, FunctionTask):
+    """A task that a function makes, as one of several."""
 
 
 class ProgressConfig(Section):
@@ -673,7 +710,9 @@ class MixtureTask(Section):
     tasks: dict[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")],
         Annotated[
-            Annotated[DocstringsMember, Tag("docstrings")] | Annotated[FileMember, Tag("file")],
+            Annotated[DocstringsMember, Tag("docstrings")]
+            | Annotated[FileMember, Tag("file")]
+            | Annotated[FunctionMember, Tag("function")],
             Discriminator(_task_type),
         ],
     ] = Field(min_length=1)
@@ -688,7 +727,8 @@ class MixtureTask(Section):
 TaskConfig = Annotated[
     Annotated[DocstringsTask, Tag("docstrings")]
     | Annotated[FileTask, Tag("file")]
-    | Annotated[MixtureTask, Tag("mixture")],
+    | Annotated[MixtureTask, Tag("mixture")]
+    | Annotated[FunctionTask, Tag("function")],
     Discriminator(_task_type),
 ]
 

@@ -40,6 +40,7 @@ from pertoken.rewards.knowledge import Documents, Facts
 from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.names import make, resolve
 from pertoken.rewards.perplexity import Perplexity
+from pertoken.rewards.personal_data import PersonalData
 from pertoken.rewards.prime import Prime
 from pertoken.rewards.readability import Readability
 from pertoken.rewards.rules import Length, Overlong, Repetition
@@ -82,6 +83,7 @@ __all__ = [
     "Opinions",
     "Overlong",
     "Perplexity",
+    "PersonalData",
     "Prime",
     "Readability",
     "Repetition",

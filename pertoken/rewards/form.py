@@ -50,7 +50,7 @@ class Format(SampleReward):
 
     @cached_property
     def _pattern(self) -> Any:
-        return None if self.pattern is None else _compile(self.pattern, "format.pattern")
+        return None if self.pattern is None else compile_pattern(self.pattern, "format.pattern")
 
     @cached_property
     def _parts(self) -> list[Any]:
@@ -58,7 +58,7 @@ class Format(SampleReward):
 
     @cached_property
     def _within(self) -> Any:
-        return None if self.within is None else _compile(self.within, "format.within")
+        return None if self.within is None else compile_pattern(self.within, "format.within")
 
     @cached_property
     def _validator(self) -> Any:
@@ -79,19 +79,19 @@ class Format(SampleReward):
         return place_spans(self.findings(sample) if sample.tokens else [], sample)
 
     def _whole(self, text: str) -> ScoredSpan:
-        if _in_time(self._pattern.fullmatch, text):
+        if in_time(self._pattern.fullmatch, text):
             return ScoredSpan(0, len(text), self.reward, "matches the pattern")
         # A beginning that can still become a match has only such beginnings itself: the first that cannot is bisected.
         low, high = 0, len(text) + 1
         while low + 1 < high:
             middle = (low + high) // 2
-            viable = _in_time(self._pattern.fullmatch, text[:middle], partial=True)
+            viable = in_time(self._pattern.fullmatch, text[:middle], partial=True)
             low, high = (middle, high) if viable else (low, middle)
         reason = "ends before the pattern is complete" if low == len(text) else "leaves the pattern here"
         return ScoredSpan(low, min(low + 1, len(text)), -self.cost, reason)
 
     def _part(self, text: str, part: Any, share: float) -> ScoredSpan:
-        match = _in_time(part.search, text)
+        match = in_time(part.search, text)
         if match is None:
             return ScoredSpan(len(text), len(text), -self.cost * share, f"no {part.pattern!r} in the text")
         return ScoredSpan(match.start(), match.end(), self.reward * share, f"has {part.pattern!r}")
@@ -100,7 +100,7 @@ class Format(SampleReward):
         spans = [(0, len(text))]
         if self._within is not None:
             group = min(self._within.groups, 1)
-            matches = _in_time(lambda text, **limit: list(self._within.finditer(text, **limit)), text)
+            matches = in_time(lambda text, **limit: list(self._within.finditer(text, **limit)), text)
             spans = [match.span(group) for match in matches if match.start(group) >= 0]
         if not spans:
             return [ScoredSpan(len(text), len(text), -self.cost, f"no {self.within!r} in the text")]
@@ -192,10 +192,10 @@ class Banned(SampleReward):
 
     def findings(self, sample: Sample) -> list[ScoredSpan]:
         """One span per hit, in the order of the text."""
-        hits = [match.span() for pattern in self._patterns for match in _in_time(_all_of(pattern), sample.text)]
+        hits = [match.span() for pattern in self._patterns for match in in_time(_all_of(pattern), sample.text)]
         if self._words is not None:
             text, places = self._fold(sample.text)
-            for match in _in_time(_all_of(self._words), text):
+            for match in in_time(_all_of(self._words), text):
                 hits.append((places[match.start()], places[match.end() - 1] + 1))
         return [
             ScoredSpan(start, stop, -self.cost, f"banned: {sample.text[start:stop]!r}")
@@ -218,7 +218,8 @@ def _all_of(pattern: Any) -> Any:
     return lambda text, **limit: list(pattern.finditer(text, **limit))
 
 
-def _in_time(search: Any, text: str, **options: Any) -> Any:
+def in_time(search: Any, text: str, **options: Any) -> Any:
+    """What the search for a pattern in `text` finds; RewardError if it takes longer than `SECONDS`."""
     try:
         return search(text, timeout=SECONDS, **options)
     except TimeoutError as error:
@@ -228,7 +229,8 @@ def _in_time(search: Any, text: str, **options: Any) -> Any:
         ) from error
 
 
-def _compile(pattern: Any, where: str, flags: int = 0) -> Any:
+def compile_pattern(pattern: Any, where: str, flags: int = 0) -> Any:
+    """The regular expression; ConfigError, which begins with `where` in the configuration, if it is none."""
     if not isinstance(pattern, str):
         raise ConfigError(f"{where}: expected a regular expression (text), got {pattern!r}")
     try:
@@ -242,7 +244,7 @@ def _compile(pattern: Any, where: str, flags: int = 0) -> Any:
 
 def _compile_all(patterns: Any, where: str, flags: int = 0) -> list[Any]:
     _refuse_text(patterns, where, "regular expressions")
-    return [_compile(pattern, f"{where}.{k}", flags) for k, pattern in enumerate(patterns)]
+    return [compile_pattern(pattern, f"{where}.{k}", flags) for k, pattern in enumerate(patterns)]
 
 
 def _refuse_text(values: Any, where: str, kind: str) -> None:

@@ -27,6 +27,7 @@ BUILT_IN = {
     "overlong": "pertoken.rewards.rules:Overlong",
     "format": "pertoken.rewards.form:Format",
     "banned": "pertoken.rewards.form:Banned",
+    "personal_data": "pertoken.rewards.personal_data:PersonalData",
     "distinct": "pertoken.rewards.diversity:Distinct",
     "self_bleu": "pertoken.rewards.diversity:SelfBleu",
     "perplexity": "pertoken.rewards.perplexity:Perplexity",
@@ -86,20 +87,32 @@ def make(name: str, parameters: Mapping[str, Any], where: str) -> Reward:
         raise ConfigError(f"{where} ({name}): {error}") from error
 
 
-def load_attribute(path: str, name: str) -> Any:
-    """What `path`, module:attribute, names; `name` is how the configuration calls it."""
+def load_attribute(path: str, name: str, kind: str = "reward") -> Any:
+    """What `path`, module:attribute, names; `name` is how the configuration calls it, and `kind` what it should be."""
     module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(
-            f"reward {name!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); "
+            f"{kind} {name!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); "
             f"is its folder on PYTHONPATH?"
         ) from error
     if not hasattr(module, attribute):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"reward {name!r}: module {module_name!r} has no {attribute!r}; {closest(attribute, known)}")
+        raise ConfigError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}; {closest(attribute, known)}")
     return getattr(module, attribute)
+
+
+def make_with(path: str, parameters: Mapping[str, Any], kind: str) -> Any:
+    """What the class or function at `path`, module:attribute, makes of `parameters`; ConfigError if it takes others."""
+    maker = load_attribute(path, path, kind)
+    if not callable(maker):
+        raise ConfigError(f"{kind} {path!r}: expected a class or function, got {type(maker).__name__}")
+    try:
+        inspect.signature(maker).bind(**parameters)
+    except TypeError as error:
+        raise ConfigError(f"{kind} {path!r}: {error}; its signature is {inspect.signature(maker)}") from error
+    return maker(**parameters)
 
 
 def _bind(name: str, reward: Any, /, **parameters: Any) -> Reward:

@@ -39,6 +39,11 @@ class TransformersEngine:
         self.portion = Portion("rollout", max_rows, "rows of a rollout")
         self._start = decoder_start(self._model)
 
+    @property
+    def reads_apart(self) -> bool:
+        """See `NativeEngine.reads_apart`."""
+        return bool(self._start)
+
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy the trained parameters into the engine's model; nothing to copy if it is the policy's own."""
         if not self._shares_weights:

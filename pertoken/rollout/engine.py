@@ -99,6 +99,11 @@ class NativeEngine:
         if fused is None and not agrees(self.decoder, self._hf, tolerance=1e-3 if dtype is None else 0.3):
             self.decoder = RecomputingDecoder(self._hf, head_logits)
 
+    @property
+    def reads_apart(self) -> bool:
+        """Whether an encoder reads the prompt, so that a completion cannot be gone on from."""
+        return bool(self._start)
+
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy the trained parameters into the engine's model; nothing to copy if it is the policy's own."""
         copy_parameters(weights, self._model)

@@ -1,0 +1,218 @@
+"""Several turns in one episode: the policy speaks, a tool or a user answers, the policy goes on.
+
+What the environment says stands in the episode and is no action: it gets no log-prob, no credit, and takes no time.
+Everything behind the rollout (scoring, rewards, credit, losses) steps over it.
+
+    prompt  action action  observation observation  action action action
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from pertoken.errors import ConfigError, ModelError, RewardError
+from pertoken.prompts import prompt_ids
+from pertoken.rewards import ScoredSpan
+from pertoken.rewards.align import align, spread
+from pertoken.rollout.collect import sample_seed
+from pertoken.rollout.engine import RolloutEngine
+from pertoken.sampling import Controls
+from pertoken.types import Completion, Episode, Item, Message, Span, StopReason
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an environment makes of a turn."""
+
+    text: str | None = None
+    """What it says, as it is put before the model; None ends the episode."""
+    role: str = "user"
+    """Who says it, for the chat template: user, or tool where the template knows tools."""
+    reward: float | Sequence[ScoredSpan] = 0.0
+    """What the turn earned: a number, on its last token, or ranges of its text, each on its own tokens."""
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """Who answers the policy: a tool, a simulated user, a game. It keeps nothing: all that was said is told it."""
+
+    def reply(self, item: Item, messages: Sequence[Message]) -> Reply | str | None:
+        """What is said to the last of `messages`, which the policy has just written; None ends the episode."""
+        ...
+
+
+def converse(
+    engine: RolloutEngine,
+    items: Sequence[Item],
+    tokenizer: Any,
+    controls: Controls,
+    *,
+    environment: Environment,
+    max_turns: int,
+    context_length: int,
+    go_on_when_cut: bool = False,
+    samples_per_prompt: int = 1,
+    run_seed: int = 0,
+    step: int = 0,
+) -> list[Episode]:
+    """`samples_per_prompt` episodes of up to `max_turns` turns for each item; those of an item form a group.
+
+    `controls.sampling.max_new_tokens` bounds each turn; a turn that it cuts off is the last, unless `go_on_when_cut`.
+    A chat prompt goes on through the model's chat template, behind a prompt of plain text the replies stand as they
+    are. An episode has ended by itself if the environment ended it behind a turn that ended by itself; it is truncated
+    if a turn was cut off, if the environment would have gone on after `max_turns`, or if its reply does not fit into
+    `context_length` tokens. It always ends with an action. What the environment pays is `Episode.env_rewards`, the part
+    `env` of the reward.
+
+    Raises ConfigError for sampling.min_new_tokens, which would be counted over all turns, and ModelError for
+    encoder-decoder models, which cannot go on from what they have written.
+    """
+    if max_turns < 1:
+        raise ConfigError(f"max_turns is {max_turns}: expected at least 1")
+    if controls.sampling.min_new_tokens:
+        raise ConfigError("sampling.min_new_tokens has no meaning in several turns: leave it out")
+    if getattr(engine, "reads_apart", False):
+        raise ModelError("an encoder-decoder model cannot go on from what it has written: use a causal model for turns")
+    talks = [
+        _Talk(item, group, sample, prompt_ids(item, tokenizer))
+        for group, item in enumerate(items)
+        for sample in range(samples_per_prompt)
+    ]
+    live = talks
+    while live:
+        seeds = [talk.seed(run_seed, step) for talk in live]
+        completions = engine.generate([talk.tokens for talk in live], controls, seeds=seeds)
+        for talk, completion in zip(live, completions, strict=True):
+            talk.turn(completion, environment, tokenizer, last=max_turns, room=context_length, go_on=go_on_when_cut)
+        live = [talk for talk in live if talk.stop is None]
+    return [talk.episode(step, engine.version) for talk in talks]
+
+
+@dataclass
+class _Talk:
+    """One episode on its way."""
+
+    item: Item
+    group: int
+    sample: int
+    tokens: list[int]
+    stop: StopReason | None = None
+    turns: int = 0
+    messages: list[Message] = field(default_factory=list)
+    action_mask: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] | None = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    support: list[np.ndarray[Any, np.dtype[np.uint8]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        prompt, ids = self.item.prompt, self.tokens
+        self.messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        self.tokens = []
+        self._given(ids, "prompt")
+
+    def seed(self, run_seed: int, step: int) -> int:
+        """Of the next turn; the first one is that of a single turn."""
+        name = f"{self.item.id}/turn {self.turns + 1}" if self.turns else self.item.id
+        return sample_seed(run_seed, step, name, self.sample)
+
+    def turn(
+        self, said: Completion, environment: Environment, tokenizer: Any, *, last: int, room: int, go_on: bool
+    ) -> None:
+        """Write down what the policy said, and what the environment makes of it."""
+        start = len(self.tokens)
+        self.turns += 1
+        self._chosen(said)
+        text = align(said.tokens, tokenizer)
+        self.messages.append({"role": "assistant", "content": text.text})
+        reply = environment.reply(self.item, tuple(self.messages))
+        reply = reply if isinstance(reply, Reply) else Reply(reply)
+        self._pay(reply.reward, start, text)
+        if reply.text is None or said.stop == "context" or (said.stop == "length" and not go_on):
+            self.stop = said.stop
+        elif self.turns == last:
+            self.stop = "length"
+        else:
+            message = {"role": reply.role, "content": reply.text}
+            ids = self._between(message, said, tokenizer)
+            if len(self.tokens) + len(ids) >= room:
+                self.stop = "context"
+            else:
+                self.messages.append(message)
+                self._given(ids, "observation")
+
+    def episode(self, step: int, version: int) -> Episode:
+        assert self.stop is not None
+        return Episode(
+            id=f"{step}/{self.item.id}/{self.sample}", item=self.item, group=self.group, tokens=self.tokens,
+            action_mask=self.action_mask, logprobs=self.logprobs, env_rewards=self.rewards, spans=self.spans,
+            stop=self.stop, policy_version=(version, version),
+            info={"turns": self.turns}, support=np.concatenate(self.support) if self.support else None,
+            entropies=self.entropies,
+        )  # fmt: skip
+
+    def _given(self, ids: Sequence[int], role: Any) -> None:
+        """Tokens that the policy did not choose."""
+        self._write(ids, [0.0] * len(ids), [0.0] * len(ids), acts=False)
+        self.spans.append(Span(len(self.tokens) - len(ids), len(self.tokens), role, self.turns))
+
+    def _chosen(self, said: Completion) -> None:
+        """Tokens that it did."""
+        self._write(said.tokens, said.logprobs, said.entropies, acts=True)
+        self.spans.append(Span(len(self.tokens) - len(said.tokens), len(self.tokens), "action", self.turns))
+        if said.support is not None:
+            self.support.append(said.support)
+
+    def _write(
+        self, ids: Sequence[int], logprobs: Sequence[float], entropies: Sequence[float] | None, *, acts: bool
+    ) -> None:
+        self.tokens = [*self.tokens, *ids]
+        self.action_mask += [acts] * len(ids)
+        self.logprobs += logprobs
+        self.rewards += [0.0] * len(ids)
+        self.entropies = None if entropies is None or self.entropies is None else [*self.entropies, *entropies]
+
+    def _pay(self, reward: float | Sequence[ScoredSpan], start: int, text: Any) -> None:
+        """Put what the turn that begins at token `start` has earned on its tokens."""
+        if not isinstance(reward, Sequence):
+            self.rewards[-1] += float(reward)
+            return
+        for span in reward:
+            if not 0 <= span.start <= span.stop <= len(text.text):
+                raise RewardError(
+                    f"the environment, item {self.item.id!r}, turn {self.turns}: {span} lies outside the "
+                    f"{len(text.text)} characters of what the policy said; expected 0 <= start <= stop <= that"
+                )
+            for token, share in spread(text, span.start, span.stop, span.value):
+                self.rewards[start + token] += share
+
+    def _between(self, message: Message, said: Completion, tokenizer: Any) -> list[int]:
+        """The ids that stand between this turn and the next: the message, and what the chat template puts around it.
+
+        What the policy sampled is never tokenised again: the template renders the conversation with a mark in the place
+        of its last turn, and what follows the mark is encoded. An end token that the policy has written itself is not
+        written twice.
+        """
+        if isinstance(self.item.prompt, str) or not tokenizer.chat_template:
+            return list(tokenizer.encode(message["content"], add_special_tokens=False))
+        shown = [*self.messages[:-1], {"role": "assistant", "content": _MARK}, message]
+        try:
+            whole = tokenizer.apply_chat_template(
+                [dict(one) for one in shown], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # whatever a template in Jinja raises
+            raise ModelError(
+                f"item {self.item.id}: the chat template takes no message of the role {message['role']!r} here: {error}"
+            ) from error
+        _, mark, behind = whole.partition(_MARK)
+        if not mark:
+            raise ModelError(f"item {self.item.id}: the chat template leaves out what the assistant said before")
+        ids = list(tokenizer.encode(behind, add_special_tokens=False))
+        return ids[1:] if said.stop == "eos" and ids[:1] == said.tokens[-1:] else ids
+
+
+_MARK = "(what the assistant said: 5f0b7c)"
+"""Stands for the last turn of the policy while a template is rendered."""
