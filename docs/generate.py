@@ -14,15 +14,17 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from typer.testing import CliRunner
 
 from pertoken import cli, errors
 from pertoken.config import RunConfig, Section, explain
 from pertoken.doctor import CHECKS
+from pertoken.families import FAMILIES, bound
 from pertoken.presets import PRESETS
 from pertoken.reward_models import RewardTraining
 from pertoken.search import SearchConfig
@@ -30,6 +32,7 @@ from pertoken.validation import Suite
 
 DOCS = Path(__file__).parent
 GENERATED = (
+    "tasks.md",
     "cli.md",
     "config.md",
     "algorithms.md",
@@ -64,6 +67,7 @@ def marked(text: str) -> str:
             "search-fields": lambda: fields_of(SearchConfig),
             "suite-fields": lambda: fields_of(Suite),
             "algorithms": algorithms,
+            "families": families,
             "checks": checks,
             "module": lambda: module(name),
         }
@@ -196,6 +200,52 @@ def algorithms() -> str:
         lines += [f"- **Differs from the paper**: {preset.differs.rstrip('.')}."]
         lines += [f"- **Needs** {preset.needs}."] if preset.needs else []
     return "\n".join(lines)
+
+
+def families() -> str:
+    """A section for each family of tasks in `pertoken.families`."""
+    lines = list[str]()
+    for name, family in FAMILIES.items():
+        recipe, settings = f"recipes/{name}.yaml", family.settings
+        lines += ["", f"### {family.title}", "", family.about, "", "```bash"]
+        lines += [f"pertoken train {recipe} task.path=my_data.jsonl", "```", ""]
+        lines += ["| what is asked | columns, the first that a row has |", "|---|---|"]
+        for question in family.questions:
+            columns = [" ".join(question.names), *question.columns]
+            lines.append(
+                f"| {_shown(question.ask)} | {', '.join('`' + each.replace(' ', '`+`') + '`' for each in columns)} |"
+            )
+        others = "".join(f"; {_named(layout)}" for layout in family.further)
+        lines += ["", "Then `messages` and other conversations, and a `prompt` that is ready, with `completion`, "]
+        lines[-1] += f"`response`, `reference` or `answer`{others}."
+        lines += ["", "```yaml", _flow(bound(settings, {})), "```"]
+        lines += [f"\nIts rewards need {family.needs}."] if family.needs else []
+    return "\n".join(lines)
+
+
+def _named(layout: Mapping[str, Any]) -> str:
+    """A layout in a few words."""
+    if "messages" in layout:
+        return f"`{layout['messages']}` as messages, with `{layout['answer']}`"
+    words = f", of which {layout['opening']} words are the prompt" if "opening" in layout else " alone"
+    return f"`{layout['prompt']}`{words}"
+
+
+def _shown(ask: str) -> str:
+    return "`" + " / ".join(part for part in ask.split("\n") if part) + "`"
+
+
+def _flow(settings: Mapping[str, Any]) -> str:
+    """Sections as YAML: rewards one a line, the rest in braces."""
+    lines = ["rewards:", *(f"  - {_braces(reward)}" for reward in settings["rewards"])]
+    return "\n".join(
+        [*lines, *(f"{name}: {_braces(section)}" for name, section in settings.items() if name != "rewards")]
+    )
+
+
+def _braces(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+    return text.strip()
 
 
 def fields_of(settings: type[Section]) -> str:

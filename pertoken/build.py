@@ -12,13 +12,16 @@ import numpy as np
 import torch
 
 from pertoken import offline
+from pertoken.augmentation import build_augmentation
 from pertoken.config import (
     AttentionCredit,
     ByWorth,
     CurriculumConfig,
+    Data,
     DocstringsTask,
     FunctionTask,
     KLConfig,
+    Member,
     MixtureTask,
     MonteCarlo,
     OfflineConfig,
@@ -28,6 +31,7 @@ from pertoken.config import (
     SelfCritical,
     TaskConfig,
 )
+from pertoken.config.refusals import OF_FAMILIES
 from pertoken.errors import ConfigError, ModelError, PertokenError, RunFolderError, TaskError, closest
 from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
@@ -65,6 +69,7 @@ from pertoken.tasks.base import SPLITS, ItemTask, Split, Task, batch_of, folded
 from pertoken.tasks.course import Course, Limit, Pool
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
+from pertoken.tasks.layouts import Layout
 from pertoken.tasks.mixture import LearningProgress, evenly, mixed, shares_of
 from pertoken.turns import Environment, converse
 from pertoken.types import Episode, Item
@@ -99,7 +104,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         batch_of(items, 0, size, config.seed)  # or there are too few
     _refuse_unknown_tokens(items, policy)
     if isinstance(task, FileTask):
-        notes += [f"skipped {bad}" for bad in task.bad_rows]
+        notes += [*task.notes, *(f"skipped {bad}" for bad in task.bad_rows)]
     if policy.layout == "padded":
         notes.append("this model's attention cannot be packed: rows are scored one by one and padded, which is slower")
     notes += [
@@ -369,23 +374,28 @@ def _native_engine(policy: Policy, model: Any, max_rows: int, mask: NativeEngine
     )
 
 
-def build_task(config: TaskConfig) -> ItemTask:
-    """The task that the configuration names, its data read and checked."""
+def build_task(config: TaskConfig, *, augment: bool = True) -> ItemTask:
+    """The task that the configuration names, its data read and checked; `augment`: with copies, if it asks for some."""
     if isinstance(config, MixtureTask):
         tasks = dict[str, ItemTask]()
         for name, member in config.tasks.items():
             try:
-                tasks[name] = build_task(member)
+                tasks[name] = build_task(member, augment=augment)
             except TaskError as error:
                 raise TaskError(f"task.tasks.{name}: {error}") from error
         return mixed(tasks)
     if isinstance(config, FunctionTask):
         task = _made_task(config)
         return folded(task, **config.fold.model_dump()) if config.fold else task
-    settings = config.model_dump(exclude={"type", "weight", "metric", "curriculum", "fold"})
-    if config.curriculum and config.curriculum.difficulty and not isinstance(config, DocstringsTask):
-        settings["info"] = tuple(dict.fromkeys((*config.info, config.curriculum.difficulty)))
-    task = load_docstring_task(**settings) if isinstance(config, DocstringsTask) else load_file_task(**settings)
+    settings = config.model_dump(exclude={*Member.model_fields, *Data.model_fields, "type", "family", *OF_FAMILIES})
+    if isinstance(config, DocstringsTask):
+        task = load_docstring_task(**settings)
+    else:
+        asked_for = (config.curriculum and config.curriculum.difficulty, config.balance)
+        settings["info"] = tuple(dict.fromkeys((*config.info, *(c for c in asked_for if c and c != config.answer))))
+        settings["layouts"] = [Layout(**layout.model_dump()) for layout in config.layouts]
+        settings["augment"] = build_augmentation(config.augment) if config.augment and augment else None
+        task = load_file_task(**settings)
     return folded(task, **config.fold.model_dump()) if config.fold else task
 
 
@@ -401,8 +411,11 @@ def build_course(config: RunConfig, items: Sequence[Item], size: int, policy: Po
     """Which of `items` each step takes, `size` at a time; None where that is one pass after the other over all."""
     task, seed = config.task, config.seed
     if not isinstance(task, MixtureTask):
-        curriculum = task.curriculum
-        return Course({"": _pool(items, curriculum, policy)}, {"": 1.0}, size=size, seed=seed) if curriculum else None
+        if task.curriculum is None and task.balance is None:
+            return None
+        classes = _classes(items, task.balance, getattr(task, "answer", None))
+        pools = {name: _pool(found, task.curriculum, policy) for name, found in classes.items()}
+        return Course(pools, dict.fromkeys(pools, 1 / len(pools)), size=size, seed=seed, kind="class")
     by_task: dict[str, list[Item]] = {name: [] for name in task.tasks}
     for item in items:
         by_task[item.task].append(item)
@@ -414,6 +427,17 @@ def build_course(config: RunConfig, items: Sequence[Item], size: int, policy: Po
     pools = {name: _pool(found, task.tasks[name].curriculum, policy) for name, found in by_task.items()}
     progress = LearningProgress(**task.progress.model_dump()) if task.progress else None
     return Course(pools, shares, size=size, seed=seed, progress=progress)
+
+
+def _classes(items: Sequence[Item], column: str | None, answer: str | None) -> dict[str, list[Item]]:
+    """The items by what a column says of them; all under "" without one. `answer` is the column of the answers."""
+    classes: dict[str, list[Item]] = {}
+    for item in items:
+        value = "" if column is None else item.answer if column == answer else item.info.get(column)
+        if value is None or (column is not None and str(value) == ""):
+            raise TaskError(f"item {item.id}: task.balance {column!r}: expected the name of a class, got {value!r}")
+        classes.setdefault(str(value), []).append(item)
+    return dict(sorted(classes.items()))
 
 
 def _pool(items: Sequence[Item], curriculum: CurriculumConfig | None, policy: Policy) -> Pool:
@@ -560,8 +584,11 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
     _refuse_too_long(items, policy, evaluation.sampling)
     _refuse_unknown_tokens(items, policy)
     controls = Controls.resolve(evaluation.sampling, policy.tokenizer, policy.eos_ids)
-    gather = build_turns(config, policy) or collect
-    return Evaluator(items, controls, metric=evaluation.metric, given=given, by_task=by_task, gather=gather), notes
+    return Evaluator(
+        items, controls, metric=evaluation.metric, given=given, by_task=by_task, further=evaluation.further,
+        beside=[part.fixed() for part in build_rewards(evaluation.beside, "evaluation.beside")],
+        language=evaluation.language, gather=build_turns(config, policy) or collect,
+    ), notes  # fmt: skip
 
 
 def _fitting(task: ItemTask, split: Split, policy: Policy, rollout: RolloutConfig) -> tuple[Sequence[Item], list[str]]:

@@ -455,12 +455,14 @@ def data(
     alike: Annotated[float, typer.Option(help="From this similarity on, two prompts say nearly the same.")] = 0.8,
     shown: Annotated[int, typer.Option(help="So many pairs are shown.")] = 10,
 ) -> None:
-    """Look at a task's data: sizes, lengths, answers, prompts that say nearly the same; exit code 1 if any of these is
-    both learnt from and held out."""
+    """Look at a task's data: sizes, lengths, answers, the first item as it is asked, prompts that say nearly the same;
+    exit code 1 if any of these is both learnt from and held out."""
     from pertoken.build import build_task
     from pertoken.tasks.overview import overview
+    from pertoken.tracking.runlog import prompt_text
 
-    found = overview(build_task(_config(settings).task), least=alike)
+    task = build_task(_config(settings).task, augment=False)
+    found = overview(task, least=alike)
     table = Table("split", "items", "characters of prompts: 25%, 50%, 75%, all", "of answers", box=None, pad_edge=False)
     for split, each in found.splits.items():
         lengths = [
@@ -472,6 +474,9 @@ def data(
         if each.classes:
             shares = ", ".join(f"{answer!r} {count / each.items:.0%}" for answer, count in each.classes.items())
             out.print(f"{split}: {shares}", markup=False)
+    for item in task.items("train")[:1]:
+        out.print(f"{item.id} asks {prompt_text(item.prompt)!r}", markup=False)
+        out.print(f"and is answered {item.answer!r}", markup=False)
     for pair in found.alike[:shown]:
         where = f"{pair.first.id} ({pair.splits[0]}) and {pair.second.id} ({pair.splits[1]})"
         out.print(f"{pair.similarity:.0%} alike{' (a leak)' if pair.leaks else ''}: {where}", markup=False)

@@ -1,6 +1,6 @@
 """Held-out quality: the same items, answered by the policy before and after, with intervals and trivial baselines."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +16,8 @@ from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.text_metrics import (
     CORPUS_METRICS,
+    FURTHER_CORPUS_METRICS,
+    FURTHER_ITEM_METRICS,
     ITEM_METRICS,
     bootstrap_mean,
     corpus_metrics,
@@ -72,13 +74,30 @@ class Evaluator:
     """Of a mixture, the metric that each task is followed by: measured on its items alone, as `<metric>/<task>`."""
     gather: Callable[..., list[Episode]] = collect
     """How items become episodes, called as `collect` is; of several turns the last is the answer."""
+    further: Sequence[str] = ()
+    """Further metrics of `text_metrics` that are measured; those that are followed need not be among them."""
+    beside: Sequence[Weighted] = ()
+    """Rewards that the answers are measured by, as `beside/<name>`."""
+    language: str | None = None
+    """Of the answers, by which some metrics cut words."""
 
     def __post_init__(self) -> None:
-        known = (*ITEM_METRICS, *CORPUS_METRICS, PERPLEXITY, *(self.given.names if self.given else ()))
+        further = (*FURTHER_ITEM_METRICS, *FURTHER_CORPUS_METRICS)
+        known = (*ITEM_METRICS, *CORPUS_METRICS, *further, PERPLEXITY, *(self.given.names if self.given else ()))
+        known += tuple(f"beside/{part.name}" for part in self.beside)
         named = {"evaluation.metric": self.metric} | {f"task.tasks.{t}.metric": m for t, m in self.by_task.items()}
         for where, metric in named.items():
             if metric not in known:
                 raise ConfigError(f"{where}: unknown {metric!r}; {closest(metric, known)}")
+        for metric in self.further:
+            if metric not in further:
+                raise ConfigError(f"evaluation.further: unknown {metric!r}; {closest(metric, further)}")
+        item_metrics(["."], [["."]], language=self.language)  # the package that cuts its words is here
+
+    @property
+    def _asked(self) -> set[str]:
+        """The metrics that are measured if they are asked for."""
+        return {*self.further, self.metric, *self.by_task.values()}
 
     def __call__(
         self, engine: RolloutEngine, policy: Policy, reference: Reference | None, rewards: Sequence[Weighted] = ()
@@ -86,7 +105,7 @@ class Evaluator:
         """Measure the weights that `engine` samples from now (`policy` and `reference` score what it says)."""
         episodes = self.gather(engine, self.items, policy.tokenizer, self.controls)
         outputs = [align(e.tokens[_answer_start(e) :], policy.tokenizer).text for e in episodes]
-        per_item, summary = _measure(outputs, self.items)
+        per_item, summary = self._measure(outputs)
         if self.given is not None:
             known = self.given(policy, reference)
             per_item |= known
@@ -97,6 +116,10 @@ class Evaluator:
         scoring = Controls(Sampling(segment=self.controls.sampling.segment))
         batch = to_batch(episodes, scoring, device=str(policy.device))
         old, ref = policy.score(batch), reference.score(batch) if reference else None
+        scene = Scene(batch, episodes, policy.tokenizer, old, ref)
+        for name, values in (score(self.beside, scene).parts if self.beside else {}).items():
+            per_item[f"beside/{name}"] = sums = values.sum(1).tolist()
+            summary["metrics"][f"beside/{name}"], summary["intervals"][f"beside/{name}"] = fmean(sums), _interval(sums)
         nats, counts = -(ref or old).logprobs.sum(1), batch.action_mask.sum(1).clamp_min(1)
         per_item["nats_per_token"] = (nats / counts).tolist()
         summary["metrics"][PERPLEXITY] = float((nats.sum() / counts.sum()).exp())
@@ -111,8 +134,8 @@ class Evaluator:
                 summary["metrics"][name] = float((nats[chosen].sum() / counts[chosen].sum()).exp())
             else:
                 answers = [references_of(self.items[k]) for k in chosen]
-                summary["metrics"][name] = corpus_metrics([outputs[k] for k in chosen], answers)[metric]
-        scene = Scene(batch, episodes, policy.tokenizer, old, ref)
+                of_task = self._of_all([outputs[k] for k in chosen], answers)
+                summary["metrics"][name] = of_task[metric]
         fixed = [part.fixed() for part in rewards]
         parts, found = score(fixed, scene), findings(fixed, scene)
         tokens = token_rows(episodes, token_streams(batch, old, ref, parts), policy.tokenizer)
@@ -133,6 +156,31 @@ class Evaluator:
         ]
         return Evaluation(summary, rows)
 
+    def _measure(self, outputs: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+        """Per-item metrics, and the summary with intervals and what the trivial baselines would get."""
+        references, sources = [references_of(item) for item in self.items], [_source(item) for item in self.items]
+
+        def each(texts: Sequence[str], further: Collection[str]) -> dict[str, list[float]]:
+            return item_metrics(texts, references, further=further, sources=sources, language=self.language)
+
+        per_item = each(outputs, self._asked)
+        summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in per_item.items()}}
+        summary["metrics"] |= self._of_all(outputs, references)
+        summary["intervals"] = {name: _interval(values) for name, values in per_item.items()}
+        trivial = {
+            "first sentence": [first_sentence(s) for s in sources], "copy": sources, "empty": [""] * len(self.items),
+        }  # fmt: skip
+        cheap = self._asked - {"ter", "self_bleu", "corpus_ter"}  # whose time grows with the square of what is copied
+        summary["baselines"] = {
+            name: {metric: fmean(v) for metric, v in each(texts, cheap).items()}
+            | corpus_metrics(texts, references, language=self.language)
+            for name, texts in trivial.items()
+        }
+        return per_item, summary
+
+    def _of_all(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        return corpus_metrics(texts, references, further=self._asked, language=self.language)
+
     def _own(self, item: Item, per_item: Mapping[str, Sequence[float]], k: int) -> dict[str, float]:
         """Of item `k`, the metric that its task is followed by, where it is one of single items."""
         metric = self.by_task.get(item.task, "")
@@ -142,23 +190,6 @@ class Evaluator:
 def _answer_start(episode: Episode) -> int:
     """Where the last turn of the policy begins."""
     return max((span.start for span in episode.spans if span.role == "action"), default=len(episode.tokens))
-
-
-def _measure(outputs: Sequence[str], items: Sequence[Item]) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Per-item metrics, and the summary with intervals and what the trivial baselines would get."""
-    references = [references_of(item) for item in items]
-    per_item = item_metrics(outputs, references)
-    summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in per_item.items()}}
-    summary["metrics"] |= corpus_metrics(outputs, references)
-    summary["intervals"] = {name: _interval(values) for name, values in per_item.items()}
-    sources = [_source(item) for item in items]
-    trivial = {"first sentence": [first_sentence(s) for s in sources], "copy": sources, "empty": [""] * len(items)}
-    summary["baselines"] = {
-        name: {metric: fmean(v) for metric, v in item_metrics(texts, references).items()}
-        | corpus_metrics(texts, references)
-        for name, texts in trivial.items()
-    }
-    return per_item, summary
 
 
 def _interval(values: Sequence[float]) -> list[float]:

@@ -202,7 +202,7 @@ def evaluate(config: RunConfig, *, model: str | None = None, against: str | None
     """
     names = [model or config.policy.model, *([against] if against else [])]
     judge = build.build_policy(config).reference()
-    task = build.build_task(config.task)
+    task = build.build_task(config.task, augment=False)
     rows: list[dict[str, Any]] = []
     for name in names:
         policy = load_policy(config, name)

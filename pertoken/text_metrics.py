@@ -1,4 +1,4 @@
-"""What held-out text is measured by: overlap with the reference, length, repetition, variety.
+"""What held-out text is measured by: overlap with the reference, length, repetition, variety, what it copies or solves.
 
 Pure functions of texts; the scores are those of `rouge-score` and `sacrebleu`, with their own tokenisation.
 What each name means, and which direction is good, stands in `tracking/glossary.py`.
@@ -6,15 +6,16 @@ What each name means, and which direction is good, stands in `tracking/glossary.
 
 import math
 import re
-import string
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+
+from pertoken.answers import UNSPACED, abstains, answer_f1, exact_match, right_steps, solves
+from pertoken.errors import ConfigError
 
 Texts = Sequence[str]
 References = Sequence[Sequence[str]]
@@ -24,10 +25,27 @@ ITEM_METRICS = ("rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "exact_match", 
 """Metrics with one value per item, whose mean over items is reported with an interval."""
 CORPUS_METRICS = ("corpus_bleu", "corpus_chrf", "distinct_1", "distinct_2")
 """Metrics of all texts together."""
+FURTHER_ITEM_METRICS = (
+    "rouge_lsum", "ter", "coverage", "density", "compression", "abstained", "abstention_right", "final_answer",
+    "right_steps",
+)  # fmt: skip
+"""Metrics of single texts that are measured where they are asked for."""
+FURTHER_CORPUS_METRICS = ("corpus_ter", "self_bleu")
+"""The same of all texts together."""
 
 
-def item_metrics(texts: Texts, references: References) -> dict[str, list[float]]:
+def item_metrics(
+    texts: Texts,
+    references: References,
+    *,
+    further: Collection[str] = (),
+    sources: Texts | None = None,
+    language: str | None = None,
+) -> dict[str, list[float]]:
     """Each metric of `ITEM_METRICS`, one value per text; those with a reference only where all items have one.
+
+    further: names of `FURTHER_ITEM_METRICS` beside them; sources: what each text is about, which some of those need;
+    language: of the texts, by which BLEU and TER cut words (`bleu_tokenizer`).
 
     >>> scores = item_metrics(["the cat sat"], [["the cat sat down"]])
     >>> {name: round(scores[name][0], 3) for name in ("rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "words")}
@@ -37,24 +55,43 @@ def item_metrics(texts: Texts, references: References) -> dict[str, list[float]]
     if _comparable(references):
         rouge = [_rouge(text, known) for text, known in zip(texts, references, strict=True)]
         columns |= {name: [scores[name] for scores in rouge] for name in rouge[0]}
-        columns["bleu"] = [_sacrebleu("sentence_bleu", t, list(r)) for t, r in zip(texts, references, strict=True)]
+        cut = {"tokenize": bleu_tokenizer(language)}
+        columns["bleu"] = [
+            _sacrebleu("sentence_bleu", t, list(r), **cut) for t, r in zip(texts, references, strict=True)
+        ]
         columns["chrf"] = [_sacrebleu("sentence_chrf", t, list(r)) for t, r in zip(texts, references, strict=True)]
         for name, measure in (("exact_match", exact_match), ("answer_f1", answer_f1)):
             columns[name] = [max(measure(t, one) for one in r) for t, r in zip(texts, references, strict=True)]
     columns["words"] = [float(len(words(text))) for text in texts]
     columns["repetition"] = [repetition(text) for text in texts]
+    for name in (name for name in FURTHER_ITEM_METRICS if name in further):
+        if name in _OF_SOURCE:
+            columns[name] = [_OF_SOURCE[name](t, source) for t, source in zip(texts, sources or (), strict=True)]
+        elif name in _OF_TEXT:
+            columns[name] = [_OF_TEXT[name](text) for text in texts]
+        elif _comparable(references):
+            columns[name] = [_against(name, t, list(r), language) for t, r in zip(texts, references, strict=True)]
     return columns
 
 
-def corpus_metrics(texts: Texts, references: References) -> dict[str, float]:
-    """Each metric of `CORPUS_METRICS`; those with a reference only where all items have one."""
+def corpus_metrics(
+    texts: Texts, references: References, *, further: Collection[str] = (), language: str | None = None
+) -> dict[str, float]:
+    """Each metric of `CORPUS_METRICS`; those with a reference only where all items have one.
+
+    further: names of `FURTHER_CORPUS_METRICS` beside them; language: as for `item_metrics`.
+    """
     columns: dict[str, float] = {}
     if _comparable(references):
         deepest = max(map(len, references))
         # sacrebleu wants one list per reference number; a text with fewer references repeats its first.
         by_number = [[known[n] if n < len(known) else known[0] for known in references] for n in range(deepest)]
-        columns["corpus_bleu"] = _sacrebleu("corpus_bleu", list(texts), by_number)
+        columns["corpus_bleu"] = _sacrebleu("corpus_bleu", list(texts), by_number, tokenize=bleu_tokenizer(language))
         columns["corpus_chrf"] = _sacrebleu("corpus_chrf", list(texts), by_number)
+        if "corpus_ter" in further:
+            columns["corpus_ter"] = _sacrebleu("corpus_ter", list(texts), by_number, **_ter_settings(language))
+    if "self_bleu" in further:
+        columns["self_bleu"] = self_bleu(texts, language=language)
     return columns | {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
 
 
@@ -62,45 +99,6 @@ def _comparable(references: References) -> bool:
     if any(isinstance(known, str) for known in references):
         raise ValueError("references: expected a list of texts for each text, got a plain string")
     return bool(references) and all(references)
-
-
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-"""Chinese and Japanese set no spaces: each of their characters counts as a word."""
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def answer_words(text: str) -> list[str]:
-    """What counts of an answer: words in small letters, without English articles and ASCII punctuation.
-
-    Those of SQuAD's script (Rajpurkar et al. 2016, https://aclanthology.org/D16-1264), and of Chinese and Japanese each
-    character by itself.
-
-    >>> answer_words("The U.S. Navy!"), answer_words("在 1999 年")
-    (['us', 'navy'], ['在', '1999', '年'])
-    """
-    bare = re.sub(r"\b(?:a|an|the)\b", " ", text.lower().translate(_NO_PUNCTUATION))
-    return re.sub(f"([{_UNSPACED}])", r" \1 ", bare).split()
-
-
-def exact_match(text: str, reference: str) -> float:
-    """1 if both say the same words in the same order, as `answer_words` counts them, else 0.
-
-    >>> exact_match("the cat.", "Cat"), exact_match("a cat sat", "cat")
-    (1.0, 0.0)
-    """
-    return float(answer_words(text) == answer_words(reference))
-
-
-def answer_f1(text: str, reference: str) -> float:
-    """F1 of the words that two answers share, each as often as both have it; without words in one of them, exact match.
-
-    >>> answer_f1("in the city of Paris", "Paris, France"), answer_f1("", "")
-    (0.3333333333333333, 1.0)
-    """
-    said, known = Counter(answer_words(text)), Counter(answer_words(reference))
-    if not said or not known:
-        return float(said == known)
-    return 2 * (said & known).total() / (said.total() + known.total())
 
 
 def repetition(text: str, n: int = 3) -> float:
@@ -210,7 +208,7 @@ def t_quantile(degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(low)
 
 
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[.,'’-][^\W{_UNSPACED}]+)*")
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:[.,'’-][^\W{UNSPACED}]+)*")
 
 
 def words(text: str) -> list[str]:
@@ -241,8 +239,129 @@ def _rouge(text: str, references: Sequence[str]) -> dict[str, float]:
     return {name: float(max(score[key].fmeasure for score in scores)) for name, key in names.items()}
 
 
-def _sacrebleu(function: str, texts: Any, references: Any) -> float:
+def _sacrebleu(function: str, texts: Any, references: Any, **settings: Any) -> float:
     import sacrebleu
 
     measure: Callable[..., Any] = getattr(sacrebleu, function)
-    return float(measure(texts, references).score)
+    try:
+        return float(measure(texts, references, **settings).score)
+    except RuntimeError as error:  # how its tokenisers say that the package of a dictionary is missing
+        raise ConfigError(f"{function} with {settings}: {' '.join(str(error).split())}") from error
+
+
+def bleu_tokenizer(language: str | None) -> str:
+    """The tokeniser of sacrebleu for BLEU in a language (`zh`, `zh-CN`, `zho_Hans` ...).
+
+    `zh` for Chinese, `ja-mecab` and `ko-mecab` for Japanese and Korean (which need `pip install 'sacrebleu[ja]'` or
+    `[ko]`), `13a` for all others and for None, as sacrebleu itself chooses.
+
+    >>> [bleu_tokenizer(name) for name in ("de", "zho_Hans", "ja", "ko-KR", None)]
+    ['13a', 'zh', 'ja-mecab', 'ko-mecab', '13a']
+    """
+    return _TOKENIZERS.get(_base(language), "13a")
+
+
+_TOKENIZERS = {
+    "zh": "zh", "zho": "zh", "cmn": "zh", "yue": "zh", "ja": "ja-mecab", "jpn": "ja-mecab", "ko": "ko-mecab",
+    "kor": "ko-mecab",
+}  # fmt: skip
+
+
+def _base(language: str | None) -> str:
+    return re.split("[-_]", language or "")[0].lower()
+
+
+def _ter_settings(language: str | None) -> dict[str, bool]:
+    """Characters of Chinese and Japanese are words of TER, which Tercom otherwise takes a sentence of for one."""
+    return dict.fromkeys(("normalized", "asian_support"), _TOKENIZERS.get(_base(language)) in ("zh", "ja-mecab"))
+
+
+def _against(name: str, text: str, references: list[str], language: str | None) -> float:
+    """One of the further metrics that compare with references."""
+    if name == "ter":
+        return _sacrebleu("sentence_ter", text, references, **_ter_settings(language))
+    if name == "rouge_lsum":
+        return float(max(_summary_scorer().score(known, text)["rougeLsum"].fmeasure for known in references))
+    if name == "final_answer":
+        return solves(text, references)
+    return float(abstains(text) == any(map(abstains, references)))
+
+
+@cache
+def _summary_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeLsum"])
+
+
+def fragments(text: str, source: str) -> list[int]:
+    """Lengths, in words, of the pieces of `text` that are copied from `source`, each as long as it can be.
+
+    From left to right, as Grusky et al. 2018 (https://aclanthology.org/N18-1065, fig. 3) define extractive fragments.
+
+    >>> fragments("the cat sat on a mat", "A mat! The cat sat.")
+    [3, 2]
+    """
+    said, read = words(text), words(source)
+    places: dict[str, list[int]] = {}
+    for place, word in enumerate(read):
+        places.setdefault(word, []).append(place)
+    found, at = list[int](), 0
+    while at < len(said):
+        longest = max((_common(said, at, read, place) for place in places.get(said[at], ())), default=0)
+        found += [longest] if longest else []
+        at += max(longest, 1)
+    return found
+
+
+def _common(one: Sequence[str], i: int, other: Sequence[str], j: int) -> int:
+    length = 0
+    while i + length < len(one) and j + length < len(other) and one[i + length] == other[j + length]:
+        length += 1
+    return length
+
+
+def coverage(text: str, source: str) -> float:
+    """Share of the words of `text` that are in a fragment copied from `source`; 0 without words."""
+    return sum(fragments(text, source)) / max(len(words(text)), 1)
+
+
+def density(text: str, source: str) -> float:
+    """Mean length of the fragment that a word of `text` is copied in: long where whole sentences are.
+
+    >>> density("the cat sat on a mat", "A mat! The cat sat.")  # (3² + 2²) / 6
+    2.1666666666666665
+    """
+    return sum(length**2 for length in fragments(text, source)) / max(len(words(text)), 1)
+
+
+def compression(text: str, source: str) -> float:
+    """Words of `source` per word of `text`; 0 for a text without words."""
+    said = len(words(text))
+    return len(words(source)) / said if said else 0.0
+
+
+_OF_SOURCE: dict[str, Callable[[str, str], float]] = {
+    "coverage": coverage, "density": density, "compression": compression,
+}  # fmt: skip
+_OF_TEXT: dict[str, Callable[[str], float]] = {
+    "abstained": lambda text: float(abstains(text)), "right_steps": right_steps,
+}  # fmt: skip
+
+
+MOST_ALIKE = 100
+"""So many texts are compared with each other."""
+
+
+def self_bleu(texts: Texts, *, language: str | None = None) -> float:
+    """Mean BLEU (0 to 100) of each text against all others: high where texts are alike; 0 for a single one.
+
+    Of the first `MOST_ALIKE` texts, since it takes their number squared. Zhu et al. 2018,
+    https://arxiv.org/abs/1802.01886.
+    """
+    texts = texts[:MOST_ALIKE]
+    if len(texts) < 2:
+        return 0.0
+    cut = {"tokenize": bleu_tokenizer(language)}
+    scores = (_sacrebleu("sentence_bleu", t, [*texts[:k], *texts[k + 1 :]], **cut) for k, t in enumerate(texts))
+    return fmean(scores)

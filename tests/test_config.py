@@ -87,6 +87,10 @@ def test_mistakes_are_named_with_their_place(override, words):
         (["kl.target=3", "kl.place=none"], "set kl.place to reward or loss"),
         (["rollout.sampling.min_new_tokens=99"], "min_new_tokens 99 exceeds max_new_tokens 64"),
         (["rollout.sampling.stop=['']"], "an empty string"),
+        (["task.path=x.jsonl", "task.target_language=de"], "task.target_language says how a family asks"),
+        (["task={tasks: {a: {path: x, balance: c}}}"], "task.balance takes as many items of each class"),
+        (["task={path: x, layouts: [{answer: a}]}"], "a layout has either `prompt`, a template, or `messages`"),
+        (["task={path: x, layouts: [{prompt: '{a}', answer: a, opening: 2}]}"], "opening divides the column"),
         (["algorithm=dppo", "objective.level=sequence"], "dppo bounds each token by itself: level token, not sequence"),
     ],
 )

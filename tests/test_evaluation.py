@@ -13,7 +13,8 @@ from pertoken.rewards import Weighted, episode_reward
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
-from pertoken.text_metrics import item_metrics
+from pertoken.text_metrics import FURTHER_CORPUS_METRICS, FURTHER_ITEM_METRICS, compression, item_metrics
+from pertoken.tracking.glossary import HELD_OUT, find
 from pertoken.types import Item
 
 ITEMS = [
@@ -92,3 +93,50 @@ def test_each_token_of_each_answer_has_its_streams(result):
 def test_an_unknown_metric_is_refused():
     with pytest.raises(ConfigError, match="did you mean 'rouge_l'"):
         Evaluator(ITEMS, Controls(), "rougel")
+
+
+@pytest.fixture
+def evaluated():
+    """`evaluated(**settings)`: the evaluation of a tiny model by an evaluator with these settings."""
+
+    def evaluate(metric="rouge_l", **settings):
+        tokenizer = byte_tokenizer()
+        policy = Policy(tiny_model(seed=1), tokenizer, precision="float32")
+        engine = NativeEngine(policy.model, tokenizer, head_logits=head_logits)
+        controls = Controls.resolve(Sampling(temperature=0.0, max_new_tokens=10), tokenizer, (256,))
+        return Evaluator(ITEMS, controls, metric, **settings)(engine, policy, None)
+
+    return evaluate
+
+
+def test_further_metrics_are_measured_where_asked_for_or_followed(evaluated):
+    plain = evaluated()
+    assert not {"coverage", "self_bleu", "ter"} & set(plain.summary["metrics"])
+    found = evaluated("compression", further=("coverage", "self_bleu", "ter"))
+    assert {"coverage", "self_bleu", "ter", "compression"} <= set(found.summary["metrics"])
+    for row, source in zip(found.rows, ("one two", "Three is odd. Four is not."), strict=True):
+        assert row["metrics"]["compression"] == compression(row["output"], source)
+    copied = found.summary["baselines"]["copy"]
+    assert copied["coverage"] == copied["compression"] == 1
+    assert "ter" not in copied
+
+
+def test_rewards_beside_measure_what_is_held_out_and_may_be_followed(evaluated):
+    found = evaluated("beside/length", beside=[Weighted(length, 2.0, "length").fixed()])
+    assert found.summary["main"] == "beside/length"
+    sums = [2.0 * len(row["output"]) for row in found.rows]
+    assert [row["metrics"]["beside/length"] for row in found.rows] == pytest.approx(sums)
+    assert found.summary["metrics"]["beside/length"] == pytest.approx(sum(sums) / 2)
+    assert "beside/length" in found.summary["intervals"]
+    assert "reward/length" not in found.rows[0]["streams"]
+    assert find("beside/length", HELD_OUT).better == "higher"
+
+
+def test_an_unknown_further_metric_is_refused():
+    with pytest.raises(ConfigError, match=r"evaluation.further: unknown 'converage'; did you mean 'coverage'"):
+        Evaluator(ITEMS, Controls(), "rouge_l", further=("converage",))
+
+
+@pytest.mark.parametrize("name", [*FURTHER_ITEM_METRICS, *FURTHER_CORPUS_METRICS])
+def test_every_further_metric_is_in_the_glossary(name):
+    assert name in HELD_OUT

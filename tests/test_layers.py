@@ -20,6 +20,7 @@ STAGES = {"policy", "rollout", "rewards", "batching"}
 MAY: dict[str, set[str]] = {
     # what everyone may know
     "errors": set(),
+    "answers": set(),
     "cache": set(),
     "native": {"cache"},
     "memory": {"native"},
@@ -58,9 +59,10 @@ MAY: dict[str, set[str]] = {
     **{maths: {"types"} for maths in MATHS},
     # beside the stages
     "presets": set(),
-    "config": {"errors", "schedule", "sampling", "presets"},
-    "text_metrics": {"errors", "types"},
-    "tasks": {"errors", "sampling", "types", "rows"},
+    "families": {"errors", "answers", "text_metrics"},
+    "config": {"errors", "schedule", "sampling", "presets", "families"},
+    "text_metrics": {"errors", "types", "answers"},
+    "tasks": {"errors", "answers", "sampling", "types", "rows"},
     "tracking": {"errors", "types", "text_metrics"},
     "testing": {"errors", "types"},
     # what joins them
@@ -90,6 +92,7 @@ MAY: dict[str, set[str]] = {
         *(STAGES | MATHS),
     },
 }
+MAY["rewards"] = MAY["rewards"] | {"answers"}
 MAY["weights"] = MAY["balance"] = MAY["trust_region"] = set()
 MAY["replay"] = {"types", "rollout"}
 MAY["trainer"] |= {"weights", "balance", "replay", "trust_region"}
@@ -112,7 +115,10 @@ MAY["updating"] = {
 }
 MAY["trainer"] = MAY["trainer"] - {"balance", "trust_region"} | {"assignment", "state", "resampling", "updating"}
 MAY["offline"] = MAY["trainer"] | {"trainer"}
-MAY["build"] = MAY["offline"] | {"offline", "text_metrics", "forward"}
+MAY["augmentation"] = {
+    *("errors", "cache", "sampling", "types", "config", "tasks", "policy", "rollout", "rewards"),
+}
+MAY["build"] = MAY["offline"] | {"offline", "text_metrics", "forward", "augmentation"}
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
 MAY["run"] = MAY["build"] | {"build", "doctor"}

@@ -12,7 +12,7 @@ import torch
 from pertoken import build, run, updating
 from pertoken.balance import pcgrad
 from pertoken.batching import to_batch
-from pertoken.config import RunConfig, load_config
+from pertoken.config import RunConfig, load_config, validate
 from pertoken.doctor.examination import small
 from pertoken.errors import ConfigError, TaskError
 from pertoken.evaluation import Evaluation
@@ -290,3 +290,35 @@ def test_the_doctor_takes_few_items_of_each(values):
     task = small(config_of(values)).task
     assert [member.limit for member in task.tasks.values()] == [task.tasks["say"].limit] * 2
     assert task.tasks["say"].limit
+
+
+def test_classes_come_up_alike_however_many_there_are_of_each(values, tmp_path):
+    """55 items of one class and 5 of the other, two of each in a step of four; resumed exactly, with a curriculum."""
+    rows = [{"prompt": f"p {k}", "reference": f"r {k}", "kind": "rare" if k % 12 == 0 else "usual"} for k in range(60)]
+    rows += [{"prompt": f"held {k}", "reference": "r", "kind": "rare"} for k in range(4)]
+    for split, part in (("train", rows[:60]), ("validation", rows[60:])):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    paths = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
+    task = {"path": paths, "prompt": "{prompt}", "balance": "kind", "curriculum": {"prompt_tokens": [[1, 9]]}}
+    values |= {"task": task, "rewards": [{"name": "rouge_l"}], "folder": str(tmp_path / "whole")}
+    run.train(config_of(values, evaluation={"every": None}))
+    parts = in_parts(config_of(values | {"folder": str(tmp_path / "parts")}, evaluation={"every": None}))
+    assert parts == kills.outcome(tmp_path / "whole")
+    assert parts["metrics"]["class_share/rare"] == parts["metrics"]["class_share/usual"] == [0.5] * STEPS
+    kinds = {row["prompt"]: row["kind"] for row in rows}
+    seen = {row["prompt"] for row in RunReader(tmp_path / "whole").episodes(1)}
+    assert sorted(kinds[prompt] for prompt in seen) == ["rare", "rare", "usual", "usual"]
+
+
+def test_classes_that_cannot_be_told_or_are_too_small_are_named(values, tmp_path):
+    values |= {"rewards": [{"name": "rouge_l"}]}
+    path = str(tmp_path / "say.jsonl")
+    task = {"path": path, "prompt": "{prompt}", "answer": "bad", "balance": "bad"}  # all answers are of one class
+    assert list(build.build_run(config_of(values | {"task": task})).course.pools) == ["no"]
+    rows = [json.dumps({"prompt": f"p {k}", "reference": "r", "class": int(k == 3)}) for k in range(30)]
+    (tmp_path / "say.jsonl").write_text("\n".join(rows))
+    task = {"path": {"train": path, "test": str(tmp_path / "ask.jsonl")}, "balance": "class", "max_bad_rows": 60}
+    with pytest.raises(TaskError, match=r"2 distinct items of class 1, .* give more data, or take fewer"):
+        build.build_run(config_of(values | {"task": task}))
+    with pytest.raises(ConfigError, match="as many items of each class, and a mixture"):
+        validate({"task": {"tasks": {"a": {"path": path, "balance": "class"}}}}, RunConfig)

@@ -1,5 +1,6 @@
 """Text metrics against numbers worked out by hand, intervals against exact ones."""
 
+import importlib.util
 from itertools import product
 from math import exp
 
@@ -8,15 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pertoken.errors import ConfigError
 from pertoken.text_metrics import (
     CORPUS_METRICS,
+    FURTHER_CORPUS_METRICS,
+    FURTHER_ITEM_METRICS,
     ITEM_METRICS,
+    bleu_tokenizer,
     bootstrap_mean,
+    compression,
     corpus_metrics,
+    coverage,
+    density,
     distinct,
     first_sentence,
+    fragments,
     item_metrics,
     repetition,
+    self_bleu,
     words,
 )
 
@@ -173,3 +183,77 @@ def test_answers_are_compared_by_their_words():
     assert one("b b", "b")["answer_f1"] == pytest.approx(2 / 3)  # a word counts as often as both have it
     several = item_metrics(["Rome"], [["Paris", "Rome"]])
     assert (several["exact_match"], several["answer_f1"]) == ([1], [1])
+
+
+# --- metrics that are asked for ---
+
+
+def test_fragments_are_the_longest_copies_from_left_to_right():
+    """Grusky et al. 2018: after a fragment the search goes on behind it, and what is copied nowhere is passed over."""
+    source = "The dog ran home. A dog ran away today."
+    assert fragments("A dog ran home today", source) == [3, 1, 1]
+    assert fragments("nothing in common", source) == []
+    assert fragments("", source) == fragments("dog", "") == []
+    assert fragments("我在家", "今天我在学校") == [2]
+
+
+def test_coverage_density_and_compression_by_hand():
+    text, source = "the cat ate two mice", "the cat sat. it ate mice, and the dog slept"
+    # "the cat", "ate", "mice": 4 of 5 words; (4 + 1 + 1) / 5; 10 words / 5
+    assert coverage(text, source) == pytest.approx(4 / 5)
+    assert density(text, source) == pytest.approx(6 / 5)
+    assert compression(text, source) == pytest.approx(2)
+    assert (coverage("", source), density("", source), compression("", source)) == (0, 0, 0)
+    assert (coverage(source, source), density(source, source)) == (1, 10)
+
+
+def test_a_metric_is_measured_where_it_is_asked_for_and_can_be():
+    everything = {*FURTHER_ITEM_METRICS, *FURTHER_CORPUS_METRICS}
+    found = item_metrics(["a"], [["a"]], further=everything, sources=["a b"])
+    assert list(found) == [*ITEM_METRICS[:-2], "words", "repetition", *FURTHER_ITEM_METRICS]
+    assert set(corpus_metrics(["a"], [["a"]], further=everything)) == {*CORPUS_METRICS, *FURTHER_CORPUS_METRICS}
+    without = set(item_metrics(["a"], [[]], further=everything, sources=["a b"]))
+    assert without == {"words", "repetition", "coverage", "density", "compression", "abstained", "right_steps"}
+    assert set(corpus_metrics(["a"], [[]], further=everything)) == {"distinct_1", "distinct_2", "self_bleu"}
+
+
+def test_edits_are_counted_by_words_and_in_chinese_by_characters():
+    assert one_of("ter", "the cat sat", "the dog sat") == pytest.approx(100 / 3)
+    assert one_of("ter", "我在家", "我在校") == pytest.approx(100)  # a word of three characters
+    assert one_of("ter", "我在家", "我在校", language="zh") == pytest.approx(100 / 3)
+
+
+def one_of(name, text, reference, **settings):
+    return item_metrics([text], [[reference]], further=[name], **settings)[name][0]
+
+
+def test_bleu_cuts_words_as_the_language_is_written():
+    spaced = item_metrics(["我 在 家 里"], [["我 在 家 里"]])["bleu"]
+    assert spaced == pytest.approx(item_metrics(["我在家里"], [["我在家里"]], language="zh-CN")["bleu"])
+    apart = item_metrics(["我在家里吃饭"], [["我在家里睡觉"]])["bleu"]
+    assert apart[0] < 1 < 40 < item_metrics(["我在家里吃饭"], [["我在家里睡觉"]], language="zh")["bleu"][0]
+    assert corpus_metrics(["我在家里"], [["我在家里"]], language="zh")["corpus_bleu"] == pytest.approx(100)
+
+
+def test_a_language_without_its_package_is_named_with_what_to_install():
+    pytest.importorskip("sacrebleu")
+    if importlib.util.find_spec("MeCab"):
+        pytest.skip("the package is here")
+    assert bleu_tokenizer("ja_XX") == "ja-mecab"
+    with pytest.raises(ConfigError, match=r"pip install sacrebleu\[ja\]"):
+        item_metrics(["a"], [["a"]], language="ja")
+
+
+def test_abstaining_is_right_where_the_reference_does():
+    texts, references = ["unanswerable", "I do not know", "Rome"], [["unanswerable"], ["Rome"], ["Rome"]]
+    found = item_metrics(texts, references, further=["abstained", "abstention_right"])
+    assert (found["abstained"], found["abstention_right"]) == ([1, 1, 0], [1, 0, 1])
+
+
+def test_self_bleu_is_the_mean_against_the_others():
+    a, b = "the cat sat on the mat", "the cat sat on a mat"
+    one_way = item_metrics([a], [[b, "no"]])["bleu"][0], item_metrics([b], [[a, "no"]])["bleu"][0]
+    third = item_metrics(["no"], [[a, b]])["bleu"][0]
+    assert self_bleu([a, b, "no"]) == pytest.approx((sum(one_way) + third) / 3)
+    assert self_bleu([a, a]) == pytest.approx(100)
+    assert self_bleu([a]) == 0

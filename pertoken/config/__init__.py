@@ -1,7 +1,8 @@
 """The configuration of a run: typed, frozen, checked before anything is loaded.
 
 Values come from, later over earlier: the defaults here, YAML files from left to right, and `key.sub=value`
-pairs. `algorithm: NAME` stands for a table of settings (`presets.py`) at the place where it is named.
+pairs. `algorithm: NAME` and `task.family: NAME` stand for tables of settings (`presets.py`, `families.py`) at the
+place where they are named.
 `train(RunConfig(...))` in Python is the same path. Unknown keys are refused with the nearest known name;
 combinations that cannot work are refused with what to change.
 """
@@ -10,6 +11,8 @@ from pertoken.config.reading import Name, Section, explain, load_settings, overr
 from pertoken.config.run import RunConfig, load_config, load_stages
 from pertoken.config.sections import (
     AttentionCredit,
+    AugmentConfig,
+    BackTranslationConfig,
     ByWorth,
     ChatMessage,
     CheckpointConfig,
@@ -17,6 +20,7 @@ from pertoken.config.sections import (
     CreditConfig,
     CreditSection,
     CurriculumConfig,
+    Data,
     Differences,
     DocstringsMember,
     DocstringsTask,
@@ -34,6 +38,7 @@ from pertoken.config.sections import (
     Ipo,
     KLConfig,
     Kto,
+    LayoutConfig,
     LeaveOneOut,
     LeaveOneOutProcess,
     LeaveOneTokenOut,
@@ -76,6 +81,8 @@ from pertoken.config.sections import (
 
 __all__ = [
     "AttentionCredit",
+    "AugmentConfig",
+    "BackTranslationConfig",
     "ByWorth",
     "ChatMessage",
     "CheckpointConfig",
@@ -83,6 +90,7 @@ __all__ = [
     "CreditConfig",
     "CreditSection",
     "CurriculumConfig",
+    "Data",
     "Differences",
     "DocstringsMember",
     "DocstringsTask",
@@ -100,6 +108,7 @@ __all__ = [
     "Ipo",
     "KLConfig",
     "Kto",
+    "LayoutConfig",
     "LeaveOneOut",
     "LeaveOneOutProcess",
     "LeaveOneTokenOut",

@@ -64,11 +64,15 @@ def merge_settings(
     """Files over `merged`, overrides over them; `expand` tells what the values of a file stand for."""
     for file in files:
         merged = merge(merged, expand(_read_yaml(Path(file))))
-    for override in sorted(overrides, key=lambda text: not text.startswith("algorithm=")):
+    for override in sorted(overrides, key=lambda text: not text.startswith(NAMES)):
         _set(merged, override)
-        if override.startswith("algorithm="):
-            merged = merge(merged, expand({"algorithm": merged["algorithm"]}))
+        if override.startswith(NAMES):
+            merged = merge(merged, expand(overrides_of([override])))
     return merged
+
+
+NAMES = ("algorithm=", "task.family=", "task=")
+"""Begin overrides that stand, or may stand, for a table of settings, over which all others win."""
 
 
 def validate(values: Mapping[str, Any], kind: type[S]) -> S:

@@ -22,6 +22,9 @@ from pertoken.errors import closest
 if TYPE_CHECKING:
     from pertoken.config.run import RunConfig
 
+OF_FAMILIES = ("style", "columns", "source_language", "target_language")
+"""Keys of a task that its family reads, and nothing else."""
+
 Refusals = Iterator[tuple[bool, str]]
 """Whether a combination is there, and why it cannot be."""
 
@@ -282,7 +285,23 @@ def _given_answers(run: "RunConfig") -> Refusals:
 
 def _tasks(run: "RunConfig") -> Refusals:
     several, names = isinstance(run.task, MixtureTask), list(getattr(run.task, "tasks", {}))
-    for reward in (*run.rewards, *run.guards.beside):
+    yield (
+        isinstance(run.task, MixtureTask) and any(task.balance for task in run.task.tasks.values()),
+        "task.balance takes as many items of each class, and a mixture takes them by the shares of its tasks: leave it "
+        "out, or make a task of each class (a file each, and equal weights).",
+    )
+    for task in run.task.tasks.values() if isinstance(run.task, MixtureTask) else [run.task]:
+        of_families = [key for key in OF_FAMILIES if getattr(task, key, None) and not getattr(task, "family", None)]
+        yield (
+            bool(of_families),
+            f"task.{''.join(of_families[:1])} says how a family asks: name one in task.family, or leave it out.",
+        )
+        yield (
+            isinstance(task, FileTask) and task.fold is not None and task.augment is not None,
+            "task.fold divides the items anew, and copies of one that is held out would be learnt from: leave out "
+            "task.augment, or cross-validate without it.",
+        )
+    for reward in (*run.rewards, *run.guards.beside, *run.evaluation.beside):
         called = reward.name or reward.fn
         yield (
             not several and (reward.tasks is not None or reward.normalise == "task"),

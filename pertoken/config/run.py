@@ -14,6 +14,7 @@ from pertoken.config.sections import (
     CreditConfig,
     DocstringsTask,
     EvaluationConfig,
+    FileTask,
     GuardConfig,
     KLConfig,
     LeaveOneOutProcess,
@@ -30,6 +31,7 @@ from pertoken.config.sections import (
     UpdateConfig,
 )
 from pertoken.errors import ConfigError, closest
+from pertoken.families import bound, read_by, settings_of
 from pertoken.presets import PRESETS
 
 
@@ -70,7 +72,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _with_preset(cls, values: Any) -> Any:
-        return _expand(values) if isinstance(values, dict) else values
+        return _resolved(values) if isinstance(values, dict) else values
 
     @property
     def offline(self) -> OfflineConfig | None:
@@ -161,10 +163,27 @@ def _merged_run(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[s
 
 
 def _expand(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` over the settings that their `algorithm` stands for."""
-    name = values.get("algorithm")
-    if name is None:
-        return values
-    if name not in PRESETS:
-        raise ConfigError(f"algorithm: unknown name {str(name)[:60]!r}; {closest(str(name), PRESETS)}")
-    return merge(copy.deepcopy(dict(PRESETS[name].settings)), values)
+    """`values` over the settings that their `algorithm` and the family of their task stand for."""
+    name, task = values.get("algorithm"), values.get("task")
+    below = settings_of(task) if isinstance(task, dict) else {}
+    if name is not None:
+        if name not in PRESETS:
+            raise ConfigError(f"algorithm: unknown name {str(name)[:60]!r}; {closest(str(name), PRESETS)}")
+        below = merge(below, copy.deepcopy(dict(PRESETS[name].settings)))
+    return merge(below, values) if below else values
+
+
+def _resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with all that names in them stand for, the data of the task included, as they stand in the end."""
+    task = values.get("task")
+    if isinstance(task, FileTask) and task.family:  # made in Python
+        values = values | {"task": (task := task.model_dump(exclude_unset=True))}
+    if not isinstance(task, dict):
+        return _expand(values)
+    if task.get("family"):
+        return bound(_expand(values), task) | {"task": read_by(task)}
+    tasks = task.get("tasks")
+    if isinstance(tasks, dict):
+        tasks = {name: read_by(member) if isinstance(member, dict) else member for name, member in tasks.items()}
+        values = values | {"task": task | {"tasks": tasks}}
+    return _expand(values)

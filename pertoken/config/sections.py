@@ -127,6 +127,9 @@ class Data(Section):
     are. The test split stays what it is."""
     curriculum: CurriculumConfig | None = None
     """Let training items in over steps; null has all of them there from the first."""
+    balance: str | None = None
+    """Column whose values are classes: each step takes as many items of one as of another. Of your own data it joins
+    `info`, unless it is that of `answer`. null takes items as they come."""
 
 
 class DocstringsTask(Data):
@@ -154,16 +157,87 @@ class ChatMessage(Section):
     """Text with {column} places."""
 
 
+class LayoutConfig(Section):
+    """One way to read a row."""
+
+    prompt: str | tuple[ChatMessage, ...] | None = None
+    """Template over the columns; `{a.b}` is `b` in what column `a` holds. null where `messages` has the prompt."""
+    messages: str | None = None
+    """Column with a conversation, whose last turn is the answer unless `answer` names another column."""
+    answer: str | None = None
+    """Column with the answer: a text, a list of texts, or messages of the assistant; null if there is none."""
+    source: str | None = None
+    """Column of the text that the prompt is about, handed on as `source`."""
+    opening: int | None = Field(default=None, ge=1)
+    """The column in `prompt` holds a whole text: so many words of it are the prompt, the rest is the answer."""
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> "LayoutConfig":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("a layout has either `prompt`, a template, or `messages`, a column")
+        if self.opening is not None and (self.answer is not None or self.messages is not None):
+            raise ValueError("opening divides the column of `prompt` into prompt and answer: leave out `answer`")
+        return self
+
+
+class BackTranslationConfig(Section):
+    """Two models that translate: out of the language of the prompts, and back."""
+
+    there: str
+    """Model folder or hub name."""
+    back: str
+    """The same."""
+    prompt: str = "{text}"
+    """What both are asked, for models that need telling (T5, chat models): a template over `text`, one sentence."""
+
+
+class AugmentConfig(Section):
+    """Changed copies of training items, with the same answers. Held-out items are never touched."""
+
+    word_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """A copy of each item without this share of the words of its texts; 0 makes none."""
+    synonyms: float = Field(default=0.0, ge=0, le=1)
+    """A copy with this share of the words that have synonyms in WordNet replaced by one (English; `python -m
+    nltk.downloader wordnet`)."""
+    prompts: tuple[str | tuple[ChatMessage, ...], ...] = ()
+    """A copy by each of these templates over the columns of the data, in place of the task's own."""
+    back_translation: BackTranslationConfig | None = None
+    """A copy that was translated and back again, sentence by sentence."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training items that each of these makes copies of."""
+    seed: int = 0
+    """Decides which items, and what is drawn."""
+
+
 class FileTask(Data):
     """Your own data: JSONL, JSON, CSV, TSV, Parquet, a folder of them, or a Hugging Face dataset."""
 
     type: Literal["file"] = "file"
     path: str | dict[Literal["train", "validation", "test"], str]
     """A file, a folder, a hub name, or one path per split."""
+    family: str | None = None
+    """A family of tasks by its name (docs/tasks.md): stands for ways to read rows, and for rewards, sampling and
+    metrics where nothing else is set; null is the settings below."""
+    style: Literal["chat", "plain", "bare"] | None = None
+    """How a family asks: as a message of the user, as text to go on from, or by the columns alone, for models that do
+    one thing; null is as the family does."""
+    columns: dict[str, str] | None = None
+    """What the names in a family's question are called in the data, such as {document: article}; null looks for the
+    usual ones."""
+    source_language: str | None = None
+    """Of translation: code of the language that is read, such as en."""
+    target_language: str | None = None
+    """Code of the language that is written, such as de."""
     prompt: str | tuple[ChatMessage, ...] = (ChatMessage(role="user", content="{prompt}"),)
     """Template over the columns, plain text or chat messages; double a brace to mean the brace."""
     answer: str | None = "reference"
     """Column with the reference answer (text or list of texts); null if there is none."""
+    layouts: tuple[LayoutConfig, ...] = ()
+    """Ways to read a row, in place of `prompt` and `answer`: the first one whose columns a row has is taken."""
+    no_answer: str | None = None
+    """What the answer is where its column is empty or an empty list; null: such rows are unusable."""
+    augment: AugmentConfig | None = None
+    """Add changed copies of the training items; null learns from the items as they are."""
     id: str | None = None
     """Column with a unique id; null numbers the rows."""
     info: tuple[str, ...] = ()
@@ -666,7 +740,7 @@ def _task_type(values: Any) -> str:
     return str(values.get("type") or next((kind for key, kind in _TOLD_BY.items() if key in values), "docstrings"))
 
 
-_TOLD_BY = {"path": "file", "tasks": "mixture", "fn": "function"}
+_TOLD_BY = {"path": "file", "family": "file", "tasks": "mixture", "fn": "function"}
 """What a section without a type is of, by a key in it."""
 
 
@@ -873,6 +947,15 @@ class EvaluationConfig(Section):
     """Also after every so many steps; null evaluates before and after only."""
     metric: str = "rouge_l"
     """The metric that stop conditions, the verdict and the best checkpoint go by."""
+    further: tuple[str, ...] = ()
+    """Metrics to measure beside the usual ones: rouge_lsum, ter, coverage, density, compression, abstained,
+    abstention_right, final_answer, right_steps; corpus_ter, self_bleu."""
+    beside: tuple[RewardConfig, ...] = ()
+    """Rewards that held-out answers are measured by, as `beside/<name>`, and that need not be paid in training: a
+    classifier, entailment by the source, perplexity under another model. Written as those in `rewards`."""
+    language: str | None = None
+    """Code of the language of the answers: BLEU and TER cut Chinese, Japanese and Korean by their own rules; null cuts
+    at spaces and marks."""
     sampling: Sampling = Sampling(temperature=0.0)
     """How held-out answers are generated; greedy unless set."""
 

@@ -10,7 +10,8 @@ from pertoken.reward_models.settings import DataSection, ObjectiveSection, Pairs
 from pertoken.rewards.align import CharSpan
 from pertoken.rows import Row
 from pertoken.tasks.base import SPLITS, Split, sample_order, split_by
-from pertoken.tasks.files import BadRow, UnusableRowError, check_rows, text_in
+from pertoken.tasks.files import BadRow, check_rows
+from pertoken.tasks.layouts import UnusableRowError, cell_of, text_in
 from pertoken.tasks.sources import sources_of
 
 
@@ -112,8 +113,9 @@ def read_examples(objective: ObjectiveSection, data: DataSection, seed: int = 0)
             else:
                 pool[split].append(example)
     needed = [getattr(objective, name) for name in _COLUMNS[objective.type]]
-    tops = [name.split(".")[0] if name not in columns else name for name in needed if name]
-    check_rows(data.path, tops, columns, bad, data.max_bad_rows, "data", num_items=sum(map(len, pool.values())))
+    check_rows(
+        data.path, filter(None, needed), columns, bad, data.max_bad_rows, "data", num_items=sum(map(len, pool.values()))
+    )
     limits = {"train": data.limit, "validation": data.held_out, "test": data.held_out}
     splits = {
         split: [examples[k] for k in sample_order(len(examples), seed, 0)][: limits[split]]
@@ -130,7 +132,7 @@ def _preference(row: Row, objective: Preferences) -> Preference:
 
 
 def _with_spans(row: Row, objective: Spans) -> Labelled:
-    text, labels = _parsed(_cell(row, objective.text)), _parsed(_cell(row, objective.spans))
+    text, labels = _parsed(cell_of(row, objective.text)), _parsed(cell_of(row, objective.spans))
     if not isinstance(labels, list):
         raise UnusableRowError(f"column {objective.spans!r}: expected a list, got {_shown(labels)}")
     if isinstance(text, list):
@@ -157,7 +159,7 @@ def _with_spans(row: Row, objective: Spans) -> Labelled:
 
 
 def _with_steps(row: Row, objective: Steps) -> Labelled:
-    steps, labels = _parsed(_cell(row, objective.steps)), _parsed(_cell(row, objective.labels))
+    steps, labels = _parsed(cell_of(row, objective.steps)), _parsed(cell_of(row, objective.labels))
     for column, cell in ((objective.steps, steps), (objective.labels, labels)):
         if not isinstance(cell, list) or not cell:
             raise UnusableRowError(f"column {column!r}: expected a list that is not empty, got {_shown(cell)}")
@@ -174,7 +176,7 @@ def _with_steps(row: Row, objective: Steps) -> Labelled:
 
 
 def _pair(row: Row, objective: Pairs) -> Pair:
-    label = _cell(row, objective.label)
+    label = cell_of(row, objective.label)
     label = str(label) if isinstance(label, int) else text_in(label, objective.label)
     if objective.labels and label not in objective.labels:
         raise UnusableRowError(f"column {objective.label!r}: {label!r} is no label; {closest(label, objective.labels)}")
@@ -197,20 +199,8 @@ _COLUMNS = {
 """The fields of each objective that name a column."""
 
 
-def _cell(row: Row, column: str) -> Any:
-    """The value of a column, or of a path into an object: meta.premise."""
-    if column in row:
-        return row[column]
-    value: Any = row
-    for name in column.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            raise UnusableRowError(f"no column {column!r}")
-        value = value[name]
-    return value
-
-
 def _text(row: Row, column: str) -> str:
-    return text_in(_cell(row, column), column)
+    return text_in(cell_of(row, column), column)
 
 
 def _prompt(row: Row, column: str | None) -> str:

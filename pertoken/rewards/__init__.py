@@ -37,12 +37,13 @@ from pertoken.rewards.isolation import Isolated
 from pertoken.rewards.judge import Judge
 from pertoken.rewards.kl import KLToReference
 from pertoken.rewards.knowledge import Documents, Facts
-from pertoken.rewards.metrics import Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
+from pertoken.rewards.metrics import AnswerF1, Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.names import make, resolve
 from pertoken.rewards.perplexity import Perplexity
 from pertoken.rewards.personal_data import PersonalData
 from pertoken.rewards.prime import Prime
 from pertoken.rewards.readability import Readability
+from pertoken.rewards.reasoning import FinalAnswer, Steps
 from pertoken.rewards.rules import Length, Overlong, Repetition
 from pertoken.rewards.semantics import Entailment, Similarity
 from pertoken.rewards.shaping import Shaping
@@ -52,6 +53,7 @@ from pertoken.schedule import Schedule
 __all__ = [
     "NO_OPINION",
     "AlignedText",
+    "AnswerF1",
     "Banned",
     "BertScore",
     "Bleu",
@@ -64,6 +66,7 @@ __all__ = [
     "Entailment",
     "EvaluateMetric",
     "Facts",
+    "FinalAnswer",
     "Finding",
     "Format",
     "Harper",
@@ -102,6 +105,7 @@ __all__ = [
     "Shaping",
     "Similarity",
     "Stateful",
+    "Steps",
     "Ter",
     "TokenModel",
     "WarmsUp",

@@ -33,7 +33,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Pool:
-    """The training items of one task."""
+    """The training items of one task, or of one class."""
 
     items: Sequence[Item]
     limits: Sequence[Limit] = ()
@@ -75,20 +75,23 @@ class Course:
         size: int,
         seed: int,
         progress: LearningProgress | None = None,
+        kind: str = "task",
     ) -> None:
-        """pools: by task ("" where there is one). shares: of each pool. size: items per step. progress: moves shares.
+        """pools: by task or class ("" where there is one), `kind` says which. shares: of each pool. size: items per
+        step. progress: moves shares.
 
         Raises TaskError if a pool cannot give as many distinct items as a step may take of it. Limits never fall, so
         what the first step lets in is the least.
         """
         self.pools, self.base, self.size, self.seed, self.progress = pools, shares, size, seed, progress
+        self.kind = kind
         self._plans: dict[int, dict[str, Stretch]] = {}
         """Of the steps that may still be asked for."""
         for name, pool in pools.items():
             share = progress.largest(shares, name) if progress else shares[name]
             needed, given = min(math.ceil(share * size - 1e-9), size), sum(pool.let_in(1))
             if given < needed:
-                of_task, advice = (f" of task {name}", ", lower its weight") if name else ("", "")
+                of_task, advice = (f" of {kind} {name}", ", lower its weight" * (kind == "task")) if name else ("", "")
                 advice += ", let its curriculum begin with more" if pool.limits else ""
                 raise TaskError(
                     f"a step may take {needed} distinct items{of_task}, {share:.0%} of {size}, but the first step has "
@@ -117,7 +120,7 @@ class Course:
     def figures(self, step: int) -> dict[str, float]:
         """What is logged of a step: each task's part of its items, the change that shares follow, what is let in."""
         names = [name for name in self.pools if name]
-        found = {f"task_share/{name}": self._plan(step)[name][1] / self.size for name in names}
+        found = {f"{self.kind}_share/{name}": self._plan(step)[name][1] / self.size for name in names}
         found |= {f"task_change/{name}": self.progress.change(name) for name in names if self.progress}
         for name, pool in self.pools.items():
             behind = f"/{name}" if name else ""

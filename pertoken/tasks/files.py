@@ -13,7 +13,9 @@ from pathlib import Path
 
 from pertoken.errors import TaskError, closest
 from pertoken.rows import MAX_ROW_BYTES, Row
+from pertoken.tasks.augment import Augmentation, augmented
 from pertoken.tasks.base import FRACTIONS, SPLITS, ItemTask, PromptTemplate, Split, Template, split_by
+from pertoken.tasks.layouts import Layout, UnusableRowError, cell_of, expected, text_in
 from pertoken.tasks.sources import sources_of
 from pertoken.types import Item
 
@@ -35,6 +37,8 @@ class FileTask(ItemTask):
     """A task that was read from files."""
 
     bad_rows: tuple[BadRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What else there is to say of how it was read."""
 
 
 def load_file_task(
@@ -46,6 +50,9 @@ def load_file_task(
     info: Sequence[str] = (),
     rejected: str | None = None,
     desirable: str | None = None,
+    layouts: Sequence[Layout] = (),
+    no_answer: str | None = None,
+    augment: Augmentation | None = None,
     max_bad_rows: int = 0,
     limit: int | None = None,
     fractions: Sequence[float] = FRACTIONS,
@@ -57,14 +64,18 @@ def load_file_task(
     answer and `info["references"]` holds all. `id` is a column of unique values (None: rows are numbered), `info`
     names columns to hand on as they are, `limit` bounds the items of each split. Where the data has no held-out
     split, the hash of each prompt with `seed` decides by `fractions`, so the order of the rows decides nothing.
+
+    `layouts` are ways to read a row in place of `prompt` and `answer`: the first that it fits is taken. `no_answer` is
+    the answer of rows whose column has none (None: they are unusable). `augment` adds changed copies of train items.
     """
-    recipe = _Recipe(PromptTemplate(prompt), answer, id, tuple(info), rejected, desirable)
+    ways = tuple(layouts) or (Layout(prompt, answer=answer),)
+    recipe = _Recipe(ways, no_answer, id, tuple(info), rejected, desirable)
     sources = sources_of(path)
     undivided = all(source.split in (None, "train") for source in sources)
     pool: dict[Split, list[Item]] = {split: [] for split in SPLITS}
     numbers = {source.split: count(1) for source in sources}
     columns: dict[str, None] = {}
-    seen, bad = _Seen(), list[BadRow]()
+    seen, bad, read = _Seen(), list[BadRow](), dict[str, Row]()
     for source in sources:
         targets = SPLITS if undivided else (source.split,)
         for line, row in source.rows:
@@ -79,9 +90,18 @@ def load_file_task(
                 bad.append(BadRow(source.file, line, str(reason)))
             else:
                 pool[split].append(item)
+                if augment is not None and split == "train" and isinstance(row, Mapping):
+                    read[item.id] = row
     check_rows(path, recipe.columns, columns, bad, max_bad_rows, "task", num_items=sum(map(len, pool.values())))
     name = "files" if isinstance(path, Mapping) else Path(path).stem
-    return FileTask(name, {split: tuple(items[:limit]) for split, items in pool.items()}, tuple(bad))
+    splits = {split: tuple(items[:limit]) for split, items in pool.items()}
+    notes = tuple[str, ...]()
+    if augment is not None:
+        copies, notes = augmented(
+            [(item, read[item.id]) for item in splits["train"]], recipe, augment, set(seen.prompts)
+        )
+        splits["train"] += copies
+    return FileTask(name, splits, tuple(bad), notes)
 
 
 def check_rows(
@@ -102,7 +122,8 @@ def check_rows(
     if not num_items and not bad:
         raise TaskError(f"{path}: there are no rows in it")
     known = list(columns)
-    if known and (missing := [name for name in needed if name not in known]):
+    columns_there = set(known)
+    if known and (missing := [name for name in needed if not {name, name.partition(".")[0]} & columns_there]):
         raise TaskError(f"{path}: no column {missing[0]!r}: {closest(missing[0], known)}; columns: {', '.join(known)}")
     if len(bad) > max_bad_rows:
         raise TaskError(
@@ -116,16 +137,12 @@ def check_rows(
 # --- from a row to an item --------------------------------------------------------------------------------
 
 
-class UnusableRowError(ValueError):
-    """Why a row cannot become an item; caught where the row's place is known."""
-
-
 @dataclass(frozen=True)
 class _Recipe:
     """Which columns make an item, and how."""
 
-    prompt: PromptTemplate
-    answer: str | None
+    layouts: tuple[Layout, ...]
+    no_answer: str | None
     id: str | None
     info: tuple[str, ...]
     rejected: str | None
@@ -133,53 +150,45 @@ class _Recipe:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        optional = [name for name in (self.answer, self.id, self.rejected, self.desirable) if name is not None]
-        return tuple(dict.fromkeys((*self.prompt.columns, *optional, *self.info)))
+        """What every row needs."""
+        read = self.layouts[0].columns if len(self.layouts) == 1 else ()
+        optional = [name for name in (self.id, self.rejected, self.desirable) if name is not None]
+        return tuple(dict.fromkeys((*read, *optional, *self.info)))
 
-    def item(self, row: Row | str, number: str) -> Item:
+    def layout(self, row: Row) -> Layout:
+        """How `row` is read."""
+        if len(self.layouts) == 1:
+            return self.layouts[0]
+        found = next((layout for layout in self.layouts if layout.fits(row)), None)
+        if found is None:
+            raise UnusableRowError(
+                f"it fits none of the layouts: expected {expected(self.layouts)}; got {', '.join(map(str, row))}"
+            )
+        return found
+
+    def item(self, row: Row | str, number: str, template: PromptTemplate | None = None) -> Item:
+        """The item of `row`, by its id or else `number`; asked by `template`, if that is given."""
         if isinstance(row, str):
             raise UnusableRowError(row)
-        if missing := [name for name in self.columns if name not in row]:
-            raise UnusableRowError(f"no column {missing[0]!r}")
-        texts = {name: text_in(row[name], name) for name in self.prompt.columns}
-        answers = [] if self.answer is None else _texts(row[self.answer], self.answer)
-        info = {name: row[name] for name in self.info}
-        if self.answer is not None and not isinstance(row[self.answer], str):
-            info["references"] = answers
+        for name in self.columns:
+            cell_of(row, name)
+        read = self.layout(row).read(row, no_answer=self.no_answer, template=template)
+        info = {name: cell_of(row, name) for name in self.info}
+        if read.source is not None:
+            info.setdefault("source", read.source)
+        if read.several:
+            info["references"] = read.answers
         if self.rejected is not None:
-            info["rejected"] = text_in(row[self.rejected], self.rejected)
-            if info["rejected"] in answers:
+            info["rejected"] = text_in(cell_of(row, self.rejected), self.rejected)
+            if info["rejected"] in read.answers:
                 raise UnusableRowError(f"column {self.rejected!r} is the same text as the answer: nothing to prefer")
         if self.desirable is not None:
-            info["desirable"] = _truth(row[self.desirable], self.desirable)
-        if sum(map(len, (*texts.values(), *answers, info.get("rejected", "")))) > MAX_ROW_BYTES:
+            info["desirable"] = _truth(cell_of(row, self.desirable), self.desirable)
+        said = [read.prompt] if isinstance(read.prompt, str) else [turn["content"] for turn in read.prompt]
+        if sum(map(len, (*said, *read.answers, info.get("rejected", "")))) > MAX_ROW_BYTES:
             raise UnusableRowError(f"larger than {MAX_ROW_BYTES / 1e6:.0f} MB")
-        name = number if self.id is None else _id(row[self.id], self.id)
-        return Item(name, self.prompt.render(texts), answers[0] if answers else None, info)
-
-
-def text_in(value: object, column: str) -> str:
-    """The text of a cell; UnusableRowError if it is none, or none that can be written."""
-    if not isinstance(value, str):
-        kind = "empty" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-        raise UnusableRowError(f"column {column!r}: expected text, got {kind}")
-    if not value.strip():
-        raise UnusableRowError(f"column {column!r} is empty")
-    if "\0" in value:
-        raise UnusableRowError(f"column {column!r} holds a NUL character")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # a byte that was no UTF-8, or half a surrogate pair written as \ud83d
-        raise UnusableRowError(f"column {column!r} is not UTF-8 at character {error.start}") from None
-    return value
-
-
-def _texts(value: object, column: str) -> list[str]:
-    if not isinstance(value, list | tuple):
-        return [text_in(value, column)]
-    if not value:
-        raise UnusableRowError(f"column {column!r} is an empty list")
-    return [text_in(text, column) for text in value]
+        name = number if self.id is None else _id(cell_of(row, self.id), self.id)
+        return Item(name, read.prompt, read.answers[0] if read.answers else None, info)
 
 
 def _truth(value: object, column: str) -> bool:

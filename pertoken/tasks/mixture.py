@@ -41,7 +41,8 @@ def mixed(tasks: Mapping[str, ItemTask]) -> FileTask:
             "trains on. Give the tasks the same splits, or templates that tell them apart."
         )
     bad = [row for task in tasks.values() if isinstance(task, FileTask) for row in task.bad_rows]
-    return FileTask(" + ".join(tasks), splits, tuple(dict.fromkeys(bad)))
+    notes = [f"{name}: {note}" for name, task in tasks.items() if isinstance(task, FileTask) for note in task.notes]
+    return FileTask(" + ".join(tasks), splits, tuple(dict.fromkeys(bad)), tuple(notes))
 
 
 def evenly(items: Sequence[Item], count: int) -> list[Item]:

@@ -43,6 +43,7 @@ METRICS: dict[str, Term] = {
     "task_length/<task>": Term("Tokens per completion of one task.", "mean over its e, tokens"),
     "task_kl/<task>": Term("How far the policy is from the reference on one task.", "mean over its e of Σ KL, nats"),
     "task_share/<task>": Term("Prompts of the step that are of this task.", "share, 0 to 1"),
+    "class_share/<class>": Term("Prompts of the step that are of this class (`task.balance`).", "share, 0 to 1"),
     "task_change/<task>": Term(
         "How fast the reward of the task rises or falls, which its share follows (`task.progress`).",
         "running mean of the change per step, in standard deviations of its reward",
@@ -196,8 +197,45 @@ HELD_OUT: dict[str, Term] = {
         "higher",
     ),
     "answer_f1": Term("Words that answer and reference share.", "F1 as in SQuAD, 0 to 1", "answer F1", "higher"),
+    "rouge_lsum": Term("ROUGE-L line by line, the matches united.", "F1, 0 to 1", "ROUGE-Lsum", "higher"),
+    "ter": Term("Edits that make the output a reference, per word of it.", "sacrebleu, in per cent", "TER", "lower"),
+    "coverage": Term("Words of the output that are in pieces copied from the source.", "share, 0 to 1"),
+    "density": Term(
+        "How long the copied pieces are that its words stand in; long where sentences are copied whole.",
+        "Σ length² / words",
+    ),
+    "compression": Term("How much longer the source is.", "words of the source / words"),
+    "abstained": Term("Outputs that say that they do not know, or nothing.", "share, 0 to 1"),
+    "abstention_right": Term(
+        "Outputs that abstain where the reference does, and do not where it does not.",
+        "share, 0 to 1",
+        "right to abstain or not",
+        "higher",
+    ),
+    "final_answer": Term(
+        "Outputs with the final answer of a reference; numbers are compared as numbers.",
+        "share, 0 to 1",
+        "right final answers",
+        "higher",
+    ),
+    "right_steps": Term(
+        "Sums in the output that hold (`2 * 3 = 6`); 1 for an output without any.",
+        "share, 0 to 1",
+        "right sums",
+        "higher",
+    ),
+    "beside/<name>": Term(
+        "A reward that held-out outputs are measured by (`evaluation.beside`).", "Σ reward", "beside: <name>", "higher"
+    ),
     "corpus_bleu": Term("The same, n-grams of all outputs together.", "sacrebleu", "BLEU, corpus", "higher"),
     "corpus_chrf": Term("The same, n-grams of all outputs together.", "sacrebleu", "chrF, corpus", "higher"),
+    "corpus_ter": Term("TER, edits and words of all outputs together.", "sacrebleu", "TER, corpus", "lower"),
+    "self_bleu": Term(
+        "How alike the outputs are: BLEU of each against all others.",
+        "mean over the first 100, 0 to 100",
+        "self-BLEU",
+        "lower",
+    ),
     "words": Term("Length of the output.", "words"),
     "nats_per_token": Term("How odd the reference model finds each output.", "mean −log p_ref, nats", better="lower"),
     "repetition": Term("Repeated n-grams in the output.", "share, 0 to 1", better="lower"),

@@ -61,7 +61,7 @@ class Rouge1(_Rouge):
     key = "rouge_1"
 
     def prefix_score(self, references: Sequence[str]) -> PrefixScore:
-        return _OverlapScore([self.text_pieces(text) for text in references], 1)
+        return OverlapScore([self.text_pieces(text) for text in references], 1)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Rouge2(_Rouge):
     key = "rouge_2"
 
     def prefix_score(self, references: Sequence[str]) -> PrefixScore:
-        return _OverlapScore([self.text_pieces(text) for text in references], 2)
+        return OverlapScore([self.text_pieces(text) for text in references], 2)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _f1(hits: int, num_words: int, num_expected: int) -> float:
     return float(fmeasure(hits / num_words, hits / num_expected)) if hits else 0.0
 
 
-class _OverlapScore:
+class OverlapScore:
     """F1 of the n-grams in common with the best reference, from running counts."""
 
     def __init__(self, references: Sequence[Sequence[str]], n: int) -> None:
