@@ -21,6 +21,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from pertoken import cli, errors
+from pertoken.compare import CompareConfig
 from pertoken.config import RunConfig, Section, explain
 from pertoken.doctor import CHECKS
 from pertoken.presets import PRESETS
@@ -28,7 +29,10 @@ from pertoken.reward_models import RewardTraining
 from pertoken.search import SearchConfig
 
 DOCS = Path(__file__).parent
-GENERATED = ("cli.md", "config.md", "algorithms.md", "reward-models.md", "doctor.md", "reference.md", "search.md")
+GENERATED = (
+    *("cli.md", "config.md", "algorithms.md", "reward-models.md", "doctor.md", "reference.md", "search.md"),
+    "compare.md",
+)
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TOUR_BLOCK = re.compile(r"(```python\n(.*?)```\n)(?:\n```text\n.*?```\n)?", re.DOTALL)
 
@@ -52,6 +56,7 @@ def marked(text: str) -> str:
             "fields": fields,
             "reward-fields": lambda: fields_of(RewardTraining),
             "search-fields": lambda: fields_of(SearchConfig),
+            "compare-fields": lambda: fields_of(CompareConfig),
             "algorithms": algorithms,
             "checks": checks,
             "module": lambda: module(name),

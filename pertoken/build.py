@@ -83,7 +83,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     examples = None
     if config.offline is None:
         size = config.rollout.prompts_per_step
-        items, notes = _fitting(task, "train", policy, config.rollout.max_prompt_tokens)
+        items, notes = fitting(task, "train", policy, config.rollout.max_prompt_tokens)
     else:
         examples = build_examples(config.offline, task, policy)
         items, notes = examples.fitting(task.items("train"), config.offline.max_tokens)
@@ -472,7 +472,7 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
     return Evaluator(items, controls, metric=evaluation.metric, given=given, by_task=by_task), notes
 
 
-def _fitting(
+def fitting(
     task: ItemTask, split: Split, policy: Policy, max_prompt_tokens: int | None
 ) -> tuple[Sequence[Item], list[str]]:
     """The items whose prompts are not longer than asked for, and a note on how many were left out."""

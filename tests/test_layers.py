@@ -112,7 +112,10 @@ MAY["crossval"] = {"errors", "config", "text_metrics", "tracking"}
 MAY["credit_compare"] = {"errors", "types", "config", "credit", "tracking", "redistribution", "kept"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
 MAY["reward_models"] = {"errors", "config", "preferences", "rows", "tasks", "rewards", "text_metrics", "tracking"}
-MAY["search"] = {"errors", "config", "run", "text_metrics", "tracking"}
+MAY["generation"] = MAY["run"] | {"run"}
+MAY["many"] = {"config", "run", "tracking"}
+MAY["search"] = {"errors", "config", "many", "text_metrics", "tracking"}
+MAY["compare"] = MAY["run"] | {"run", "many"}
 MAY["cli"] = MAY["run"] | {
     "presets",
     "run",
@@ -124,6 +127,8 @@ MAY["cli"] = MAY["run"] | {
     "credit_compare",
     "crossval",
     "search",
+    "compare",
+    "generation",
 }
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
@@ -140,10 +145,11 @@ OPTIONAL = {
     "referencing",
     "matplotlib",
     "optuna",
+    "trl",
 }
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
-HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib", "optuna")
+HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib", "optuna", "trl")
 """What no run loads that does not use it."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
