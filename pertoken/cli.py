@@ -311,12 +311,13 @@ def generate(
     if show_all and not (best_of or beams):
         raise ConfigError("--show shows what --best-of or --beams has to choose from: add one of them")
     controls = {
-        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+        "temperature": temperature or None, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens,
     }  # fmt: skip
     overrides = [f"rollout.sampling.{name}={value}" for name, value in controls.items() if value is not None]
     text = (sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)).decode(errors="replace")
-    speaker = Speaker(_config([*(settings or []), *overrides]), model=model, chat=not plain)
+    config = _config([*(settings or []), *overrides])
+    speaker = Speaker(config, model=model, chat=not plain, greedy=temperature == 0)
     if several:
         way = ("best", best_of) if best_of else ("beams", beams) if beams else ("sample", n)
         _answer(speaker, way, text, answer, seed=seed, prompts=prompts, to=to, show_all=show_all)

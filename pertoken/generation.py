@@ -96,8 +96,8 @@ class Generator:
             )
         if self.way == "best" and self.count > 1 and sampling.greedy:
             raise ConfigError(
-                f"the best of {self.count} at temperature 0 is the best of one: they are all the same; raise "
-                "rollout.sampling.temperature"
+                f"the best of {self.count} at temperature 0 is the best of one: they are all the same; raise the "
+                "temperature"
             )
 
     @cached_property

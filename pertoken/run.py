@@ -228,11 +228,13 @@ def _certify(run: Run, folder: Path, report: StepReport) -> None:
 class Speaker:
     """A model to talk to: text in, pieces of text with figures out."""
 
-    def __init__(self, config: RunConfig, *, model: str | None = None, chat: bool = True) -> None:
+    def __init__(self, config: RunConfig, *, model: str | None = None, chat: bool = True, greedy: bool = False) -> None:
+        """`greedy`: say what is most probable, token by token, whatever `rollout.sampling.temperature` is."""
         self.config, self.chat = config, chat
         self.policy = load_policy(config, model or config.policy.model)
         self.engine = build.build_engine(self.policy, config.rollout)
-        self.controls = Controls.resolve(config.rollout.sampling, self.policy.tokenizer, self.policy.eos_ids)
+        sampling = config.rollout.sampling.model_copy(update={"temperature": 0.0} if greedy else {})
+        self.controls = Controls.resolve(sampling, self.policy.tokenizer, self.policy.eos_ids)
 
     def item(self, text: str, answer: str | None = None) -> Item:
         """A prompt as the model takes it."""

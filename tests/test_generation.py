@@ -11,7 +11,9 @@ from pertoken.config import load_config
 from pertoken.errors import ConfigError
 from pertoken.generation import Generator, generate_all, read_prompts
 from pertoken.policy.model import Policy
+from pertoken.rewards.align import align
 from pertoken.run import Speaker
+from pertoken.sampling import Controls
 from pertoken.testing import byte_tokenizer, family_model
 
 REWARDS = "rewards=[{name: length, max_words: 1, cost: 0.5}, {name: chrf, granularity: token}]"
@@ -19,25 +21,32 @@ REWARDS = "rewards=[{name: length, max_words: 1, cost: 0.5}, {name: chrf, granul
 
 @pytest.fixture
 def speaker(model_folder):
-    def make(*settings):
+    def make(*settings, **options):
         config = load_config([], [
             f"policy.model={model_folder}", "policy.precision=float32", "policy.compile=false",
             "rollout.sampling.max_new_tokens=12", REWARDS, *settings,
         ])  # fmt: skip
-        return Speaker(config)
+        return Speaker(config, **options)
 
     return make
 
 
 def test_greedy_and_the_first_sample_are_what_streaming_says(speaker):
-    for settings in (["rollout.sampling.temperature=0"], [], ["rollout.sampling.top_p=0.8"]):
-        one = speaker(*settings)
+    for settings, greedy in (([], True), ([], False), (["rollout.sampling.top_p=0.8"], False)):
+        one = speaker(*settings, greedy=greedy)
         streamed = one.stream("hello", seed=3, on_piece=lambda *_: None)
         (answers,) = Generator(one, "sample", 3)([one.item("hello")], ["hello"], seed=3)
         assert answers.said[0].text == streamed
         different = {said.text for said in answers.said}
-        assert len(different) == (1 if settings == ["rollout.sampling.temperature=0"] else 3)
+        assert len(different) == (1 if greedy else 3)
         assert answers.said[0].reward is None
+        if greedy:
+            prompt = one.policy.tokenizer.encode("hello")
+            ids = one.engine.generate([prompt], one.controls, seeds=[8])[0].tokens
+            assert align(ids, one.policy.tokenizer).text == streamed
+            with torch.no_grad():
+                logits = one.policy.hf_model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            assert logits.argmax(1).tolist() == ids
 
 
 def test_the_best_of_many_is_the_best_paid_of_the_samples(speaker):
@@ -53,7 +62,7 @@ def test_the_best_of_many_is_the_best_paid_of_the_samples(speaker):
         assert len(said.rewards) == len(said.pieces)
         assert sum(said.rewards) == pytest.approx(said.reward, abs=1e-5)
     with pytest.raises(ConfigError, match="they are all the same"):
-        Generator(speaker("rollout.sampling.temperature=0"), "best", 6)
+        Generator(speaker(greedy=True), "best", 6)
 
 
 def test_as_many_beams_as_there_are_tokens_find_the_likeliest_text():
@@ -65,8 +74,6 @@ def test_as_many_beams_as_there_are_tokens_find_the_likeliest_text():
     one.config, one.chat = config, False
     one.policy = Policy(model, tokenizer, precision="float32", compile=False)
     one.engine = build_engine(one.policy, config.rollout)
-    from pertoken.sampling import Controls
-
     one.controls = Controls.resolve(config.rollout.sampling, tokenizer, (63,))
     generator = Generator(one, "beams", 64)
     prompt = [5, 9, 2]
@@ -162,6 +169,10 @@ def test_the_command_shows_what_there_was_to_choose_from(model_folder, pertoken)
     assert code == 0
     assert [line for line in out.splitlines() if line.startswith("best ")] == ["best 1", "best 2", "best 3"]
     assert len(out.split("rewards, best first: ")[1].split()) == 3
+    code, out, _ = pertoken("generate", "hello", *common[2:], "--temperature", 0)
+    assert code == 0
+    assert pertoken("generate", "hello", *common[2:], "--temperature", 0, "--seed", 5)[1] == out
+    assert pertoken("generate", "hello", *common[2:], "--seed", 5)[1] != out
     code, out, _ = pertoken(*common, "--beams", 2)
     assert code == 0
     assert len(out.split("rewards, best first: ")[1].split()) == 2

@@ -82,8 +82,9 @@ def compare(
 def _make(plan: Plan, job: Job) -> dict[str, str]:
     """Make the runs, all arms of a seed before the next one; arms that are left out, and why."""
     skipped: dict[str, str] = {}
+    order = sorted(plan.arms.items(), key=lambda each: each[0] != plan.start)  # others begin with its model
     for place in range(plan.settings.seeds):
-        for name, arm in plan.arms.items():
+        for name, arm in order:
             if name in skipped or place >= len(arm.runs):
                 continue
             run = arm.runs[place]

@@ -28,6 +28,11 @@ class Point:
     row: Row
     """As `evaluations.jsonl` has it."""
 
+    @property
+    def ids(self) -> list[str]:
+        """Of its items."""
+        return list(self.row["items"]["id"])
+
     @cached_property
     def items(self) -> dict[str, dict[str, float]]:
         """Metric -> id of an item -> its value, where it has one."""

@@ -18,6 +18,7 @@ from pertoken.compare.resamples import CORPUS, BySeed, Resamples, Values, interv
 from pertoken.compare.settings import Plan
 from pertoken.errors import ConfigError, closest
 from pertoken.text_metrics import Interval, t_mean
+from pertoken.tracking.files import Row
 from pertoken.tracking.glossary import HELD_OUT, find
 from pertoken.tracking.reader import RunReader
 
@@ -72,6 +73,9 @@ class Score:
     metric: str
     reading: Reading
     num_items: int
+    """Held-out items that all runs have: the others are left out."""
+    most_items: int
+    """That some run has."""
     lines: tuple[Line, ...]
 
 
@@ -119,7 +123,8 @@ class Measured:
         """One metric at one reading."""
         values = {name: self._by_seed(name, metric, reading) for name in self.curves}
         lines = tuple(self._line(name, metric, reading, values) for name in self.curves)
-        return Score(metric, reading, len(self._measure(metric).ids), lines)
+        measure = self._measure(metric)
+        return Score(metric, reading, len(measure.ids), measure.most, lines)
 
     def points(self, curve: Curve, metric: str) -> list[float]:
         """The metric at each evaluation of a run."""
@@ -216,10 +221,12 @@ class _Measure:
 
     def __init__(self, metric: str, curves: Sequence[Curve]) -> None:
         self.metric = metric
-        self._by_item = all(metric in point.items for curve in curves for point in curve.points)
-        rows = [point for curve in curves for point in curve.points]
-        known = [set(p.items[metric] if self._by_item else p.row["items"]["id"]) for p in rows]
-        self.ids = tuple(item for item in rows[0].row["items"]["id"] if all(item in each for each in known))
+        points = [point for curve in curves for point in curve.points]
+        self._by_item = all(metric in point.items for point in points)
+        known = [set(point.items[metric] if self._by_item else point.ids) for point in points]
+        self.ids = tuple(item for item in points[0].ids if all(item in each for each in known))
+        self.most = max(map(len, known))
+        """Items of the run that has most of them."""
         self._resamples = Resamples(self.ids)
         self._found: dict[tuple[str, int], Values] = {}
 
@@ -227,12 +234,7 @@ class _Measure:
         """At one evaluation of one run, on all items."""
         if self._by_item and self.ids:
             return fmean(point.items[self.metric][item] for item in self.ids)
-        recorded = point.row["metrics"].get(self.metric)
-        if recorded is None:
-            known = [name for name, value in point.row["metrics"].items() if value is not None]
-            what = f"{curve.folder} has no {self.metric} at step {point.step}"
-            raise ConfigError(f"compare.metrics: {what}; {closest(self.metric, known)}")
-        return float(recorded)
+        return self._recorded(curve, point) if self._all(point) else float(self.values(curve, point)[0])
 
     def values(self, curve: Curve, point: Point) -> Values:
         """The same, and on each resample of the items."""
@@ -244,15 +246,35 @@ class _Measure:
     def _values(self, curve: Curve, point: Point) -> Values:
         if self._by_item and self.ids:
             return self._resamples.mean([point.items[self.metric][item] for item in self.ids])
-        recorded = self.value(curve, point)
-        if self.metric in CORPUS and len(self.ids) == len(point.row["items"]["id"]):
-            rows = {row["id"]: row for row in RunReader(curve.folder).evaluation_items(point.step, curve.split)}
-            if all(item in rows and rows[item]["answer"] for item in self.ids):
-                texts, answers = ([rows[item][key] for item in self.ids] for key in ("output", "answer"))
-                found = self._resamples.corpus(self.metric, texts, answers)
-                if abs(found[0] - recorded) < SAME:
-                    return found
-        return np.array([recorded])
+        recorded = self._recorded(curve, point)
+        rows = {row["id"]: row for row in RunReader(curve.folder).evaluation_items(point.step, curve.split)}
+        if self.metric in CORPUS and self.ids and all(item in rows and rows[item]["answer"] for item in point.ids):
+            own = Resamples(tuple(point.ids)).corpus(self.metric, *_texts(rows, point.ids), draws=0)
+            if abs(own[0] - recorded) < SAME:
+                return self._resamples.corpus(self.metric, *_texts(rows, self.ids))
+        if self._all(point):
+            return np.array([recorded])
+        raise ConfigError(
+            f"compare.metrics: {self.metric} is of all texts of a run together, and {curve.folder} has items that "
+            "other runs do not have (method.max_tokens, say): leave it out, or let all arms answer the same items"
+        )
+
+    def _recorded(self, curve: Curve, point: Point) -> float:
+        recorded = point.row["metrics"].get(self.metric)
+        if recorded is None:
+            known = [name for name, value in point.row["metrics"].items() if value is not None]
+            what = f"{curve.folder} has no {self.metric} at step {point.step}"
+            raise ConfigError(f"compare.metrics: {what}; {closest(self.metric, known)}")
+        return float(recorded)
+
+    def _all(self, point: Point) -> bool:
+        """Whether the evaluation has the items that are compared, and no others."""
+        return len(self.ids) == len(point.ids)
+
+
+def _texts(rows: Mapping[str, Row], ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What was said to these items, and their answers."""
+    return [rows[item]["output"] for item in ids], [rows[item]["answer"] for item in ids]
 
 
 def figure(values: BySeed) -> Figure:

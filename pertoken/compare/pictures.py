@@ -50,7 +50,7 @@ def draw(measured: Measured, metric: str, axis: Axis) -> dict[str, bytes]:
         axes.set_ylabel(label(metric, HELD_OUT), fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(axis="y", alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
         return _saved(figure) | {"csv": ("\n".join(rows) + "\n").encode()}
 
 

@@ -43,14 +43,14 @@ class Resamples:
         sums: Values = self.counts @ np.asarray(values, dtype=float)
         return sums / len(self.ids)
 
-    def corpus(self, metric: str, texts: Sequence[str], references: Sequence[str]) -> Values:
+    def corpus(self, metric: str, texts: Sequence[str], references: Sequence[str], *, draws: int = DRAWS) -> Values:
         """Of a metric of all texts together, one of `CORPUS`, by what sacrebleu counts in each text."""
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
 
         measure: Any = {"corpus_bleu": BLEU, "corpus_chrf": CHRF}[metric]()
         counted = np.asarray(measure._extract_corpus_statistics(list(texts), [list(references)]), dtype=float)
-        sums = self.counts @ counted
+        sums = self.counts[: draws + 1] @ counted
         return np.array([measure._compute_score_from_stats([int(n) for n in row]).score for row in sums])
 
 

@@ -92,7 +92,7 @@ class Plan:
     settings: CompareConfig
     folder: Path
     arms: Mapping[str, Arm]
-    """In the order of the file, save that the shared start is before those that begin with it."""
+    """In the order of the file."""
     metrics: tuple[str, ...]
     """The main one first."""
     split: str
@@ -125,8 +125,7 @@ def load_comparison(files: Sequence[str | Path], overrides: Sequence[str] = ()) 
     folder = Path(settings.folder or f"comparisons/{base.name}")
     start = _start(settings)
     own = {name: merge(dict(TEMPLATES.get(name, {})), given or {}) for name, given in settings.arms.items()}
-    order = sorted(own, key=lambda name: name != start)
-    arms = {name: _arm(name, own[name], recipe, settings, folder, start) for name in order}
+    arms = {name: _arm(name, changes, recipe, settings, folder, start) for name, changes in own.items()}
     _refuse_equals(arms)
     _refuse_other_evaluations(arms)
     if start is not None and not arms[start].trains:

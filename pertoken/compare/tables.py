@@ -21,10 +21,11 @@ NAME = "comparison"
 
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif; }
-body { max-width: 1160px; margin: 32px auto; padding: 0 24px; }
+body { max-width: 1340px; margin: 32px auto; padding: 0 24px; }
 h2 { font-size: 1.1rem; margin: 36px 0 8px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; width: 100%; }
+td { white-space: nowrap; }
 th, td { text-align: right; padding: 6px 0 6px 16px; border-bottom: 1px solid rgba(128, 128, 128, 0.35); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead th { vertical-align: bottom; }
@@ -145,7 +146,14 @@ def _about_intervals(measured: Measured, scores: Sequence[Score]) -> list[str]:
         if seeds > 1
         else "over seeds: none, there is one seed; what another run would give is not known"
     )
+    fewer = [
+        f"Only {score.num_items} of {score.most_items} held-out items are in all runs, and the others are left out: an "
+        "arm that answers fewer (method.max_tokens) costs all arms those items."
+        for score in scores[:1]
+        if score.num_items < score.most_items
+    ]
     return [
+        *fewer,
         f"Intervals over items: paired bootstrap, {DRAWS} resamples of the {items} held-out items, with the trained "
         "models as they are. A dash: the metric is not known item by item.",
         f"Intervals {over_seeds}. Proven: a difference whose intervals both leave out 0; `on these items` where only "

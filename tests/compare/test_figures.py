@@ -98,7 +98,7 @@ def test_one_seed_has_no_interval_over_seeds_and_says_so(plan_of, made):
     assert token.judgement == "better on these items"
     report = Report.of(measured)
     assert any("there is one seed" in word for word in report.words)
-    assert report.tables[0].rows[1][3] == "–"
+    assert report.tables[0].rows[1][3] == "–"  # token, 95%, seeds
     assert measured.reached() == []
 
 
@@ -119,7 +119,8 @@ def test_items_that_one_run_does_not_have_are_left_out_of_all(plan_of, made):
     made(plan.arms["sft"].runs[0], [(0, 0, chrf(1, 2, 3, 100))], ids=("a", "b", "c"))
     made(plan.arms["token"].runs[0], [(0, 0, chrf(1, 2, 3, 4)), (9, 9, chrf(2, 3, 4, 6))])
     score = of(plan).scores()[-1]
-    assert score.num_items == 3
+    assert (score.num_items, score.most_items) == (3, 4)
+    assert any(word.startswith("Only 3 of 4 held-out items are in all runs") for word in Report.of(of(plan)).words)
     assert [each.figure.value for each in score.lines] == [2.0, 3.0]
 
 
@@ -162,6 +163,29 @@ def test_a_corpus_metric_of_runs_has_an_interval_if_it_is_sacrebleus(plan_of, ma
     assert sft.figure.items is not None
     assert token.change.value == pytest.approx(token.figure.value - sft.figure.value)
     assert token.figure.items.low < token.figure.value < token.figure.items.high
+
+
+def test_a_metric_of_all_texts_together_is_of_the_same_items_or_refused(plan_of, made):
+    """sft answers three of the four items: what it has recorded is of other texts than what token has."""
+    plan = plan_of("compare.arms={sft: {}, token: {}}", "compare.metrics=[corpus_chrf]", "compare.seeds=1")
+    said, known = ["answer x", "answer b", "answer c", "answer"], [f"answer {item}" for item in "abcd"]
+    for arm, count in (("sft", 3), ("token", 4)):
+        recorded = sacrebleu.corpus_chrf(said[:count], [known[:count]]).score
+        made(
+            plan.arms[arm].runs[0],
+            [(0, 0, chrf(1, 2, 3, 4))],
+            ids=tuple("abcd"[:count]),
+            metrics={"corpus_chrf": recorded, "distinct_1": 0.5},
+            outputs=dict(zip("abcd", said, strict=True)),
+        )
+    measured = of(plan)
+    sft, token = measured.scores()[-1].lines
+    assert sft.figure.value == token.figure.value == pytest.approx(sacrebleu.corpus_chrf(said[:3], [known[:3]]).score)
+    assert measured.points(measured.curves["token"][0], "corpus_chrf") == [token.figure.value]
+    assert token.change.items is not None
+    plan = plan_of("compare.arms={sft: {}, token: {}}", "compare.metrics=[distinct_1]", "compare.seeds=1")
+    with pytest.raises(ConfigError, match="has items that other runs do not have"):
+        of(plan).scores()
 
 
 def test_the_mean_over_items_is_the_bootstrap_of_text_metrics():

@@ -9,11 +9,11 @@ from pertoken.errors import ConfigError
 
 def test_without_a_section_there_are_five_arms(plan_of):
     plan = plan_of("seed=3", "name=mine")
-    assert list(plan.arms) == ["sft", "base", "sequence", "token", "trl"], "the shared start is made first"
+    assert list(plan.arms) == ["base", "sft", "sequence", "token", "trl"]
     assert {name: len(arm.runs) for name, arm in plan.arms.items()} == {
         "sft": 3, "base": 1, "sequence": 3, "token": 3, "trl": 3,
     }  # fmt: skip
-    sft, base, sequence, token, trl = (arm.runs[0] for arm in plan.arms.values())
+    base, sft, sequence, token, trl = (arm.runs[0] for arm in plan.arms.values())
     assert (sft.method.type, base.stop.steps, sequence.credit.type) == ("sft", 0, "leave_one_out")
     assert token.credit.type == trl.credit.type == "leave_one_out_process"
     assert plan.arms["trl"].trl == {}
