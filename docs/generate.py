@@ -22,6 +22,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pertoken import cli, errors
+from pertoken.compare import CompareConfig
 from pertoken.config import RunConfig, Section, explain
 from pertoken.doctor import CHECKS
 from pertoken.families import FAMILIES, bound
@@ -32,15 +33,8 @@ from pertoken.validation import Suite
 
 DOCS = Path(__file__).parent
 GENERATED = (
-    "tasks.md",
-    "cli.md",
-    "config.md",
-    "algorithms.md",
-    "reward-models.md",
-    "doctor.md",
-    "reference.md",
-    "search.md",
-    "validation.md",
+    *("tasks.md", "cli.md", "config.md", "algorithms.md", "reward-models.md", "doctor.md", "reference.md", "search.md"),
+    *("validation.md", "compare.md"),
 )
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TOUR_BLOCK = re.compile(r"(```python\n(.*?)```\n)(?:\n```text\n.*?```\n)?", re.DOTALL)
@@ -66,6 +60,7 @@ def marked(text: str) -> str:
             "reward-fields": lambda: fields_of(RewardTraining),
             "search-fields": lambda: fields_of(SearchConfig),
             "suite-fields": lambda: fields_of(Suite),
+            "compare-fields": lambda: fields_of(CompareConfig),
             "algorithms": algorithms,
             "families": families,
             "checks": checks,

@@ -93,7 +93,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     examples = None
     if config.offline is None:
         size = config.rollout.prompts_per_step
-        items, notes = _fitting(task, "train", policy, config.rollout)
+        items, notes = fitting(task, "train", policy, config.rollout)
     else:
         examples = build_examples(config.offline, task, policy)
         items, notes = examples.fitting(task.items("train"), config.offline.max_tokens)
@@ -591,7 +591,7 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
     ), notes  # fmt: skip
 
 
-def _fitting(task: ItemTask, split: Split, policy: Policy, rollout: RolloutConfig) -> tuple[Sequence[Item], list[str]]:
+def fitting(task: ItemTask, split: Split, policy: Policy, rollout: RolloutConfig) -> tuple[Sequence[Item], list[str]]:
     """The items whose prompts are not longer than asked for, and a note on how many were left out."""
     items = task.items(split)
     if rollout.max_prompt_tokens is None:

@@ -1,5 +1,5 @@
-"""The command line: train, crossval, search, evaluate, validate, generate, profile, doctor, report, show, export,
-config, data, algorithms, runs, reward, credit."""
+"""The command line: train, crossval, search, compare, evaluate, validate, generate, profile, doctor, report, show,
+export, config, data, algorithms, runs, reward, credit."""
 
 import hashlib
 import io
@@ -186,14 +186,57 @@ def search(
             raise typer.Exit(INTERRUPTED) from None
     head, *rows = found.table()
     out.print()
-    table = Table(*head, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    _print_wide(table)
+    _print_wide(_table(head, rows))
     for text in found.words():
         out.print(text, markup=False)
     if found.ended:
         raise typer.Exit(TIME_IS_UP if found.ended == "time is up" else INTERRUPTED)
+
+
+@app.command()
+def compare(
+    settings: Settings = None,
+    choices: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Choices saved from a blind sheet: who won? Repeatable.")
+    ] = None,
+    max_time: MaxTime = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the run of each arm and stop.")] = False,
+) -> None:
+    """Train arms of one recipe over several seeds, and compare them on equal tokens and equal time. The same command
+    goes on with it.
+
+    Without a section `compare` the arms are the model as it is, after supervised tuning, and after RL with credit for
+    whole texts, with credit by token, and by GRPO of TRL where that is installed.
+    """
+    from pertoken.compare import compare as run_comparison
+    from pertoken.compare import load_comparison
+    from pertoken.compare.sheets import read_choices
+
+    plan = load_comparison(*_split(settings))
+    if dry_run:
+        out.print("---\n".join(arm.runs[0].to_yaml() for arm in plan.arms.values()), markup=False, end="")
+        return
+    if choices:
+        for found in read_choices(plan.folder, choices):
+            out.print(found.told(), markup=False)
+        return
+    with _interrupts() as interrupted:
+        try:
+            outcome = run_comparison(
+                plan,
+                on_note=lambda text: out.print(text, markup=False),
+                interrupted=interrupted,
+                max_seconds=_seconds(max_time),
+            )
+        except KeyboardInterrupt:
+            Console(stderr=True).print("[yellow]stopped at once; the same command goes on[/]")
+            raise typer.Exit(INTERRUPTED) from None
+    for part in outcome.report.tables:
+        out.print(f"\n{part.title}", markup=False)
+        _print_wide(_table(part.head, part.rows))
+    out.print("\n".join(["", *outcome.report.words, *map(str, outcome.files)]), markup=False)
+    if outcome.ended:
+        raise typer.Exit(TIME_IS_UP if outcome.ended == "time is up" else INTERRUPTED)
 
 
 @app.command()
@@ -250,18 +293,64 @@ def generate(
     settings: Settings = None,
     model: Annotated[str | None, typer.Option(help="Model, or run folder (its trained model).")] = None,
     by: Annotated[str, typer.Option(help="Colour tokens by: none, logprob, entropy, advantage.")] = "none",
-    answer: Annotated[str | None, typer.Option(help="Reference answer, for --by advantage.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Reference answer, for rewards that want one; with --prompts its column.")
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Prompt as plain text, not as a chat message.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=1, help="So many samples.")] = 1,
+    best_of: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="The best of so many samples, by the rewards.")
+    ] = None,
+    beams: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="The best of so many beams, by the rewards.")
+    ] = None,
+    show_all: Annotated[
+        bool, typer.Option("--show", help="All that there was to choose from, tokens coloured by their rewards.")
+    ] = False,
+    segments: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Go on for up to so many times the longest length.")
+    ] = 1,
+    carry: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens of its own text that a further segment sees.")
+    ] = 128,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of rows to answer; the prompt is a template, as '{column}'.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="New JSONL file for the answers; default: print them.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="As rollout.sampling.temperature; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="As rollout.sampling.top_p.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="As rollout.sampling.top_k.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="As rollout.sampling.min_p.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="As rollout.sampling.repetition_penalty.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="As rollout.sampling.max_new_tokens.")] = None,
 ) -> None:
-    """Generate text, token by token; `rollout.sampling.*` overrides set the sampling controls."""
+    """Generate text: one sample, token by token as it is drawn; several; the best of many by the rewards; long texts by
+    segments; answers to a file of prompts."""
     from pertoken.run import Speaker
     from pertoken.tracking.coloured import harmless
 
     if by not in ("none", "logprob", "entropy", "advantage"):
         raise ConfigError(f"--by {by}: expected none, logprob, entropy or advantage")
+    ways = [f"--{name}" for name, given in (("n", n > 1), ("best-of", best_of), ("beams", beams)) if given]
+    several = bool(ways or prompts or to)
+    alone = [f"--{name}" for name, given in (("by", by != "none"), ("segments", segments > 1)) if given]
+    if len(ways) > 1 or (several and alone):
+        raise ConfigError(f"{' and '.join([*ways, *alone])}: one way to generate at a time")
+    if show_all and not (best_of or beams):
+        raise ConfigError("--show shows what --best-of or --beams has to choose from: add one of them")
+    controls = {
+        "temperature": temperature or None, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
+    overrides = [f"rollout.sampling.{name}={value}" for name, value in controls.items() if value is not None]
     text = (sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)).decode(errors="replace")
-    speaker = Speaker(_config(settings), model=model, chat=not plain)
+    config = _config([*(settings or []), *overrides])
+    speaker = Speaker(config, model=model, chat=not plain, greedy=temperature == 0)
+    if several:
+        way = ("best", best_of) if best_of else ("beams", beams) if beams else ("sample", n)
+        _answer(speaker, way, text, answer, seed=seed, prompts=prompts, to=to, show_all=show_all)
+        return
     if by == "advantage":
         for pieces, advantages, total in speaker.group(text, answer, seed=seed):
             out.print(_coloured(pieces, advantages), Text(f"\n  reward {total:.3f}\n", style="dim"))
@@ -272,8 +361,52 @@ def generate(
         value = {"none": 0.0, "logprob": logprob / worst, "entropy": -entropy / worst}[by]
         out.print(Text(harmless(piece), style=_shade(value)), end="")
 
-    speaker.stream(text, seed=seed, on_piece=show)
+    speaker.stream(text, seed=seed, on_piece=show, segments=segments, carry=carry)
     out.print()
+
+
+def _answer(
+    speaker: Any,
+    way: tuple[Any, int],
+    text: str,
+    answer: str | None,
+    *,
+    seed: int,
+    prompts: Path | None,
+    to: Path | None,
+    show_all: bool,
+) -> None:
+    """Several samples or the best of them, for one prompt or for a file of them; onto the screen or into a file."""
+    from pertoken.generation import Generator, generate_all, read_prompts
+    from pertoken.tracking.coloured import harmless
+    from pertoken.tracking.files import append_row, encode
+
+    if to is not None and to.exists():
+        raise RunFolderError(f"--to {to}: there is such a file already; name a new one")
+    generator = Generator(speaker, *way)
+    shown = way[1] if way[0] == "sample" or show_all else 1
+    if prompts is None:
+        found: Any = generator([speaker.item(text, answer)], [text], seed=seed)
+    else:
+        items, bad = read_prompts(prompts, text, answer=answer, chat=speaker.chats)
+        for row in bad:
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"skipped {row}", markup=False)
+        found = generate_all(generator, items, at_once=speaker.config.rollout.max_rows, seed=seed)
+    for each in found:
+        for row in each.rows(shown) if to is not None or prompts is not None else ():
+            if to is None:
+                out.print(encode(row).decode().rstrip("\n"), markup=False)
+            else:
+                append_row(to, row, "an answer")
+        if to is not None or prompts is not None:
+            continue
+        for place, said in enumerate(each.said[:shown]):
+            if shown > 1:
+                out.print(Text(f"{way[0]} {place + 1}", "dim"))
+            out.print(_coloured(said.pieces, said.rewards) if said.rewards else Text(harmless(said.text)))
+        if each.said[0].reward is not None:
+            scores = "  ".join(f"{said.reward:.4g}" for said in each.said)
+            out.print(Text(f"rewards, best first: {scores}", "dim"))
 
 
 @app.command()
@@ -689,6 +822,13 @@ def evaluate_reward(
     place = to or folder / "evaluation.json"
     found.write(place)
     out.print(f"\nfigures: {place}", markup=False)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _print_wide(table: RenderableType) -> None:

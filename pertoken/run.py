@@ -17,6 +17,7 @@ from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, FunctionTask, MixtureTask, RewardConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
+from pertoken.forward import decoder_start
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
 from pertoken.portions import nothing_to_cut
@@ -34,6 +35,7 @@ from pertoken.tracking.lock import RunLock
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import write_report
 from pertoken.tracking.runlog import RunLog, Status, read_run
+from pertoken.tracking.runs import standing
 from pertoken.trainer import checkpoint, loop
 from pertoken.types import Item
 
@@ -119,9 +121,9 @@ def stages_left(stages: Sequence[RunConfig]) -> list[tuple[RunConfig, Path | Non
     left = list[tuple[RunConfig, Path | None]]()
     for config in stages:
         folder = config.run_folder
-        begun = (folder / "run.json").is_file()
-        if not begun or read_run(folder)["status"] != "finished":
-            left.append((config, folder if begun else None))
+        come = standing(folder)
+        if come != "finished":
+            left.append((config, folder if come else None))
         elif (folder / "config.yaml").read_text(encoding="utf-8") != config.to_yaml():
             raise ConfigError(
                 f"{folder}: stage {config.name!r} has finished with another configuration than it has now (see "
@@ -229,18 +231,39 @@ def _certify(run: Run, folder: Path, report: StepReport) -> None:
 class Speaker:
     """A model to talk to: text in, pieces of text with figures out."""
 
-    def __init__(self, config: RunConfig, *, model: str | None = None, chat: bool = True) -> None:
+    def __init__(self, config: RunConfig, *, model: str | None = None, chat: bool = True, greedy: bool = False) -> None:
+        """`greedy`: say what is most probable, token by token, whatever `rollout.sampling.temperature` is."""
         self.config, self.chat = config, chat
         self.policy = load_policy(config, model or config.policy.model)
         self.engine = build.build_engine(self.policy, config.rollout)
-        self.controls = Controls.resolve(config.rollout.sampling, self.policy.tokenizer, self.policy.eos_ids)
+        sampling = config.rollout.sampling.model_copy(update={"temperature": 0.0} if greedy else {})
+        self.controls = Controls.resolve(sampling, self.policy.tokenizer, self.policy.eos_ids)
 
-    def _item(self, text: str, answer: str | None = None) -> Item:
-        chat = self.chat and bool(self.policy.tokenizer.chat_template)
-        return Item("prompt", ({"role": "user", "content": text},) if chat else text, answer)
+    def item(self, text: str, answer: str | None = None) -> Item:
+        """A prompt as the model takes it."""
+        return Item("prompt", ({"role": "user", "content": text},) if self.chats else text, answer)
 
-    def stream(self, text: str, *, seed: int = 0, on_piece: Callable[[str, float, float], None]) -> str:
-        """Sample an answer; `on_piece(text, log-prob, entropy)` hears of each token as it is drawn."""
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are chat messages: they are meant to be, and the model has a template for them."""
+        return self.chat and bool(self.policy.tokenizer.chat_template)
+
+    def stream(
+        self,
+        text: str,
+        *,
+        seed: int = 0,
+        on_piece: Callable[[str, float, float], None],
+        segments: int = 1,
+        carry: int = 128,
+    ) -> str:
+        """Sample an answer; `on_piece(text, log-prob, entropy)` hears of each token as it is drawn.
+
+        An answer that is cut off by its length goes on for up to `segments` times that length: each further one is
+        drawn behind the prompt and the last `carry` tokens, so that a text may be longer than the model's context.
+        """
+        if segments > 1 and decoder_start(self.policy.hf_model):
+            raise ConfigError("segments: an encoder-decoder model begins each text anew: it has no segments")
         ids: list[int] = []
         shown = 0
 
@@ -252,14 +275,19 @@ class Speaker:
             on_piece(done.text[shown:end], logprob, entropy)
             shown = max(shown, end)
 
-        prompt = prompt_ids(self._item(text), self.policy.tokenizer)
-        self.engine.generate([prompt], self.controls, seeds=[sample_seed(seed, 0, text, 0)], on_token=token)
+        prompt = prompt_ids(self.item(text), self.policy.tokenizer)
+        for segment in range(segments):
+            behind = [*prompt, *ids[-carry:]]
+            seeds = [sample_seed(seed, segment, text, 0)]
+            (part,) = self.engine.generate([behind], self.controls, seeds=seeds, on_token=token)
+            if part.stop in ("eos", "stop_string"):
+                break
         return align(ids, self.policy.tokenizer).text
 
     def group(self, text: str, answer: str | None, *, seed: int = 0) -> Iterator[tuple[list[str], list[float], float]]:
         """A group of samples, best first: pieces, advantages and total reward, by the configured rewards and credit."""
         config, policy = self.config, self.policy
-        item = self._item(text, answer)
+        item = self.item(text, answer)
         episodes = collect(
             self.engine, [item], policy.tokenizer, self.controls,
             samples_per_prompt=config.rollout.samples_per_prompt, run_seed=seed,

@@ -9,7 +9,6 @@ search that was killed goes on where its last run stood, and what had begun is n
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,13 +33,12 @@ from pertoken.errors import (
     TaskError,
     closest,
 )
-from pertoken.run import train
+from pertoken.many import Ended, Job
 from pertoken.text_metrics import Interval, t_mean
 from pertoken.tracking import RunReader
 from pertoken.tracking.files import read_bytes, write_whole, writing
 from pertoken.tracking.glossary import HELD_OUT, find
 from pertoken.tracking.lock import LOCK, WRITER, RunLock
-from pertoken.tracking.runlog import read_run
 
 STUDY = "study.log"
 """Optuna's journal in the folder of a search."""
@@ -176,7 +174,7 @@ class Found:
     """Share of each key in how good a trial is (PED-ANOVA); empty where there are too few trials or keys."""
     best: Path | None
     """The best configuration as YAML."""
-    ended: Literal["", "interrupted", "time is up"]
+    ended: Ended
     """Why it is not complete."""
 
     def table(self) -> list[tuple[str, ...]]:
@@ -248,7 +246,7 @@ def search(
     lock = RunLock(folder)
     try:
         _keep_settings(config, base, folder)
-        trials = _Trials(config, base, on_note, interrupted, time.monotonic() + max_seconds)
+        trials = _Trials(config, base, Job(on_note, interrupted, max_seconds))
         ended = trials.run()
         rows = trials.rows()
         return Found(
@@ -267,17 +265,9 @@ def search(
 class _Trials:
     """The trials of a search: drawn, trained, told to the study."""
 
-    def __init__(
-        self,
-        config: SearchConfig,
-        base: RunConfig,
-        on_note: Callable[[str], None],
-        interrupted: Callable[[], bool],
-        end: float,
-    ) -> None:
+    def __init__(self, config: SearchConfig, base: RunConfig, job: Job) -> None:
         self._optuna = optuna = _optuna()
-        self._config, self._base = config, base
-        self._on_note, self._interrupted, self._end = on_note, interrupted, end
+        self._config, self._base, self._job, self._on_note = config, base, job, job.on_note
         prune = config.prune
         self._study = optuna.create_study(
             storage=_storage(config.study_folder / STUDY),
@@ -289,25 +279,20 @@ class _Trials:
             load_if_exists=True,
         )
 
-    def run(self) -> Literal["", "interrupted", "time is up"]:
+    def run(self) -> Ended:
         """Make all trials that have not ended; why it stopped before, if it did."""
         for number in range(self._config.trials):
             before = self._study.get_trials(deepcopy=False)
             if number < len(before) and before[number].state.is_finished():
                 continue
-            if not self._ended():
+            if not self._job.ended():
                 self._make(number)
-            if ended := self._ended():
+            if ended := self._job.ended():
                 return ended
             rows = self.rows()
             if len(rows) >= HOPELESS and all(row.state == "failed" for row in rows):
                 raise ConfigError(f"all {len(rows)} trials have failed; the search ends. The last: {rows[-1].failed}")
         return ""
-
-    def _ended(self) -> Literal["", "interrupted", "time is up"]:
-        if self._interrupted():
-            return "interrupted"
-        return "time is up" if time.monotonic() >= self._end else ""
 
     def _make(self, number: int) -> None:
         """Draw trial `number`, or go on with it, until it has ended or the search has."""
@@ -372,23 +357,17 @@ class _Trials:
 
     def _train(self, trial: Any, config: RunConfig, place: int) -> bool:
         """Train a run to its end; False if the search has ended before. Raises TrialPruned."""
-        folder, pruned = config.run_folder, False
-        begun = (folder / "run.json").is_file()
-        if begun and read_run(folder)["status"] == "finished":
-            return True
-        if self._ended():
-            return False
+        pruned = False
 
         def ends() -> bool:
             nonlocal pruned
             pruned = pruned or self._hopeless(trial, config, place)
-            return pruned or self._interrupted()
+            return pruned
 
-        left = self._end - time.monotonic()
-        result = train(config, resume=folder if begun else None, interrupted=ends, max_seconds=left)
-        if result.interrupted and pruned:
+        finished = self._job.train(config, ends=ends)
+        if pruned and not finished:
             raise self._optuna.TrialPruned
-        return not result.interrupted
+        return finished
 
     def _hopeless(self, trial: Any, config: RunConfig, place: int) -> bool:
         """Tell the study of the evaluations that the run has made, but that of the untrained model; shall it end?"""

@@ -18,6 +18,7 @@ import yaml
 
 from pertoken import cli, credit, objectives
 from pertoken.build import build_rewards
+from pertoken.compare import load_comparison
 from pertoken.config import RunConfig, explain, load_config, load_stages
 from pertoken.reward_models import load_training
 from pertoken.rewards import resolve
@@ -197,6 +198,9 @@ def test_recipes_on_pages_are_valid(page, place):
         (place / "recipe.yaml").write_text(text)
         if "data" in yaml.safe_load(text):  # a learned reward and no run
             load_training([place / "recipe.yaml"])
+            continue
+        if "compare" in yaml.safe_load(text):  # several arms
+            load_comparison([place / "recipe.yaml"])
             continue
         if "keys" in yaml.safe_load(text):  # a search
             load_search([place / "recipe.yaml"], [f"recipe={ROOT / yaml.safe_load(text)['recipe']}"])

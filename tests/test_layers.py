@@ -141,7 +141,10 @@ MAY["reward_models"] = {
 MAY["turns"] = {"errors", "sampling", "types", "prompts", "rewards", "rollout"}
 MAY["integrations"] = MAY["turns"] | {"background", "batching", "config", "tasks", "build"}
 MAY["validation"] = MAY["run"] | {"run"}
-MAY["search"] = {"errors", "config", "run", "text_metrics", "tracking"}
+MAY["generation"] = MAY["run"] | {"run"}
+MAY["many"] = {"config", "run", "tracking"}
+MAY["search"] = {"errors", "config", "many", "text_metrics", "tracking"}
+MAY["compare"] = MAY["run"] | {"run", "many"}
 MAY["cli"] = MAY["run"] | {
     "presets",
     "run",
@@ -154,6 +157,8 @@ MAY["cli"] = MAY["run"] | {
     "crossval",
     "search",
     "validation",
+    "compare",
+    "generation",
 }
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
@@ -173,10 +178,14 @@ OPTIONAL = {
     "lm_eval",
     "reasoning_gym",
     "verifiers",
+    "trl",
 }
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
-HEAVY = ("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib", "optuna", "lm_eval", "gymnasium")
+HEAVY = (
+    *("nltk", "sklearn", "sentence_transformers", "peft", "datasets", "matplotlib", "optuna", "lm_eval", "gymnasium"),
+    "trl",
+)
 """What no run loads that does not use it."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

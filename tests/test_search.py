@@ -9,7 +9,7 @@ from statistics import median
 import pytest
 import yaml
 
-from pertoken import search as searching
+from pertoken import many
 from pertoken.config import load_config
 from pertoken.errors import ConfigError, MissingExtraError, NumericsError, RunFolderError
 from pertoken.run import RunResult
@@ -83,7 +83,7 @@ def trainer(monkeypatch):
     """`train` is a `Trainer`; and no test waits for the disk, which would be most of its time."""
     pytest.importorskip("optuna")
     trainer = Trainer()
-    monkeypatch.setattr(searching, "train", trainer)
+    monkeypatch.setattr(many, "train", trainer)
     monkeypatch.setattr(runlog, "versions", dict)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     return trainer
@@ -123,7 +123,7 @@ def test_a_search_that_is_killed_at_any_evaluation_ends_as_one_that_never_was(pl
     lives, evaluated = 0, []
     while True:
         life = Trainer(dies_at=1 + lives % 5)
-        monkeypatch.setattr(searching, "train", life)
+        monkeypatch.setattr(many, "train", life)
         lives += 1
         try:
             parts = search(settings(folder="parts", **common))

@@ -93,10 +93,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     Raises ConfigError naming the file or key, what was expected, and the nearest known name.
     """
     merged = _merged_run(files, overrides)
-    if "stages" in merged:
-        raise ConfigError(
-            "stages: only `pertoken train` takes a chain; for all else there is config.yaml in the folder of each stage"
-        )
+    _refuse_several(merged, stages=("train", "a chain"), compare=("compare", "several arms"))
     return validate(merged, RunConfig)
 
 
@@ -108,6 +105,7 @@ def load_stages(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
     stands for the model that an earlier stage has trained.
     """
     merged = _merged_run(files, overrides)
+    _refuse_several(merged, compare=("compare", "several arms"))
     if "stages" not in merged:
         return [validate(merged, RunConfig)]
     stages = merged.pop("stages")
@@ -137,6 +135,26 @@ def load_stages(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
         except ConfigError as error:
             raise ConfigError(f"{where} ({stage['name']}): {error}") from None
     return found
+
+
+def recipe_values(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a recipe as they are merged, not validated yet; sections that are of no run among them."""
+    return _merged_run(files, overrides)
+
+
+def with_changes(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over the values of a recipe, with all that names in them stand for."""
+    return merge(dict(recipe), _expand(dict(changes)))
+
+
+def _refuse_several(merged: Mapping[str, Any], **known: tuple[str, str]) -> None:
+    """Files that stand for several runs: which command takes them."""
+    for key, (command, what) in known.items():
+        if key in merged:
+            raise ConfigError(
+                f"{key}: only `pertoken {command}` takes {what}; for all else there is config.yaml in the folder of "
+                "each run"
+            )
 
 
 STAGE = "stage:"

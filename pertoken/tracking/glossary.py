@@ -168,6 +168,7 @@ METRICS: dict[str, Term] = {
     "tokens/per_second": Term(
         "Tokens of completions, sampled or given, over the time of the whole step.", "tokens / s", better="higher"
     ),
+    "time/step": Term("Time of a whole step, where its stages are not told apart (an arm by TRL).", "s"),
     "time/rollout": Term("Time to sample the completions.", "s"),
     "time/score": Term("Time to score them with the old and the reference policy.", "s"),
     "time/reward": Term("Time to compute rewards and credit.", "s"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pertoken.errors import RunFolderError
 from pertoken.tracking.checkpoints import CheckpointStore
@@ -60,6 +61,13 @@ def verify_run(folder: Path) -> list[str]:
         for checkpoint in beyond
     ]
     return problems
+
+
+def standing(folder: Path) -> Literal["", "begun", "finished"]:
+    """How far the run in `folder` has come; empty if there is none."""
+    if not (folder / "run.json").is_file():
+        return ""
+    return "finished" if read_run(folder)["status"] == "finished" else "begun"
 
 
 def _folders(root: Path) -> Iterator[Path]:
