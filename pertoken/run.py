@@ -23,7 +23,9 @@ from pertoken.prompts import prompt_ids
 from pertoken.resampling import beside
 from pertoken.rewards import Isolated, Scene, score
 from pertoken.rewards.align import align
+from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.collect import collect, sample_seed
+from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
 from pertoken.state import Run
 from pertoken.tracking.certificate import read_certificate, write_certificate
@@ -33,6 +35,7 @@ from pertoken.tracking.lock import RunLock
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import write_report
 from pertoken.tracking.runlog import RunLog, Status, read_run
+from pertoken.tracking.trackers import refuse_missing, trackers_of
 from pertoken.trainer import checkpoint, loop
 from pertoken.types import Item
 
@@ -72,6 +75,7 @@ def train(
     with contextlib.ExitStack() as stack:
         saved, lock = None, None
         notes: list[str] = []
+        refuse_missing(config.log.trackers)
         if resume is None:
             _refuse_occupied(folder)
         else:
@@ -94,6 +98,11 @@ def train(
             log = RunLog.open(folder, step=step, config_text=config.to_yaml(), lock=lock)
             run.notes += [*notes, *log.notes, f"resumed after step {run.progress.step}"]
         stack.enter_context(log)
+        log.trackers = trackers_of(
+            config.log.trackers, folder, log.run, project=config.log.project, step=run.progress.step,
+            on_problem=run.notes.append,
+        )  # fmt: skip
+        log.trackers.start(config.to_yaml())
         for reward in _isolated(run):
             reward.log_to(folder / "rewards.log")
         return _train(run, log, on_step, _Notes(run, on_note), interrupted, budget)
@@ -226,10 +235,19 @@ def _certify(run: Run, folder: Path, report: StepReport) -> None:
 class Speaker:
     """A model to talk to: text in, pieces of text with figures out."""
 
-    def __init__(self, config: RunConfig, *, model: str | None = None, chat: bool = True) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        model: str | None = None,
+        chat: bool = True,
+        loaded: tuple[Policy, NativeEngine | TransformersEngine] | None = None,
+    ) -> None:
+        """`loaded`: a policy and its engine that are there already, in place of `model`."""
         self.config, self.chat = config, chat
-        self.policy = _policy(config, model or config.policy.model)
-        self.engine = build.build_engine(self.policy, config.rollout)
+        policy = _policy(config, model or config.policy.model) if loaded is None else loaded[0]
+        self.policy = policy
+        self.engine = build.build_engine(policy, config.rollout) if loaded is None else loaded[1]
         self.controls = Controls.resolve(config.rollout.sampling, self.policy.tokenizer, self.policy.eos_ids)
 
     def _item(self, text: str, answer: str | None = None) -> Item:

@@ -53,18 +53,13 @@ def load_state(
     """
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        with safe_open(folder / "state.safetensors", framework="pt", device=str(policy.device)) as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        stored = _stored(folder, policy)
         torch_states = {name: tensor.cpu() for name, tensor in stored.items() if name.startswith("random/")}
         python, numpy = state.pop("random").values()
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise RunFolderError(f"{folder}: not a readable checkpoint: {error!r}. Resume from an older one.") from error
-    named = policy.trainable()
-    _refuse_other_policy(folder, named, stored)
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(stored[f"weight/{name}"])
-    for name, parameter in named.items():
+    _put(folder, policy, stored)
+    for name, parameter in policy.trainable().items():
         prefix = f"optimizer/{name}/"
         fields = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
         if fields:
@@ -75,6 +70,30 @@ def load_state(
             also[name].copy_(stored[name])
     _set_random_states(torch_states, python, numpy)
     return state
+
+
+def load_weights(folder: Path, policy: Policy) -> None:
+    """Put the weights of the checkpoint in `folder` in place, and nothing else of it; errors as of `load_state`."""
+    try:
+        stored = _stored(folder, policy, "weight/")
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(f"{folder}: not a readable checkpoint: {error!r}. Take an older one.") from error
+    _put(folder, policy, stored)
+
+
+def _stored(folder: Path, policy: Policy, beginning: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint whose name has this beginning."""
+    with safe_open(folder / "state.safetensors", framework="pt", device=str(policy.device)) as file:
+        names = [name for name in file.keys() if name.startswith(beginning)]  # noqa: SIM118 - not a dict
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _put(folder: Path, policy: Policy, stored: Mapping[str, torch.Tensor]) -> None:
+    named = policy.trainable()
+    _refuse_other_policy(folder, named, stored)
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(stored[f"weight/{name}"])
 
 
 def _tensors(
