@@ -238,7 +238,7 @@ def _refuse_scored_twice(config: RunConfig, rewards: Sequence[Weighted]) -> None
 def _refuse_of_model(config: RunConfig, policy: Policy) -> None:
     """What the configuration asks of a model and this one cannot give."""
     _refuse_credit(config, policy)
-    _refuse_segments(config, policy)
+    refuse_segments(config, policy)
 
 
 def _refuse_credit(config: RunConfig, policy: Policy) -> None:
@@ -258,7 +258,7 @@ def _refuse_credit(config: RunConfig, policy: Policy) -> None:
         )
 
 
-def _refuse_segments(config: RunConfig, policy: Policy) -> None:
+def refuse_segments(config: RunConfig, policy: Policy) -> None:
     """Segments that the model cannot write, or that its context has no room for."""
     rollout, evaluation = config.rollout.sampling, config.evaluation.sampling
     for where, sampling in (("rollout.sampling", rollout), ("evaluation.sampling", evaluation)):

@@ -312,7 +312,7 @@ def generate(
         int, typer.Option(min=1, metavar="N", help="Go on for up to so many times the longest length.")
     ] = 1,
     carry: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens of its own text that a further segment sees.")
+        int, typer.Option(min=0, metavar="N", help="Tokens of its own text that a further segment sees.")
     ] = 128,
     prompts: Annotated[
         Path | None, typer.Option(help="File of rows to answer; the prompt is a template, as '{column}'.")
@@ -334,7 +334,7 @@ def generate(
         raise ConfigError(f"--by {by}: expected none, logprob, entropy or advantage")
     ways = [f"--{name}" for name, given in (("n", n > 1), ("best-of", best_of), ("beams", beams)) if given]
     several = bool(ways or prompts or to)
-    alone = [f"--{name}" for name, given in (("by", by != "none"), ("segments", segments > 1)) if given]
+    alone = ["--by"] if by != "none" else []
     if len(ways) > 1 or (several and alone):
         raise ConfigError(f"{' and '.join([*ways, *alone])}: one way to generate at a time")
     if show_all and not (best_of or beams):
@@ -346,6 +346,11 @@ def generate(
     overrides = [f"rollout.sampling.{name}={value}" for name, value in controls.items() if value is not None]
     text = (sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)).decode(errors="replace")
     config = _config([*(settings or []), *overrides])
+    if segments > 1:
+        length = config.rollout.sampling.max_new_tokens
+        overrides += [f"rollout.sampling.max_new_tokens={segments * length}"]
+        overrides += [f"rollout.sampling.segment={{tokens: {length}, context: {carry}}}"]
+        config = _config([*(settings or []), *overrides])
     speaker = Speaker(config, model=model, chat=not plain, greedy=temperature == 0)
     if several:
         way = ("best", best_of) if best_of else ("beams", beams) if beams else ("sample", n)
@@ -361,7 +366,7 @@ def generate(
         value = {"none": 0.0, "logprob": logprob / worst, "entropy": -entropy / worst}[by]
         out.print(Text(harmless(piece), style=_shade(value)), end="")
 
-    speaker.stream(text, seed=seed, on_piece=show, segments=segments, carry=carry)
+    speaker.stream(text, seed=seed, on_piece=show)
     out.print()
 
 

@@ -64,7 +64,7 @@ class Kept:
             for record in rows:
                 if record["item"] not in items:
                     raise RunFolderError(f"the task has no item {record['item']!r} any more")
-            episodes = [_episode(record, items[record["item"]]) for record in rows]
+            episodes = [episode_of(record, items[record["item"]]) for record in rows]
             batch = to_batch(episodes, controls)
             found.append((Scene(batch, episodes, self.tokenizer, step=step), _earned(rows, batch.tokens.shape[1])))
         return found
@@ -75,14 +75,7 @@ class Kept:
 
         Raises RunFolderError for one that remembers, learns, compares with the batch, or costs money.
         """
-        rewards = build_rewards(self.config.rewards)
-        for part, config in zip(rewards, self.config.rewards, strict=True):
-            if isinstance(part.reward, Stateful | Learns):
-                raise RunFolderError(f"reward {part.name!r} remembers or learns, and was another one at each step")
-            if part.normaliser is not None or isinstance(part.weight, Multiplier):
-                raise RunFolderError(f"reward {part.name!r} has `normalise` or a constraint: other units in each batch")
-            if '"name": "judge"' in json.dumps(config.model_dump(mode="json")):
-                raise RunFolderError(f"reward {part.name!r} asks a judge, whose answers may cost money")
+        rewards = steady_rewards(self.config)
         for scene, earned in self.scenes:
             now = score(rewards, scene)
             for part in rewards:
@@ -136,7 +129,24 @@ class Kept:
         return torch.cat([torch.nn.functional.pad(each.double(), (0, width - each.shape[1])) for each in cells])
 
 
-def _episode(record: Mapping[str, Any], item: Item) -> Episode:
+def steady_rewards(config: RunConfig) -> list[Weighted]:
+    """The rewards of a run, if they pay a text the same at any time and beside any others, and for nothing.
+
+    Raises RunFolderError for one that remembers, learns, is measured by its batch, or costs money.
+    """
+    rewards = build_rewards(config.rewards)
+    for part, settings in zip(rewards, config.rewards, strict=True):
+        if isinstance(part.reward, Stateful | Learns):
+            raise RunFolderError(f"reward {part.name!r} remembers or learns, and was another one at each step")
+        if part.normaliser is not None or isinstance(part.weight, Multiplier):
+            raise RunFolderError(f"reward {part.name!r} has `normalise` or a constraint: other units in each batch")
+        if '"name": "judge"' in json.dumps(settings.model_dump(mode="json")):
+            raise RunFolderError(f"reward {part.name!r} asks a judge, whose answers may cost money")
+    return rewards
+
+
+def episode_of(record: Mapping[str, Any], item: Item) -> Episode:
+    """The episode that a line of `episodes/<step>.jsonl` tells of."""
     tokens, acts = record["tokens"]["id"], [bool(cell) for cell in record["tokens"]["action"]]
     start = acts.index(True)
     return Episode(

@@ -25,7 +25,9 @@ from pertoken.prompts import prompt_ids
 from pertoken.resampling import beside
 from pertoken.rewards import Isolated, Scene, score
 from pertoken.rewards.align import align
+from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.collect import collect, sample_seed
+from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
 from pertoken.state import Run
 from pertoken.tracking.certificate import read_certificate, write_certificate
@@ -36,6 +38,7 @@ from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import write_report
 from pertoken.tracking.runlog import RunLog, Status, read_run
 from pertoken.tracking.runs import standing
+from pertoken.tracking.trackers import refuse_missing, trackers_of
 from pertoken.trainer import checkpoint, loop
 from pertoken.types import Item
 
@@ -75,6 +78,7 @@ def train(
     with contextlib.ExitStack() as stack:
         saved, lock = None, None
         notes: list[str] = []
+        refuse_missing(config.log.trackers)
         if resume is None:
             _refuse_occupied(folder)
         else:
@@ -98,6 +102,11 @@ def train(
             log = RunLog.open(folder, step=step, config_text=config.to_yaml(), lock=lock)
             run.notes += [*notes, *log.notes, f"resumed after step {run.progress.step}"]
         stack.enter_context(log)
+        log.trackers = trackers_of(
+            config.log.trackers, folder, log.run, project=config.log.project, step=run.progress.step,
+            on_problem=run.notes.append,
+        )  # fmt: skip
+        log.trackers.start(config.to_yaml())
         for reward in _isolated(run):
             reward.log_to(folder / "rewards.log")
         return _train(run, log, on_step, _Notes(run, on_note), interrupted, budget)
@@ -231,11 +240,23 @@ def _certify(run: Run, folder: Path, report: StepReport) -> None:
 class Speaker:
     """A model to talk to: text in, pieces of text with figures out."""
 
-    def __init__(self, config: RunConfig, *, model: str | None = None, chat: bool = True, greedy: bool = False) -> None:
-        """`greedy`: say what is most probable, token by token, whatever `rollout.sampling.temperature` is."""
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        model: str | None = None,
+        chat: bool = True,
+        greedy: bool = False,
+        loaded: tuple[Policy, NativeEngine | TransformersEngine] | None = None,
+    ) -> None:
+        """`greedy`: say what is most probable, token by token, whatever `rollout.sampling.temperature` is.
+
+        `loaded`: a policy and its engine that are there already, in place of `model`.
+        """
         self.config, self.chat = config, chat
-        self.policy = load_policy(config, model or config.policy.model)
-        self.engine = build.build_engine(self.policy, config.rollout)
+        self.policy = load_policy(config, model or config.policy.model) if loaded is None else loaded[0]
+        self.engine = build.build_engine(self.policy, config.rollout) if loaded is None else loaded[1]
+        build.refuse_segments(config, self.policy)
         sampling = config.rollout.sampling.model_copy(update={"temperature": 0.0} if greedy else {})
         self.controls = Controls.resolve(sampling, self.policy.tokenizer, self.policy.eos_ids)
 
@@ -248,22 +269,8 @@ class Speaker:
         """Whether prompts are chat messages: they are meant to be, and the model has a template for them."""
         return self.chat and bool(self.policy.tokenizer.chat_template)
 
-    def stream(
-        self,
-        text: str,
-        *,
-        seed: int = 0,
-        on_piece: Callable[[str, float, float], None],
-        segments: int = 1,
-        carry: int = 128,
-    ) -> str:
-        """Sample an answer; `on_piece(text, log-prob, entropy)` hears of each token as it is drawn.
-
-        An answer that is cut off by its length goes on for up to `segments` times that length: each further one is
-        drawn behind the prompt and the last `carry` tokens, so that a text may be longer than the model's context.
-        """
-        if segments > 1 and decoder_start(self.policy.hf_model):
-            raise ConfigError("segments: an encoder-decoder model begins each text anew: it has no segments")
+    def stream(self, text: str, *, seed: int = 0, on_piece: Callable[[str, float, float], None]) -> str:
+        """Sample an answer; `on_piece(text, log-prob, entropy)` hears of each token as it is drawn."""
         ids: list[int] = []
         shown = 0
 
@@ -276,12 +283,7 @@ class Speaker:
             shown = max(shown, end)
 
         prompt = prompt_ids(self.item(text), self.policy.tokenizer)
-        for segment in range(segments):
-            behind = [*prompt, *ids[-carry:]]
-            seeds = [sample_seed(seed, segment, text, 0)]
-            (part,) = self.engine.generate([behind], self.controls, seeds=seeds, on_token=token)
-            if part.stop in ("eos", "stop_string"):
-                break
+        self.engine.generate([prompt], self.controls, seeds=[sample_seed(seed, 0, text, 0)], on_token=token)
         return align(ids, self.policy.tokenizer).text
 
     def group(self, text: str, answer: str | None, *, seed: int = 0) -> Iterator[tuple[list[str], list[float], float]]:

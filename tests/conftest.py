@@ -1,5 +1,6 @@
 """The shape checker is on in every test: each annotated tensor is checked at each call."""
 
+import json
 import os
 import random
 import signal
@@ -32,6 +33,35 @@ def model_folder(tmp_path_factory):
     tiny_model(seed=1).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def asked_run(tmp_path_factory, model_folder):
+    """A finished run with checkpoints, evaluations and all its episodes; treat it as read-only."""
+    from pertoken import run
+    from pertoken.config import RunConfig
+
+    place = tmp_path_factory.mktemp("asked")
+    rows = [{"prompt": f"say {k}", "reference": f"the answer {k}"} for k in range(40)]
+    (place / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = {
+        "folder": str(place / "runs" / "first"),
+        "policy": {"model": str(model_folder), "precision": "float32", "device": "cpu", "compile": False},
+        "task": {"type": "file", "path": str(place / "data.jsonl"), "prompt": "{prompt}:"},
+        "rollout": {
+            "prompts_per_step": 2,
+            "samples_per_prompt": 2,
+            "sampling": {"max_new_tokens": 6, "min_new_tokens": 6},
+        },
+        "rewards": [{"name": "rouge_l"}, {"name": "repetition", "weight": 0.5}],
+        "update": {"learning_rate": 0.01},
+        "evaluation": {"items": 3, "every": 3, "sampling": {"temperature": 0.0, "max_new_tokens": 6}},
+        "checkpoint": {"every": 1, "keep": 3},
+        "log": {"episodes_every": 1},
+        "stop": {"steps": 3},
+    }
+    run.train(RunConfig.model_validate(config))
+    return place / "runs" / "first"
 
 
 @pytest.fixture

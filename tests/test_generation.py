@@ -104,33 +104,15 @@ def test_beams_are_ranked_by_the_rewards_and_keep_to_bans(speaker):
         Generator(speaker("rollout.sampling.repetition_penalty=1.2"), "beams", 2)
 
 
-def test_segments_go_on_behind_prompt_and_last_tokens(speaker):
-    lengths = ["rollout.sampling.max_new_tokens=5", "rollout.sampling.min_new_tokens=5"]
-    one = speaker(*lengths)
-    asked = []
-    inner = one.engine.generate
-
-    def watched(prompts, controls, **options):
-        asked.append(list(prompts[0]))
-        return inner(prompts, controls, **options)
-
-    one.engine.generate = watched
-    pieces = []
-    text = one.stream("hi", seed=2, on_piece=lambda piece, *_: pieces.append(piece), segments=3, carry=4)
+def test_a_text_by_segments_may_be_longer_than_the_context(speaker):
+    lengths = ["rollout.sampling.max_new_tokens=50", "rollout.sampling.min_new_tokens=50"]
+    begun = speaker(*lengths).stream("hi", seed=0, on_piece=lambda *_: None)
+    long = [setting.replace("50", "200") for setting in lengths]
+    one, pieces = speaker(*long, "rollout.sampling.segment={tokens: 50, context: 40}"), []
+    text = one.stream("hi", seed=0, on_piece=lambda piece, *_: pieces.append(piece))
+    assert text.startswith(begun)
     assert "".join(pieces) == text
-    prompt = asked[0]
-    assert [len(each) for each in asked] == [len(prompt), len(prompt) + 4, len(prompt) + 4]
-    alone = speaker(*lengths)
-    assert text.startswith(alone.stream("hi", seed=2, on_piece=lambda *_: None))
-    assert len(pieces) == 15
-
-
-def test_a_text_may_be_longer_than_the_context(speaker):
-    one = speaker("rollout.sampling.max_new_tokens=50", "rollout.sampling.min_new_tokens=50")
-    pieces = []
-    one.stream("hi", seed=0, on_piece=lambda piece, *_: pieces.append(piece), segments=4, carry=60)
-    assert len(pieces) == 200
-    assert one.policy.context_length == 128
+    assert (len(pieces), one.policy.context_length) == (200, 128)
 
 
 def test_a_file_of_prompts_becomes_a_file_of_answers(speaker, model_folder, tmp_path, pertoken, monkeypatch):
@@ -178,7 +160,6 @@ def test_the_command_shows_what_there_was_to_choose_from(model_folder, pertoken)
     assert len(out.split("rewards, best first: ")[1].split()) == 2
     for arguments, words in (
         (["--best-of", 2, "--beams", 2], "--best-of and --beams: one way to generate at a time"),
-        (["--n", 2, "--segments", 2], "--n and --segments"),
         (["--n", 2, "--by", "logprob"], "--n and --by"),
         (["--show"], "--show shows what --best-of"),
     ):

@@ -69,18 +69,15 @@ def _load_state(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    with safe_open(folder / "state.safetensors", framework="pt", device=str(policy.device)) as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    stored = _stored(folder, policy)
     torch_states = {name: tensor.cpu() for name, tensor in stored.items() if name.startswith("random/")}
     python, numpy = state.pop("random").values()
     named = policy.trainable()
-    _refuse_other_policy(folder, named, stored)
     averages = {name: _averages_of(name, parameter, stored) for name, parameter in named.items()}
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(stored[f"weight/{name}"])
-            if averages[name]:
-                optimizer.state[parameter] = averages[name]
+    _put(folder, policy, stored)
+    for name, parameter in named.items():
+        if averages[name]:
+            optimizer.state[parameter] = averages[name]
     state["anew"] = [name for name, cell in also.items() if name not in stored or stored[name].shape != cell.shape]
     with torch.no_grad():
         for name in also.keys() - set(state["anew"]):
@@ -99,6 +96,31 @@ def _averages_of(name: str, parameter: torch.Tensor, stored: Mapping[str, torch.
                 f"{prefix}{key}: expected {list(parameter.shape)} in float32, got {list(value.shape)} in {value.dtype}"
             )
     return {key: value.clone() for key, value in fields.items()}
+
+
+def load_weights(folder: Path, policy: Policy) -> None:
+    """Put the weights of the checkpoint in `folder` in place, and nothing else of it; errors as of `load_state`."""
+    try:
+        _put(folder, policy, _stored(folder, policy, "weight/"))
+    except RunFolderError:
+        raise
+    except _UNREADABLE as error:
+        raise RunFolderError(f"{folder}: not a readable checkpoint: {error!r}. Take an older one.") from error
+
+
+def _stored(folder: Path, policy: Policy, beginning: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint whose name has this beginning."""
+    with safe_open(folder / "state.safetensors", framework="pt", device=str(policy.device)) as file:
+        names = [name for name in file.keys() if name.startswith(beginning)]  # noqa: SIM118 - not a dict
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _put(folder: Path, policy: Policy, stored: Mapping[str, torch.Tensor]) -> None:
+    named = policy.trainable()
+    _refuse_other_policy(folder, named, stored)
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(stored[f"weight/{name}"])
 
 
 def _tensors(

@@ -36,8 +36,10 @@ from pertoken.policy.layers import fuse_layers
 from pertoken.policy.pointwise import compile_pointwise
 from pertoken.policy.scoring import (
     Against,
+    Alternatives,
     Layout,
     Trunk,
+    alternatives,
     find_layout,
     head_logits,
     last_attention,
@@ -45,6 +47,7 @@ from pertoken.policy.scoring import (
     score_batch,
 )
 from pertoken.portions import Portion
+from pertoken.sampling import Controls
 from pertoken.segments import cut
 from pertoken.types import PolicyOutput, TokenBatch
 
@@ -171,6 +174,11 @@ class Policy:
             finally:
                 self.model.eval()
         return _score_in_parts(trunk, batch, self.portion, against=against)
+
+    def alternatives(self, batch: TokenBatch, controls: Controls, count: int) -> Alternatives:
+        """The most probable tokens at each action of `batch` (`scoring.alternatives`)."""
+        trunk = Trunk(self.hf_model, None, self.autocast_dtype, self.layout, pointwise=self.pointwise)
+        return alternatives(trunk, batch, controls, count)
 
     def last_attention(self, batch: TokenBatch) -> Tensor:
         """How much the last token of each row attends to each of its actions, `[B, T]` (`scoring.last_attention`)."""

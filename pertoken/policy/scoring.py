@@ -38,7 +38,7 @@ from pertoken.policy.head import linear_logprobs
 from pertoken.policy.layers import fused_rotation
 from pertoken.policy.packs import Pack
 from pertoken.policy.pointwise import Pointwise
-from pertoken.sampling import NO_TOKEN, Controls, processed_logits
+from pertoken.sampling import NO_TOKEN, Controls, entropy_of, keep_set, processed_logits
 from pertoken.types import PolicyOutput, TokenBatch
 
 Layout = Literal["packed", "padded", "encoder_decoder"]
@@ -123,7 +123,7 @@ def score_batch(
     only with `entropy_grad`: it costs another pass over the vocabulary. `hidden` asks for the states behind them;
     with `against` comes the KL to that policy, of the same processed distributions.
     """
-    rows = _behind_sources(trunk.model, batch) if trunk.layout == "encoder_decoder" else _lay_out(batch, trunk.layout)
+    rows = _rows(trunk, batch)
     device = batch.tokens.device.type
     with torch.autocast(device, dtype=trunk.autocast_dtype, enabled=trunk.autocast_dtype is not None):
         flat = _hidden_states(trunk, rows)
@@ -141,6 +141,46 @@ def score_batch(
         _to_cells(at_actions, batch) if hidden else None,
         _to_cells(kl[0], batch) if kl else None,
     )
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """What could have stood at each of A actions, the K most probable tokens first, and how the one there compares."""
+
+    ids: Int[Tensor, "A K"]
+    logprobs: Float[Tensor, "A K"]
+    """-inf where fewer than K tokens are possible."""
+    own: Float[Tensor, " A"]
+    """Log-prob of the token that stands there; -inf if the controls would not have allowed it."""
+    rank: Int[Tensor, " A"]
+    """Its place among all tokens, counted from 1."""
+    entropy: Float[Tensor, " A"]
+    """Of the distribution (nats)."""
+
+
+@torch.no_grad()
+def alternatives(trunk: Trunk, batch: TokenBatch, controls: Controls, count: int) -> Alternatives:
+    """The `count` most probable tokens at each action, of the distribution that `controls` let tokens be drawn from.
+
+    Kept sets are made anew from the logits, so `batch` needs none and its own controls play no part.
+    """
+    rows, kind = _rows(trunk, batch), batch.tokens.device.type
+    targets = batch.tokens[batch.action_mask]
+    generated = (batch.action_mask.cumsum(1) - 1)[batch.action_mask]
+    history = _histories(batch) if controls.needs_history else None
+    truncates = controls.truncates and not controls.sampling.greedy
+    found = []
+    with torch.autocast(kind, dtype=trunk.autocast_dtype, enabled=trunk.autocast_dtype is not None):
+        hidden = _hidden_states(trunk, rows).index_select(0, rows.predictors)
+        for at in torch.arange(len(targets), device=hidden.device).split(ACTIONS_PER_CHUNK):
+            before = None if history is None else history[at]
+            z = processed_logits(head_logits(trunk.model, hidden[at]), controls, generated[at], before)
+            z = z.masked_fill(~keep_set(z, controls.sampling), -torch.inf) if truncates else z
+            logprobs = z.log_softmax(1)
+            own, best = logprobs.gather(1, targets[at][:, None]), logprobs.topk(min(count, z.shape[1]), dim=1)
+            rank = (logprobs > own).sum(1) + 1
+            found.append((best.indices, best.values, own[:, 0], rank, entropy_of(logprobs)))
+    return Alternatives(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 @torch.no_grad()
@@ -273,6 +313,10 @@ def _to_cells(per_action: Float[Tensor, "A *more"], batch: TokenBatch) -> Float[
 
 
 # --- layouts ---------------------------------------------------------------------------------------------
+
+
+def _rows(trunk: Trunk, batch: TokenBatch) -> _Rows:
+    return _behind_sources(trunk.model, batch) if trunk.layout == "encoder_decoder" else _lay_out(batch, trunk.layout)
 
 
 def _lay_out(batch: TokenBatch, layout: Layout) -> _Rows:
