@@ -17,7 +17,6 @@ from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, FunctionTask, MixtureTask, RewardConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
-from pertoken.forward import decoder_start
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
 from pertoken.portions import nothing_to_cut
