@@ -165,6 +165,6 @@ def _expand(values: dict[str, Any]) -> dict[str, Any]:
     name = values.get("algorithm")
     if name is None:
         return values
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"algorithm: unknown name {str(name)[:60]!r}; {closest(str(name), PRESETS)}")
     return merge(copy.deepcopy(dict(PRESETS[name].settings)), values)
