@@ -423,7 +423,7 @@ def _round(target: Target, end: float, number: int, known: set[str]) -> tuple[in
     @given(target.cases())
     def once(case: Case) -> None:
         nonlocal tried
-        if time.monotonic() > end and not latest:
+        if tried and time.monotonic() > end and not latest:
             return
         tried += 1
         try:
@@ -433,8 +433,11 @@ def _round(target: Target, end: float, number: int, known: set[str]) -> tuple[in
                 latest[where(error)] = (case, "".join(traceback.format_exception(error))[-1500:])
                 raise
 
-    with suppress(Exception):  # what was raised is in `latest`
+    try:
         once()
+    except Exception:
+        if not latest:  # it was no check that raised
+            raise
     return tried, latest
 
 

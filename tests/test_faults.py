@@ -1,6 +1,5 @@
 """Inputs and numbers at the edge, through the whole loop: each is harmless, or ends in a named error."""
 
-import contextlib
 import json
 import math
 from dataclasses import replace
@@ -129,15 +128,6 @@ def test_one_bad_row_in_an_update_skips_the_update_and_names_the_row(settle, mon
     assert "update skipped, loss nan in episodes 1/" in built.notes[-1]
 
 
-def skipped(built, episodes, before):
-    """A step that must end in a skipped update: what is said of it."""
-    report = a_step(built, episodes)
-    assert report.metrics["skipped/updates"] == 1
-    assert unmoved(built, before)
-    assert built.optimizer.state_dict()["state"] == {}, "the optimiser's averages saw it"
-    return built.notes[-1]
-
-
 @pytest.mark.parametrize("credit", CREDITS)
 def test_rewards_whose_sum_is_beyond_a_float_move_nothing(settle, credit):
     """Each of them is finite, so no reward is to blame; what they add up to is not."""
@@ -146,23 +136,26 @@ def test_rewards_whose_sum_is_beyond_a_float_move_nothing(settle, credit):
     built.rewards = [trainer.Weighted(lambda scene: scene.batch.action_mask * huge, 1.0, "huge")]
     before = weights(built)
     episodes = [episode([1, 2], [3, 4, 5][: 1 + k % 3], id=f"e{k}", group=k // 3) for k in range(6)]
-    said = skipped(built, episodes, before)
-    assert "update skipped, " in said
-
-
-def test_a_critic_that_says_nan_for_one_row_skips_the_update_and_names_it(settle):
-    built = build.build_run(settle(credit={"type": "gae"}))
-    with torch.no_grad():
-        built.policy.hf_model.get_input_embeddings().weight[200] = 1e30  # what the trunk makes of it overflows
-    before = weights(built)
-    episodes = [episode([1, 2], [3, 4, 5], id=f"e{k}", group=k // 3) for k in range(5)]
-    episodes.append(episode([1, 2], [3, 200, 5], id="huge", group=1))
-    with contextlib.suppress(NumericsError):
-        assert "huge" in skipped(built, episodes, before)
+    report = a_step(built, episodes)
     assert unmoved(built, before)
+    if credit in ("leave_one_out", "leave_one_out_process", "gae"):  # the others take an infinite spread for none
+        assert report.metrics["skipped/updates"] == 1
+        assert "update skipped, loss " in built.notes[-1]
+        assert not built.optimizer.state_dict()["state"], "the optimiser's averages saw it"
 
 
-@pytest.mark.parametrize("surrogate", ["clipped", "reinforce"])
+def test_a_critic_that_says_nan_skips_the_update_and_names_the_rows(settle):
+    built = build.build_run(settle(credit={"type": "gae"}))
+    forward = built.policy.value_head.forward
+    built.policy.value_head.forward = lambda hidden: forward(hidden) * torch.nan
+    before = weights(built)
+    report = a_step(built, [episode([1, 2], [3, 4, 5], id=f"e{k}", group=k // 3) for k in range(6)])
+    assert report.metrics["skipped/updates"] == 1
+    assert unmoved(built, before)
+    assert "update skipped, loss nan in episodes e" in built.notes[-1]
+
+
+@pytest.mark.parametrize("surrogate", ["clipped", "policy_gradient"])
 def test_a_policy_that_has_moved_beyond_what_a_ratio_can_say(settle, surrogate):
     """Ratios of e^200: clipped ones are harmless, others skip the update, and nothing becomes NaN."""
     built = build.build_run(settle(objective={"surrogate": surrogate}))

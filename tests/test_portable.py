@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +52,8 @@ def test_every_module_is_imported_without_what_only_posix_has():
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
     code = (
         "import importlib, os, signal, sys\n"
-        "import torch, transformers, filelock, typer, rich.console, sacrebleu, nltk, rouge_score\n"
+        "import torch, transformers.modeling_utils, transformers.generation\n"
+        "import filelock, typer, rich.console, sacrebleu, nltk, rouge_score\n"
         "for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios', 'tty', 'pty'): sys.modules[name] = None\n"
         f"for name in {POSIX_ALONE['os']}: hasattr(os, name) and delattr(os, name)\n"
         f"for name in {POSIX_ALONE['signal']}: hasattr(signal, name) and delattr(signal, name)\n"
@@ -61,7 +62,7 @@ def test_every_module_is_imported_without_what_only_posix_has():
         "print('imported')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.stdout.strip() == "imported", done.stderr[-2000:]
+    assert done.stdout.strip() == "imported", done.stderr[-6000:]
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
@@ -130,7 +131,6 @@ def test_the_names_that_a_run_gives_its_files_are_welcome_everywhere(tmp_path):
 def test_a_manifest_points_out_of_its_folder_on_no_system(tmp_path, name):
     """What is a plain name here may be a path there, and a copied run is read there."""
     assert "not a file beside it" in str(_misfit(tmp_path, name, 1))
-    assert PureWindowsPath(name).name != name or "/" in name
 
 
 # --- the package ------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def _expand(values: dict[str, Any]) -> dict[str, Any]:
     name, task = values.get("algorithm"), values.get("task")
     below = settings_of(task) if isinstance(task, dict) else {}
     if name is not None:
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"algorithm: unknown name {str(name)[:60]!r}; {closest(str(name), PRESETS)}")
         below = merge(below, copy.deepcopy(dict(PRESETS[name].settings)))
     return merge(below, values) if below else values

@@ -168,7 +168,7 @@ def _look(path: Path) -> Checkpoint | str:
 
 
 def _misfit(folder: Path, name: str, size: int) -> str | None:
-    if PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
+    if PurePosixPath(name).name != name or PureWindowsPath(name).name != name or ":" in name:
         return f"its {MANIFEST} names {name!r}, which is not a file beside it"
     if not (folder / name).is_file():
         return f"{name} is missing"
