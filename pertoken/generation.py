@@ -151,6 +151,7 @@ class Generator:
         distribution, with its bans and lengths; temperature, top-k, top-p and min-p have no part in it."""
         policy, controls = self.speaker.policy, self.speaker.controls
         model, start = policy.hf_model, decoder_start(policy.hf_model)
+        generate: Any = model.generate
         prompt = prompt_ids(item, policy.tokenizer)
         ids = torch.tensor([prompt], device=policy.device)
         room = policy.context_length - (len(start) if start else len(prompt))
@@ -166,7 +167,7 @@ class Generator:
         before = len(start) if start else len(prompt)
         half = policy.autocast_dtype
         with own_settings_aside(model), torch.autocast(policy.device.type, half, enabled=half is not None):
-            found: Any = model.generate(
+            found = generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=settings,

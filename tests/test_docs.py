@@ -256,7 +256,8 @@ def check_pertoken(command, arguments: list[str]) -> None:
     takes_settings = "settings" in {parameter.name for parameter in command.params}
     takes_one_first = command.name in ("generate", "resume")
     settings = settings[1:] if takes_one_first else settings if takes_settings else []
-    load_config([s for s in settings if "=" not in s], [s for s in settings if "=" in s])
+    load = load_comparison if command.name == "compare" else load_config
+    load([s for s in settings if "=" not in s], [s for s in settings if "=" in s])
 
 
 # --- two languages ------------------------------------------------------------------------------------------

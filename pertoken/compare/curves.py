@@ -100,7 +100,7 @@ def _so_far(metrics: Mapping[str, Sequence[Number | None]], names: Sequence[str]
 def mean_curve(runs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[list[float], list[list[float]]]:
     """Several curves of (places, values) at all places that any has, as far as all go: places, and values by curve.
 
-    >>> mean_curve([([0, 2], [1.0, 3.0]), ([0, 1, 4], [0.0, 1.0, 4.0])])
+    >>> mean_curve([([0.0, 2.0], [1.0, 3.0]), ([0.0, 1.0, 4.0], [0.0, 1.0, 4.0])])
     ([0.0, 1.0, 2.0], [[1.0, 2.0, 3.0], [0.0, 1.0, 2.0]])
     """
     end = min(max(places) for places, _ in runs)
@@ -111,9 +111,9 @@ def mean_curve(runs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple
 def crossing(places: Sequence[float], values: Sequence[float], target: float, *, lower: bool = False) -> float | None:
     """Where a curve, straight between its points, first is as good as `target`; None if it never is.
 
-    >>> crossing([0, 10, 20], [1.0, 2.0, 4.0], 3.0), crossing([0, 10], [1.0, 2.0], 3.0)
+    >>> crossing([0.0, 10.0, 20.0], [1.0, 2.0, 4.0], 3.0), crossing([0.0, 10.0], [1.0, 2.0], 3.0)
     (15.0, None)
-    >>> crossing([0, 10], [5.0, 1.0], 3.0, lower=True), crossing([0, 10], [1.0, 2.0], 0.5)
+    >>> crossing([0.0, 10.0], [5.0, 1.0], 3.0, lower=True), crossing([0.0, 10.0], [1.0, 2.0], 0.5)
     (5.0, 0.0)
     """
     sign = -1.0 if lower else 1.0

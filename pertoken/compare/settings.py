@@ -25,6 +25,11 @@ TEMPLATES: Mapping[str, Mapping[str, Any]] = {
 JUDGED_APART = ("perplexity", "nats_per_token")
 """Metrics under the model that a run began with: no two arms have the same."""
 
+
+def _all_arms() -> dict[str, dict[str, Any] | None]:
+    return dict.fromkeys(TEMPLATES)
+
+
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -47,9 +52,7 @@ class CompareConfig(Section):
     """Where runs, tables and sheets go; null makes comparisons/<name>."""
     seeds: int = Field(default=3, ge=1)
     """Runs of each arm, with the seed of the recipe, the next one, and so on. May be raised later, to go on."""
-    arms: dict[ArmName, dict[str, Any] | None] = Field(
-        default_factory=lambda: dict[str, dict[str, Any] | None].fromkeys(TEMPLATES, {}), min_length=1
-    )
+    arms: dict[ArmName, dict[str, Any] | None] = Field(default_factory=_all_arms, min_length=1)
     """Name -> what differs from the recipe. Five names stand for something already: base (0 steps), sft (method sft),
     sequence (credit.type leave_one_out), token (as the recipe is), trl (by GRPO of TRL). The key `trl` in an arm has it
     trained by TRL, with these arguments of its GRPOConfig over those that follow from the recipe."""

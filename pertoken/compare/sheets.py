@@ -153,8 +153,8 @@ def read_choices(folder: Path, choices: Sequence[Path]) -> list[Preference]:
     by_sheet: dict[str, list[dict[str, float]]] = {}
     for path in choices:
         said = _json(path)
-        key = keys.get(str(said.get("sheet")))
-        if key is None:
+        sheet = str(said.get("sheet"))
+        if sheet not in keys:
             raise TaskError(
                 f"{path}: choices on no sheet of {folder / FOLDER} as it is now. Its answers were others then: keep "
                 "the folder that the sheet came from, or judge the new one"
@@ -162,8 +162,8 @@ def read_choices(folder: Path, choices: Sequence[Path]) -> list[Preference]:
         given = said.get("choices")
         if not isinstance(given, dict) or not given:
             raise TaskError(f"{path}: expected a map `choices` from items to {', '.join(CHOICES)}")
-        by_sheet.setdefault(str(key["sheet"]), []).append(
-            {item: _score(path, key, item, choice) for item, choice in given.items()}
+        by_sheet.setdefault(sheet, []).append(
+            {item: _score(path, keys[sheet], item, choice) for item, choice in given.items()}
         )
     return [_preference(keys[sheet], raters) for sheet, raters in by_sheet.items()]
 

@@ -36,7 +36,7 @@ from pertoken.sampling import Controls
 from pertoken.tasks.base import ItemTask
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.runlog import RunLog
-from pertoken.types import Completion, Item
+from pertoken.types import Completion, Item, StopReason
 
 TRAINING_STATE = {"optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", "training_args.bin"}
 """What of a checkpoint is no part of the model."""
@@ -168,7 +168,7 @@ def paid(
     tokenizer = policy.tokenizer
     episodes = []
     for k, (said, item) in enumerate(zip(ids, items, strict=True)):
-        stop = "eos" if said and said[-1] in policy.eos_ids else "length"
+        stop: StopReason = "eos" if said and said[-1] in policy.eos_ids else "length"
         completion = Completion(list(said), [0.0] * len(said), stop)
         episodes.append(
             to_episode(f"{step}/{k}", item, k // group, prompt_ids(item, tokenizer), completion, version=step)
@@ -212,7 +212,7 @@ def train(config: RunConfig, given: dict[str, Any]) -> None:
             recorder.drawn += [(len(said), total) for said, total in zip(completion_ids, totals, strict=True)]
             return totals
 
-        class Recording(TrainerCallback):  # type: ignore[misc]
+        class Recording(TrainerCallback):
             def on_step_begin(self, *_: Any, **__: Any) -> None:
                 recorder.begin()
 
