@@ -180,8 +180,8 @@ _OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 def equations(text: str) -> Iterator[Equation]:
     """Each sum of plain numbers in `text`, and whether it holds: exactly, or rounded to the decimals that are written.
 
-    Sums that go on (`... = 8 * 3`), that other things than numbers are added to (`5 apples + 2 * 3 = 11`), or that are
-    no sums at all are passed over: of those nothing is known.
+    Sums that go on (`... = 8 * 3`), that other things than numbers are added to (`5 apples + 2 * 3 = 11`), that can be
+    read in two ways (`60/3/4`), or that are none at all are passed over: of those nothing is known.
 
     >>> [(sum.said, sum.holds) for sum in equations("She has 16 * .5 = 8 and 10 / 3 = 3.33, so 8 + 3 = 12 in all.")]
     [('16*.5=8', True), ('10/3=3.33', True), ('8+3=12', False)]
@@ -191,11 +191,12 @@ def equations(text: str) -> Iterator[Equation]:
             continue
         left, right = found["left"].translate(_PLAIN), _value(found["right"])
         worth = _worth(left[max(left.count("(") - left.count(")"), 0) :])  # "(2 + 3 = 5)" opens before it begins
-        if worth is None or right is None:
+        if worth is None or right is None or re.search(r"/[\d.%]+/", left):  # 60/3/4 may be meant as 60/(3/4)
             continue
         decimals = len(found["right"].rstrip("%").partition(".")[2])
         unit = Fraction(1, 10 ** (decimals + 2 * found["right"].endswith("%")))
-        holds = worth == right or (decimals > 0 and abs(worth - right) <= unit / 2)
+        in_percent = found["right"].endswith("%") and worth == 100 * right  # 15/60*100 = 25%
+        holds = worth == right or in_percent or (decimals > 0 and abs(worth - right) <= unit / 2)
         yield Equation(*found.span("right"), re.sub(r"\s", "", found[0] + found["right"]), holds)
 
 

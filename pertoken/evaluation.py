@@ -117,8 +117,8 @@ class Evaluator:
         batch = to_batch(episodes, scoring, device=str(policy.device))
         old, ref = policy.score(batch), reference.score(batch) if reference else None
         scene = Scene(batch, episodes, policy.tokenizer, old, ref)
-        for name, values in (score(self.beside, scene).parts if self.beside else {}).items():
-            per_item[f"beside/{name}"] = sums = values.sum(1).tolist()
+        for name, part in (score(self.beside, scene).parts if self.beside else {}).items():
+            per_item[f"beside/{name}"] = sums = part.sum(1).tolist()
             summary["metrics"][f"beside/{name}"], summary["intervals"][f"beside/{name}"] = fmean(sums), _interval(sums)
         nats, counts = -(ref or old).logprobs.sum(1), batch.action_mask.sum(1).clamp_min(1)
         per_item["nats_per_token"] = (nats / counts).tolist()

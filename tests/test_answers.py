@@ -77,6 +77,7 @@ def test_a_solution_is_held_against_the_final_answers_of_the_references():
         ("- 3 + 4 = 7\n- 3 + 5 = 9", [("3+4=7", True), ("3+5=9", False)]),
         ("He left in 2020. 2 + 2 = 4 (1 + 1 = 2)", [("2+2=4", True), ("(1+1=2", True)]),
         ("1 - 3 = -2", [("1-3=-2", True)]),
+        ("15 / 60 * 100 = 25%, 1 / 4 = 26%", [("15/60*100=25%", True), ("1/4=26%", False)]),
     ],
 )
 def test_sums_are_checked(text, expected):
@@ -89,6 +90,7 @@ def test_sums_are_checked(text, expected):
         "5 apples + 2 * 3 = 11 apples",  # what the apples are added to is not known
         "2 * 4 = 8 * 3 = 24 is no sum by itself"[:13],
         "x = 5", "5 = 5", "7 / 0 = 0", "1 + 1 == 2", "v1.2.3 + 1 = 4", "08 + 1 = 9", "no sums",
+        "60/3/4 = 80", "half of 6 / 3 / 4 = 1",
     ],
 )  # fmt: skip
 def test_what_is_no_plain_sum_is_passed_over(text):

@@ -193,13 +193,13 @@ def _expand(values: dict[str, Any]) -> dict[str, Any]:
 
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with all that names in them stand for, the data of the task included, as they stand in the end."""
-    task = values.get("task")
+    task: Any = values.get("task")
     if isinstance(task, FileTask) and task.family:  # made in Python
         values = values | {"task": (task := task.model_dump(exclude_unset=True))}
     if not isinstance(task, dict):
         return _expand(values)
     if task.get("family"):
-        return bound(_expand(values), task) | {"task": read_by(task)}
+        return {**bound(_expand(values), task), "task": read_by(task)}
     tasks = task.get("tasks")
     if isinstance(tasks, dict):
         tasks = {name: read_by(member) if isinstance(member, dict) else member for name, member in tasks.items()}

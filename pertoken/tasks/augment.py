@@ -124,7 +124,7 @@ def word_dropout(share: float) -> Rewrite:
     Of translation: Sennrich et al. 2016, https://aclanthology.org/W16-2323.
 
     >>> word_dropout(0.5)(["one two three four"], [3])
-    ['one two']
+    ['three four']
     """
 
     def rewrite(texts: Sequence[str], seeds: Sequence[int]) -> list[str]:
@@ -155,7 +155,7 @@ def synonyms(share: float, known: Callable[[str], Sequence[str]]) -> Rewrite:
             others = known(match[0].lower())
             if not others or generator.random() >= share:
                 return match[0]
-            other = others[generator.integers(len(others))]
+            other = others[int(generator.integers(len(others)))]
             return other[0].upper() + other[1:] if match[0][0].isupper() else other
 
         return re.sub(r"\b[A-Za-z]{3,}\b", said, text)

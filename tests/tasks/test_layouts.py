@@ -42,9 +42,9 @@ def test_each_row_is_read_by_the_first_layout_that_it_fits(tmp_path):
     ]
     layouts = [
         SUMMARY,
+        Layout("{prompt}", answer="completion"),
         Layout(messages="prompt", answer="completion"),
         Layout(messages="messages"),
-        Layout("{prompt}", answer="completion"),
     ]
     items = load(tmp_path, rows, layouts).items("train")
     assert [(item.prompt, item.answer) for item in items] == [
