@@ -43,7 +43,7 @@ class Counter:
 
 
 # %% generate -> score -> reward -> credit -> update; the same stages as for one turn
-for step in range(1, 31):
+for step in range(1, 21):
     episodes = converse(
         engine, items, tokenizer, controls, environment=Counter(), max_turns=2, context_length=128,
         go_on_when_cut=True, samples_per_prompt=16, step=step,
@@ -57,7 +57,7 @@ for step in range(1, 31):
     optimizer.step()
     optimizer.zero_grad()
     engine.load_weights(policy.trainable(), version=step)
-    if step in (1, 10, 20, 30):
+    if step in (1, 10, 20):
         by_turn = [rewards.total[batch.turn == turn].sum().item() / len(episodes) for turn in (1, 2)]
         print(f"step {step:2}  " + "  ".join(f"turn {k} {value:.3f}" for k, value in enumerate(by_turn, 1)))
 

@@ -12,7 +12,7 @@ SAYS = {
     "own_data.py": ["'train': ", "step 3", "made all 3 steps; held-out ROUGE-L "],
     "span_reward.py": ["spell out 12", "'reward/digits': -", "made all 3 steps"],
     "stages_by_hand.py": ["step  1", "step 20"],
-    "two_turns.py": ["step  1", "step 30", "observation '\\n"],
+    "two_turns.py": ["step  1", "step 20", "observation '\\n"],
 }
 
 

@@ -393,7 +393,7 @@ def test_what_is_for_one_turn_is_refused(run_of, overrides, words):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["rollout.turns.fn=my_tools:Reply"], "no method reply"),
+        (["rollout.turns.fn=my_tools:Reply", "rollout.turns.parameters={text: x}"], "no method reply"),
         (["rollout.turns.fn=my_tools:Count"], "did you mean 'Counter'"),
         (["rollout.turns.parameters={word: e}"], "word"),
     ],

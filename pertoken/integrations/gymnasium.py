@@ -88,14 +88,14 @@ class TokenEnv(gymnasium.Env):  # type: ignore[misc]
         from pertoken import build
 
         policy = build.build_policy(config)
-        rows = int(policy.hf_model.get_input_embeddings().weight.shape[0])
+        embeddings: Any = policy.hf_model.get_input_embeddings()
         return cls(
             build.build_task(config.task).items(split),
             policy.tokenizer,
             build.build_rewards(config.rewards),
             sampling=config.rollout.sampling,
             eos_ids=policy.eos_ids,
-            vocabulary=rows,
+            vocabulary=int(embeddings.weight.shape[0]),
             context_length=min(policy.context_length, 1 << 20),
             **settings,
         )

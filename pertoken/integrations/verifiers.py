@@ -80,10 +80,9 @@ class Score(SampleReward):
     def _state(self, sample: Sample) -> dict[str, Any]:
         """What a rubric looks at, as after a rollout of one turn."""
         prompt, item = sample.item.prompt, sample.item
-        plain = isinstance(prompt, str)
         return {
-            "prompt": prompt if plain else [dict(message) for message in prompt],
-            "completion": sample.text if plain else [{"role": "assistant", "content": sample.text}],
+            "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
+            "completion": sample.text if isinstance(prompt, str) else [{"role": "assistant", "content": sample.text}],
             "answer": item.answer or "",
             "info": dict(item.info.get("info", {})),
             "task": item.info.get("task", "default"),

@@ -163,4 +163,4 @@ def _texts(prompt: Any) -> list[str]:
 
 def _bare(text: str) -> str:
     """Without what people set between digits, so that the same number written otherwise is the same."""
-    return regex.sub(r"[\s().-]", "", text).casefold()
+    return str(regex.sub(r"[\s().-]", "", text)).casefold()
