@@ -1,5 +1,5 @@
-"""The command line: train, crossval, search, compare, evaluate, validate, generate, profile, doctor, report, show,
-export, config, data, algorithms, runs, reward, credit."""
+"""The command line: train, crossval, search, compare, evaluate, validate, generate, profile, doctor, report, show, ask,
+studio, export, config, data, algorithms, runs, reward, credit."""
 
 import hashlib
 import io
@@ -547,6 +547,47 @@ def show(
         _print_samples(folder, step)
     else:
         _print_shown(shown, numbers)
+
+
+@app.command()
+def ask(
+    folder: RunFolder,
+    sample: Annotated[str, typer.Option(metavar="STEP.SAMPLE", help="Sample, as the report names it.")],
+    token: Annotated[int | None, typer.Option(min=1, help="Token of it, counted from 1.")] = None,
+    swap: Annotated[str | None, typer.Option(metavar="TEXT", help="What if the token had been this?")] = None,
+    model: Annotated[str | None, typer.Option(help="before, step-N or trained; default: the newest.")] = None,
+    against: Annotated[str | None, typer.Option(help="Model that log-probs are compared with.")] = None,
+    causes: Annotated[bool, typer.Option("--causes", help="Which tokens the text owes its reward to.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="With --swap: texts sampled on from there.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+) -> None:
+    """Ask the model of a run about a sample: what else could stand at a token, what if it had been another one."""
+    from pertoken.asking import Answers
+    from pertoken.told import told
+
+    if swap is not None and token is None:
+        raise ConfigError(f"--swap {swap!r}: in the place of which token? Add --token")
+    parts = told(
+        Answers(folder), sample, token=token, swap=swap, model=model, against=against, causes=causes, samples=samples,
+        seed=seed,
+    )  # fmt: skip
+    for part in parts:
+        if isinstance(part, str):
+            out.print(part, markup=False)
+        else:
+            _print_wide(part)
+
+
+@app.command()
+def studio(
+    folder: Annotated[Path, typer.Argument(help="Folder with runs in it.")] = Path("runs"),
+    host: Annotated[str, typer.Option(help="Address; other machines reach one that is not 127.0.0.1.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8600,
+) -> None:
+    """Look at runs in the browser while they go on, compare them, and ask their models (extra `studio`)."""
+    from pertoken.studio import serve
+
+    serve(folder, host=host, port=port, on_address=lambda url: out.print(f"{url}\nCtrl-C ends it", markup=False))
 
 
 @app.command()

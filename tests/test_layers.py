@@ -123,6 +123,13 @@ MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
 MAY["run"] = MAY["build"] | {"build", "doctor"}
 MAY["kept"] = MAY["build"] | {"build", "redistribution", "hub"}
+MAY["questions"] = {
+    "errors", "types", "sampling", "config", "text_metrics", "batching", "forward", "observe", "policy",
+    "redistribution", "resampling", "rewards", "rollout",
+}  # fmt: skip
+MAY["asking"] = MAY["questions"] | {"questions", "build", "kept", "run", "tracking"}
+MAY["told"] = {"errors", "tracking", "questions", "asking"}
+MAY["studio"] = {"errors", "config", "sampling", "tracking", "asking"}
 MAY["crossval"] = {"errors", "config", "text_metrics", "tracking"}
 MAY["credit_compare"] = {"errors", "types", "config", "credit", "tracking", "redistribution", "kept"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
@@ -159,6 +166,9 @@ MAY["cli"] = MAY["run"] | {
     "validation",
     "compare",
     "generation",
+    "asking",
+    "told",
+    "studio",
 }
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
@@ -179,6 +189,8 @@ OPTIONAL = {
     "reasoning_gym",
     "verifiers",
     "trl",
+    "starlette",
+    "uvicorn",
 }
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 

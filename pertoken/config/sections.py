@@ -990,3 +990,7 @@ class LogConfig(Section):
     """Write the samples of every so many steps (and of the first and last) with all their token streams."""
     episodes_per_step: int = Field(default=32, ge=0)
     """How many samples of such a step."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Where else the figures go; each needs the extra of its name. One that fails is named and the run goes on."""
+    project: str = Field(default="pertoken", min_length=1)
+    """What the runs are kept under there."""

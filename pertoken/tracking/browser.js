@@ -60,6 +60,12 @@ function fillOrders() {
   }
 }
 
+function findHomes() {
+  homes.clear();
+  haystacks.clear();
+  for (const [key, scene] of Object.entries(run.scenes)) scene.panels.forEach((panel) => homes.set(panel.id, key));
+}
+
 function chooseOrder(index) {
   order = run.orders[index];
   byId("order").value = String(index);
@@ -229,7 +235,7 @@ function restore() {
 // ---- start
 
 function startBrowser() {
-  for (const [key, scene] of Object.entries(run.scenes)) scene.panels.forEach((panel) => homes.set(panel.id, key));
+  findHomes();
   fillOrders();
   byId("order").addEventListener("change", () => {
     chooseOrder(Number(byId("order").value));
@@ -242,6 +248,17 @@ function startBrowser() {
   });
   byId("list").addEventListener("scroll", drawRows, { passive: true });
   byId("list").addEventListener("keydown", moveInList);
+  listenToScene();
+  window.addEventListener("hashchange", restore);
+  if (restore()) return;
+  chooseOrder(0);
+  view.id = run.lists[order.list].id[found[0]];
+  showScene();
+  drawRows();
+}
+
+// The controls above the texts, and the tokens themselves.
+function listenToScene() {
   byId("stream").addEventListener("change", () => {
     view.stream = byId("stream").value;
     repaint();
@@ -268,10 +285,4 @@ function startBrowser() {
     tip(node);
   });
   window.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
-  window.addEventListener("hashchange", restore);
-  if (restore()) return;
-  chooseOrder(0);
-  view.id = run.lists[order.list].id[found[0]];
-  showScene();
-  drawRows();
 }

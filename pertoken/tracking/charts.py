@@ -123,15 +123,59 @@ def _training_chart(title: str, names: Sequence[str], metrics: Mapping[str, Colu
     for name, color in zip(names, itertools.cycle(PALETTE), strict=False):
         values = _means(metrics[name], per_point)
         shown = name.partition("/")[2] if one_family and "/" in name else name
-        curve: Row = {"name": shown, "x": steps, "legendgroup": name, "line": {"color": color, "width": 2}}
-        mode = "lines" if len(steps) > 1 else "markers"
-        if _is_noisy(values):  # the noise stays visible, behind its moving mean
-            traces.append(
-                curve | {"y": values, "mode": "lines", "opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
-            )
-            values = _moving_mean(values)
-        traces.append(curve | {"y": values, "mode": mode})
+        traces += _curve(shown, steps, values, color)
     return Chart(title, _note([find(name, METRICS) for name in names]), _figure(traces, legend=len(names) > 1))
+
+
+def overlaid_charts(runs: Mapping[str, Mapping[str, Column]]) -> dict[str, list[Chart]]:
+    """Metrics of several runs, each in a chart of its own with a curve for each run that has it, by group."""
+    names = dict.fromkeys(name for metrics in runs.values() for name in metrics if name not in ("step", "time"))
+    groups: dict[str, list[Chart]] = {group: [] for group in PLAN}
+    for name in names:
+        chart = _overlaid(name, {run: metrics for run, metrics in runs.items() if name in metrics}, METRICS)
+        groups.setdefault(_group_of(name), []).append(chart)
+    return {group: charts for group, charts in groups.items() if charts}
+
+
+def overlaid_held_out(runs: Mapping[str, Sequence[Row]]) -> list[Chart]:
+    """Held-out metrics of several runs, whose evaluations of one split are given, over one another."""
+    columns = {
+        run: {
+            "step": [row["step"] for row in rows],
+            **{name: [row["metrics"].get(name) for row in rows] for name in rows[-1]["metrics"]},
+        }
+        for run, rows in runs.items()
+        if rows
+    }
+    names = dict.fromkeys(name for metrics in columns.values() for name in metrics if name != "step")
+    return [
+        _overlaid(name, {run: metrics for run, metrics in columns.items() if name in metrics}, HELD_OUT)
+        for name in names
+    ]
+
+
+def _overlaid(name: str, runs: Mapping[str, Mapping[str, Column]], glossary: Mapping[str, Term]) -> Chart:
+    traces: list[Row] = []
+    for (run, metrics), color in zip(runs.items(), itertools.cycle(PALETTE), strict=False):
+        per_point = -(-len(metrics["step"]) // MAX_POINTS)
+        traces += _curve(run, _means(metrics["step"], per_point), _means(metrics[name], per_point), color)
+    return Chart(label(name, glossary), _note([find(name, glossary)]), _figure(traces, legend=True))
+
+
+def _group_of(name: str) -> str:
+    """The group whose charts show a metric of training."""
+    groups = (group for group, charts in PLAN.items() for pattern in charts.values() if re.fullmatch(pattern, name))
+    return next(groups, "Other")
+
+
+def _curve(name: str, steps: Column, values: Column, color: str) -> list[Row]:
+    """One metric as a line; where it is noisy, the noise stays visible behind its moving mean."""
+    curve: Row = {"name": name, "x": steps, "legendgroup": name, "line": {"color": color, "width": 2}}
+    mode, traces = "lines" if len(steps) > 1 else "markers", list[Row]()
+    if _is_noisy(values):
+        traces.append(curve | {"y": values, "mode": "lines", "opacity": 0.3, "showlegend": False, "hoverinfo": "skip"})
+        values = _moving_mean(values)
+    return [*traces, curve | {"y": values, "mode": mode}]
 
 
 def _gauge_chart(metrics: Mapping[str, Column]) -> Chart | None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from datetime import UTC, datetime
@@ -73,6 +74,28 @@ def writer(folder: Path) -> str:
         return f"process {found['pid']} on {found['host']} (since {found['since']}: {found['command']})"
     except (ValueError, KeyError, TypeError):  # it has the lock and has not said its name yet
         return "another process"
+
+
+def ask_to_end(folder: Path) -> str:
+    """SIGTERM to the process that writes to this folder, which lets a run end its step and save; who it is, in words.
+
+    Raises RunFolderError if nobody writes, or somebody who cannot be reached from here.
+    """
+    if not is_locked(folder):
+        raise RunFolderError(f"{folder} is not being written: there is nothing to stop")
+    who = writer(folder)
+    try:
+        found = json.loads(read_bytes(folder / WRITER))
+        pid, host = int(found["pid"]), found["host"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{folder} is being written by {who}, which has not said its name yet") from error
+    if host != socket.gethostname() or pid <= 1:
+        raise RunFolderError(f"{folder} is being written by {who}: end it there")
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except OSError as error:
+        raise RunFolderError(f"{who} cannot be ended: {(error.strerror or str(error)).lower()}") from error
+    return who
 
 
 def _myself() -> bytes:

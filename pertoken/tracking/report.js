@@ -13,6 +13,8 @@ function nextTheme() {
   setTheme(order[(order.indexOf(now) + 1) % order.length]);
 }
 
+const PLOT_OPTIONS = { responsive: true, displayModeBar: false, displaylogo: false };
+
 // Plotly is as large as the rest of the page ten times over, so it is read after the first picture is on the screen.
 function loadPlotly() {
   document.head.append(element("script", { textContent: byId("plotly").textContent }));
@@ -21,10 +23,9 @@ function loadPlotly() {
 
 // A chart is drawn when it comes near the window: a page with many curves opens as fast as one with few.
 function drawCharts() {
-  const options = { responsive: true, displayModeBar: false, displaylogo: false };
   const draw = (place) => {
     const { data, layout } = run.charts[Number(place.dataset.chart)];
-    Plotly.newPlot(place, data, layout, options);
+    Plotly.newPlot(place, data, layout, PLOT_OPTIONS);
   };
   const watcher = new IntersectionObserver(
     (entries) => {
@@ -35,10 +36,10 @@ function drawCharts() {
     },
     { rootMargin: "400px" },
   );
-  document.querySelectorAll(".plot").forEach((place) => watcher.observe(place));
+  document.querySelectorAll(".plot:not(.js-plotly-plot)").forEach((place) => watcher.observe(place));
 }
 
 setTheme(new URLSearchParams(location.search).get("theme") || "auto");
 byId("theme").addEventListener("click", nextTheme);
 if (run.orders.length) startBrowser();
-window.addEventListener("load", () => setTimeout(loadPlotly, 50));
+if (byId("plotly").textContent) window.addEventListener("load", () => setTimeout(loadPlotly, 50));

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -32,12 +33,42 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Content:
+    """What stands on a page; HTML is escaped already."""
+
+    title: str
+    summary: str
+    """HTML below the title."""
+    sections: Mapping[str, str]
+    """HTML by heading."""
+    data: Row
+    """What the scripts read. A page with samples has all that `samples.browse` returns, another one has no `orders`."""
+    charts: Sequence[Chart] = ()
+    """In the order of their places in the sections."""
+
+    def as_json(self) -> str:
+        """What the scripts read, charts included."""
+        data = json.dumps({"orders": []} | self.data, allow_nan=False, separators=(",", ":"))
+        return f'{data[:-1]}, "charts": [{",".join(chart.figure for chart in self.charts)}]}}'
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a server that shows the page adds to it. The page may talk to that server, and to nobody else."""
+
+    script: str
+    style: str
+
+
 def render(reader: RunReader) -> str:
-    """The page as text."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise MissingExtraError("plotly", "report", "the report") from error
+    """The page of a run as text."""
+    return page(content(reader))
+
+
+def content(reader: RunReader, *, samples: bool = True) -> Content:
+    """What the page of a run says; without `samples` it is made faster, and has no list of them."""
+    _plotly()  # without it the charts would fail, and not say what to install
     run, metrics, evaluations = reader.run(), reader.metrics(), reader.evaluations()
     comparison = compare(evaluations)
     charts: list[Chart] = []
@@ -48,26 +79,40 @@ def render(reader: RunReader) -> str:
         "Certificate": _certificate(reader.folder),
         "Configuration": _configuration(run, reader.config_text()),
     }
-    samples = browse(reader, comparison)
-    if not samples["orders"]:
-        sections.pop("Tokens")
     facts = {"folder": str(reader.folder), "main": label(comparison.main, HELD_OUT) if comparison else ""}
-    data = json.dumps(facts | samples, allow_nan=False, separators=(",", ":"))
-    plots = ",".join(chart.figure for chart in charts)
-    plotly, script = get_plotlyjs(), "\n".join(map(_resource, SCRIPTS))
+    found = browse(reader, comparison) if samples else {}
+    if samples and not found["orders"]:
+        sections.pop("Tokens")
+    return Content(title_of(run), _summary(run, metrics), sections, facts | found, charts)
+
+
+def page(content: Content, *, kicker: str = "pertoken run", plots: bool = True, host: Host | None = None) -> str:
+    """The page as text. `kicker` is HTML above the title; `plots` says whether charts may come to stand on it."""
+    plotly, script = _plotly() if plots else "", "\n".join([*map(_resource, SCRIPTS), host.script if host else ""])
     return Template(_resource("report.html")).substitute(
-        policy=_policy(plotly, script),
-        title=escape(title_of(run)),
-        css=_resource("report.css"),
-        summary=_summary(run, metrics),
-        navigation="".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
-        sections="\n".join(
-            f'<section id="{name.lower()}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()
+        policy=_policy(plotly, script, served=host is not None),
+        title=escape(content.title),
+        kicker=kicker,
+        css=_resource("report.css") + (host.style if host else ""),
+        summary=content.summary,
+        navigation="".join(
+            f'<a href="#{name.lower()}">{name}</a>' for name in content.sections if len(content.sections) > 1
         ),
-        data=f'{data[:-1]}, "charts": [{plots}]}}'.replace("<", "\\u003c"),
+        sections="\n".join(
+            f'<section id="{name.lower()}"><h2>{name}</h2>{html}</section>' for name, html in content.sections.items()
+        ),
+        data=content.as_json().replace("<", "\\u003c"),
         plotly=plotly,
         script=script,
     )
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise MissingExtraError("plotly", "report", "the report") from error
+    return str(get_plotlyjs())
 
 
 def verdict(
@@ -128,8 +173,8 @@ def title_of(run: Row) -> str:
     return f"{model} on {task}" if task else model
 
 
-def _summary(run: Row, metrics: Mapping[str, Column]) -> str:
-    """The facts of the run as a short definition list."""
+def facts_of(run: Row, metrics: Mapping[str, Column]) -> dict[str, str]:
+    """The run in a few facts, by name; empty where one is not known."""
     about, steps = run.get("about", {}), metrics.get("step") or [0]
     tokens = sum(count or 0 for count in metrics.get("tokens/generated", []))
     seconds = (metrics.get("time") or [0])[-1] or 0
@@ -139,8 +184,8 @@ def _summary(run: Row, metrics: Mapping[str, Column]) -> str:
         "interrupted": "interrupted",
         "failed": "failed",
     }.get(run["status"], str(run["status"]))
-    facts = {
-        "Algorithm": about.get("algorithm", ""),
+    return {
+        "Algorithm": str(about.get("algorithm", "")),
         "Steps": f"{steps[-1]} of {about['steps']}" if "steps" in about else str(steps[-1]),
         "Tokens": _count(tokens) if tokens else "",
         "Time": _duration(seconds),
@@ -148,7 +193,12 @@ def _summary(run: Row, metrics: Mapping[str, Column]) -> str:
         "Started": str(run.get("started", ""))[:16].replace("T", " "),
         "Status": f"{status}: {run['reason']}" if run.get("reason", status) not in ("", status) else status,
     }
-    rows = "".join(f"<div><dt>{name}</dt><dd>{escape(str(fact))}</dd></div>" for name, fact in facts.items() if fact)
+
+
+def _summary(run: Row, metrics: Mapping[str, Column]) -> str:
+    """The facts of the run as a short definition list."""
+    facts = facts_of(run, metrics)
+    rows = "".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items() if fact)
     return f'<dl class="facts">{rows}</dl>'
 
 
@@ -163,10 +213,12 @@ def _result(
     if comparison is None:
         return html + _reward_table(metrics)
     main, *others = held_out_charts(evaluations, comparison)
-    html += f'<div class="columns">{_figures([main], charts, "large")}{before_after_table(comparison)}</div>'
+    html += f'<div class="columns">{chart_places([main], charts, "large")}{before_after_table(comparison)}</div>'
     html += _reward_table(metrics)
     if others:
-        html += f"<details><summary>Curves of the other held-out metrics</summary>{_figures(others, charts)}</details>"
+        html += (
+            f"<details><summary>Curves of the other held-out metrics</summary>{chart_places(others, charts)}</details>"
+        )
     return html
 
 
@@ -243,10 +295,10 @@ def _curves(metrics: Mapping[str, Column], charts: list[Chart]) -> str:
     intro = (
         "<p>By training step. Where a curve is noisy, each step is pale and the mean of the steps around it strong.</p>"
     )
-    return intro + "".join(f"<h3>{name}</h3>{_figures(group, charts)}" for name, group in groups.items())
+    return intro + "".join(f"<h3>{name}</h3>{chart_places(group, charts)}" for name, group in groups.items())
 
 
-def _figures(group: Sequence[Chart], charts: list[Chart], size: str = "") -> str:
+def chart_places(group: Sequence[Chart], charts: list[Chart], size: str = "") -> str:
     """Places for the charts of a group; the figures themselves are added to `charts`, which the script draws."""
     html = ""
     for chart in group:
@@ -310,11 +362,13 @@ def _configuration(run: Row, config_text: str) -> str:
     )
 
 
-def _policy(*scripts: str) -> str:
-    """A content-security policy that lets these scripts run, and nothing else: no other code, no request."""
+def _policy(*scripts: str, served: bool) -> str:
+    """A content-security policy that lets these scripts run, and nothing else: no other code, and no request, or if the
+    page is served none but to where it comes from."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    own = "; connect-src 'self'; form-action 'self'" if served else ""
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:{own}"
 
 
 def _resource(name: str) -> str:

@@ -30,6 +30,7 @@ from pertoken.tracking.files import (
 )
 from pertoken.tracking.lock import LOCK, WRITER, RunLock
 from pertoken.tracking.records import check_run, read_evaluations, read_metrics
+from pertoken.tracking.trackers import Trackers
 from pertoken.types import Episode, Message
 
 FORMAT_VERSION = 1
@@ -57,6 +58,8 @@ class RunLog:
     folder: Path
     notes: tuple[str, ...]
     """What `open` had to repair or drop, in sentences for a person."""
+    trackers: Trackers | None = None
+    """Who else hears of steps and evaluations, when they are on disk."""
 
     def __init__(self, folder: Path, run: Row, lock: RunLock, notes: Sequence[str] = ()) -> None:
         self.folder = folder
@@ -151,6 +154,8 @@ class RunLog:
         row = {"step": step, "time": elapsed, **{name: _number(value) for name, value in metrics.items()}}
         append_row(self.folder / "metrics.jsonl", row, f"the metrics of step {step}")
         self._last_step = step
+        if self.trackers is not None:
+            self.trackers.step(step, metrics)
 
     def episodes(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes `episodes/<step>.jsonl`, one `episode_record` per line."""
@@ -179,6 +184,8 @@ class RunLog:
         row = {"step": step, "split": split, **summary, "items": items}
         append_row(self.folder / "evaluations.jsonl", row, what)
         self._evaluated.add((step, split))
+        if self.trackers is not None:
+            self.trackers.evaluation(step, split, summary["metrics"])
 
     def has_evaluation(self, step: int, split: str) -> bool:
         """Whether this evaluation is on disk: a resumed run need not make it again."""
@@ -191,6 +198,8 @@ class RunLog:
 
     def close(self) -> None:
         """Let other processes write to the folder."""
+        if self.trackers is not None:
+            self.trackers.finish()
         self._lock.release()
 
     def __enter__(self) -> "RunLog":
@@ -198,6 +207,11 @@ class RunLog:
 
     def __exit__(self, *problem: object) -> None:
         self.close()
+
+    @property
+    def run(self) -> Row:
+        """What run.json says."""
+        return dict(self._run)
 
     def _save_run(self) -> None:
         text = json.dumps(self._run, indent=2, ensure_ascii=False, default=str) + "\n"

@@ -33,8 +33,19 @@ class RunSummary:
 
 
 def find_runs(root: Path) -> list[RunSummary]:
-    """The runs below `root` (at any depth, but not inside of runs), in the order of their names."""
-    return [_summary(folder) for folder in sorted(_folders(root))]
+    """The runs below `root`, in the order of their names."""
+    return [_summary(folder) for folder in run_folders(root)]
+
+
+def run_folders(root: Path) -> list[Path]:
+    """The run folders below `root` (at any depth, but not inside of runs, nor where a link leads), by name."""
+    return sorted(_folders(root))
+
+
+def status_of(folder: Path, run: Row) -> str:
+    """That of run.json; `killed` if it says running and no process is writing."""
+    status = str(run.get("status"))
+    return "killed" if status == "running" and not is_locked(folder) else status
 
 
 def verify_run(folder: Path) -> list[str]:
@@ -90,14 +101,11 @@ def _summary(folder: Path) -> RunSummary:
         checkpoints = CheckpointStore(folder / "checkpoints").complete()
     except RunFolderError:  # one of many: `runs verify` says what is wrong with it
         return RunSummary(folder, "damaged", 0, None, "", None, 0, size)
-    status = str(run.get("status"))
-    if status == "running" and not is_locked(folder):
-        status = "killed"
     last = evaluations[-1] if evaluations else {}
     main = str(last.get("main", ""))
     return RunSummary(
         folder,
-        status,
+        status_of(folder, run),
         step=int(metrics[-1]["step"]) if metrics else 0,
         steps=run.get("about", {}).get("steps"),
         main=main,

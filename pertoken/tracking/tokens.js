@@ -274,17 +274,37 @@ function showTip(node, scene, at, view) {
   const messages = findingsAt(panel, index).map((found) =>
     element("p", { className: "finding", textContent: `${found.part} ${signed(found.value)}: ${visible(found.message)}` }),
   );
-  const about = `token ${index + 1} of ${panel.tokens.piece.length}, id ${panel.tokens.id[index]}`;
+  const id = known(panel.tokens.id?.[index]) ? `, id ${panel.tokens.id[index]}` : "";
+  const about = `token ${index + 1} of ${panel.tokens.piece.length}${id}`;
   const tip = byId("tip");
   tip.replaceChildren(
     element("b", { textContent: piece === "" ? "part of the next character" : `“${piece}”`, dir: "auto" }),
     element("div", { textContent: chosen ? about : `${about}, not chosen by the model` }),
     ...messages,
+    ...alternativesAt(panel, index),
     element("table", {}, ...head, ...rows),
   );
   tip.hidden = false;
   placeTip(tip, node.getClientRects()[0]);
   node.setAttribute("aria-describedby", "tip");
+}
+
+// What else could have stood here, where a model was asked.
+function alternativesAt(panel, index) {
+  const place = panel.alternatives?.[index];
+  if (!place) return [];
+  const rows = place.others.slice(0, 6).map((other) => {
+    const row = element("tr", {}, element("th", { scope: "row", textContent: inQuotes(other.piece), dir: "auto" }));
+    row.append(element("td", { textContent: percent(other.logprob) }));
+    if (other.token === place.chosen.token) row.className = "chosen";
+    return row;
+  });
+  const title = `Most probable here (this one is number ${place.rank})`;
+  return [element("div", { textContent: title }), element("table", {}, ...rows)];
+}
+
+function inQuotes(piece) {
+  return piece === "" ? "part of a character" : `“${visible(piece).replaceAll("\n", "↵")}”`;
 }
 
 function percent(logprob) {
