@@ -173,10 +173,21 @@ def search(
     if dry_run:
         out.print(config.to_yaml(), markup=False, end="")
         return
+    found = _as_far_as_it_goes(run_search, config, max_time)
+    head, *rows = found.table()
+    out.print()
+    _print_wide(_table(head, rows))
+    for text in found.words():
+        out.print(text, markup=False)
+    _exit_unless_complete(found.ended)
+
+
+def _as_far_as_it_goes(job: Callable[..., Any], plan: Any, max_time: str | None) -> Any:
+    """A job of many runs, until it is complete, interrupted or out of time."""
     with _interrupts() as interrupted:
         try:
-            found = run_search(
-                config,
+            return job(
+                plan,
                 on_note=lambda text: out.print(text, markup=False),
                 interrupted=interrupted,
                 max_seconds=_seconds(max_time),
@@ -184,13 +195,12 @@ def search(
         except KeyboardInterrupt:
             Console(stderr=True).print("[yellow]stopped at once; the same command goes on[/]")
             raise typer.Exit(INTERRUPTED) from None
-    head, *rows = found.table()
-    out.print()
-    _print_wide(_table(head, rows))
-    for text in found.words():
-        out.print(text, markup=False)
-    if found.ended:
-        raise typer.Exit(TIME_IS_UP if found.ended == "time is up" else INTERRUPTED)
+
+
+def _exit_unless_complete(ended: str) -> None:
+    """The exit code of a job that has something left to do."""
+    if ended:
+        raise typer.Exit(TIME_IS_UP if ended == "time is up" else INTERRUPTED)
 
 
 @app.command()
@@ -220,23 +230,12 @@ def compare(
         for found in read_choices(plan.folder, choices):
             out.print(found.told(), markup=False)
         return
-    with _interrupts() as interrupted:
-        try:
-            outcome = run_comparison(
-                plan,
-                on_note=lambda text: out.print(text, markup=False),
-                interrupted=interrupted,
-                max_seconds=_seconds(max_time),
-            )
-        except KeyboardInterrupt:
-            Console(stderr=True).print("[yellow]stopped at once; the same command goes on[/]")
-            raise typer.Exit(INTERRUPTED) from None
+    outcome = _as_far_as_it_goes(run_comparison, plan, max_time)
     for part in outcome.report.tables:
         out.print(f"\n{part.title}", markup=False)
         _print_wide(_table(part.head, part.rows))
     out.print("\n".join(["", *outcome.report.words, *map(str, outcome.files)]), markup=False)
-    if outcome.ended:
-        raise typer.Exit(TIME_IS_UP if outcome.ended == "time is up" else INTERRUPTED)
+    _exit_unless_complete(outcome.ended)
 
 
 @app.command()
