@@ -131,7 +131,7 @@ class Rows:
         """Tokens of the answers that are compared, at most: they stay together."""
         sizes, prompts = self.batch.attention_mask.sum(1).tolist(), self.batch.prompt_lengths()
         groups = self.batch.prompt_groups()
-        return max(prompts[rows[0]] + sum(sizes[b] - prompts[b] for b in rows) for rows in groups)
+        return int(max(prompts[rows[0]] + sum(sizes[b] - prompts[b] for b in rows) for rows in groups))
 
     def parts(self, tokens: int) -> list[Int[Tensor, " R"]]:
         """Micro-batches of at most about `tokens` tokens, largest first; answers that are compared stay together."""
