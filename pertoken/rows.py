@@ -136,7 +136,7 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._file.readline(MAX_ROW_BYTES + 1)
+        line: str = self._file.readline(MAX_ROW_BYTES + 1)
         if not line:
             raise StopIteration
         self.count += 1

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -228,13 +229,13 @@ def test_an_engine_that_decodes_otherwise_fails_greedy(sound, monkeypatch):
 
 def test_means_of_micro_batches_fail_micro_batches(sound, monkeypatch):
     def own_means(own):
-        def parts(*arguments, **named):
-            for part in own(*arguments, **named):
+        def parts(cut, tokens):
+            for part in cut(tokens):
                 yield dataclasses.replace(part, num_actions=part.batch.num_actions, num_rows=len(part.rows))
 
-        return parts
+        return lambda *arguments, **named: (partial(parts, cut) for cut in own(*arguments, **named))
 
-    patched(monkeypatch, updating, "minibatches", own_means)
+    patched(monkeypatch, updating, "optimizer_steps", own_means)
     found = failing(sound, ["micro_batches", "gradient_reach", *QUICK])
     assert found.keys() == {"micro_batches"}
     assert "of its norm" in found["micro_batches"].words
