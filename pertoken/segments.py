@@ -77,7 +77,7 @@ def cut(batch: TokenBatch) -> Cut | None:
         return None
     text, begins, ends, columns = zip(*_places(batch, sampling.segment), strict=True)
     row, begin, end = (torch.tensor(numbers, device=device) for numbers in (text, begins, ends))
-    column = pad_sequence(columns, batch_first=True).to(device)
+    column = pad_sequence(list(columns), batch_first=True).to(device)
     sizes = torch.tensor([len(own) for own in columns], device=device)
     inside = torch.arange(column.shape[1], device=device) < sizes[:, None]
     acts = inside & (column >= begin[:, None]) & batch.action_mask[row[:, None], column]
