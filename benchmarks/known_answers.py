@@ -260,14 +260,14 @@ ARMS: dict[str, dict[str, Any]] = {
 """Estimators that see the sum alone, that place it on the tokens by themselves, or that are told where it was earned;
 the first is what the others are compared with."""
 
-ROWS_PER_STEP = 4 * 8
+SAMPLES_PER_PROMPT = 8
 
 
 class CreditTask:
-    """The task of `credit`: how long, lured by what, and how an arm is measured on it."""
+    """The task of `credit`: how long, lured by what, how many prompts a step, and how an arm is measured on it."""
 
-    def __init__(self, length: int, lure: str) -> None:
-        self.length, self.lure = length, lure
+    def __init__(self, length: int, lure: str, prompts: int) -> None:
+        self.length, self.lure, self.prompts = length, lure, prompts
         best = {"token": length + LURE, "coin": length}[lure]
         self.bound, self.metric = ENOUGH * best, {"token": "reward/task", "coin": "beside/letters"}[lure]
 
@@ -279,7 +279,11 @@ class CreditTask:
             "credit": {"normalize": "whiten", **ARMS[name]},
             "rewards": [{"fn": f"{__name__}:{paid}", "name": "task"}],
             "guards": {"beside": [{"fn": f"{__name__}:number_of_letters", "name": "letters"}]},
-            "rollout": {"sampling": {"max_new_tokens": self.length, "min_new_tokens": self.length}},
+            "rollout": {
+                "prompts_per_step": self.prompts,
+                "samples_per_prompt": SAMPLES_PER_PROMPT,
+                "sampling": {"max_new_tokens": self.length, "min_new_tokens": self.length},
+            },
             "objective": {"surrogate": "policy_gradient"},
             "update": {"learning_rate": rate},
             "kl": {"place": "none"},
@@ -304,14 +308,15 @@ def credit(seeds: list[int], only: Iterable[str], task: CreditTask, *, tune: boo
     print("|---|---|---|---|---|")
     yardstick: float | None = None
     rates: dict[str, float] = {}
+    rows_per_step = task.prompts * SAMPLES_PER_PROMPT
     for name in only or ARMS:
         kind = name.partition(":")[0]
         if kind not in rates:
             rates[kind] = task.best_rate(name) if tune else RATE
         steps = [task.steps(name, seed, rates[kind]) for seed in seeds]
-        solved = [step * ROWS_PER_STEP for step in steps if step is not None]
+        solved = [step * rows_per_step for step in steps if step is not None]
         # one that is not solved counts as more than any: with a majority of them there is no median
-        middle = statistics.median([math.inf if step is None else step * ROWS_PER_STEP for step in steps])
+        middle = statistics.median([math.inf if step is None else step * rows_per_step for step in steps])
         yardstick = middle if yardstick is None else yardstick
         reached = f"{middle:,.0f}, {max(solved):,}" if middle < math.inf else "not reached"
         share = f"{middle / yardstick:.2f}" if max(middle, yardstick) < math.inf else ""
@@ -325,13 +330,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="Rows of the table; all unless given.")
     parser.add_argument("--length", type=int, default=12, help="Of credit: tokens of a completion.")
     parser.add_argument("--lure", choices=["token", "coin"], default="token", help="Of credit: what misleads.")
+    parser.add_argument("--prompts", type=int, default=4, help="Of credit: in a step, with 8 samples each.")
     parser.add_argument("--tune", action="store_true", help="Of credit: a learning rate for each kind of arm.")
     options = parser.parse_args()
     print(f"{date.today()}, {platform.platform()}: {' '.join(sys.argv)}\n")
     if options.what == "presets":
         presets(options.seeds, options.only)
     else:
-        credit(options.seeds, options.only, CreditTask(options.length, options.lure), tune=options.tune)
+        credit(
+            options.seeds, options.only, CreditTask(options.length, options.lure, options.prompts), tune=options.tune
+        )
 
 
 if __name__ == "__main__":
