@@ -1,6 +1,6 @@
 """What is compared: arms, each of them a recipe with some settings changed, and the seeds of their runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,11 +25,6 @@ TEMPLATES: Mapping[str, Mapping[str, Any]] = {
 JUDGED_APART = ("perplexity", "nats_per_token")
 """Metrics under the model that a run began with: no two arms have the same."""
 
-
-def _all_arms() -> dict[str, dict[str, Any] | None]:
-    return dict.fromkeys(TEMPLATES)
-
-
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -52,10 +47,11 @@ class CompareConfig(Section):
     """Where runs, tables and sheets go; null makes comparisons/<name>."""
     seeds: int = Field(default=3, ge=1)
     """Runs of each arm, with the seed of the recipe, the next one, and so on. May be raised later, to go on."""
-    arms: dict[ArmName, dict[str, Any] | None] = Field(default_factory=_all_arms, min_length=1)
-    """Name -> what differs from the recipe. Five names stand for something already: base (0 steps), sft (method sft),
-    sequence (credit.type leave_one_out), token (as the recipe is), trl (by GRPO of TRL). The key `trl` in an arm has it
-    trained by TRL, with these arguments of its GRPOConfig over those that follow from the recipe."""
+    arms: Annotated[dict[ArmName, dict[str, Any] | None], Field(min_length=1)] | None = None
+    """Name -> what differs from the recipe; null takes all five that follow. These names stand for something already:
+    base (0 steps), sft (method sft), sequence (credit.type leave_one_out), token (as the recipe is), trl (by GRPO of
+    TRL). The key `trl` in an arm has it trained by TRL, with these arguments of its GRPOConfig over those that follow
+    from the recipe."""
     shared_start: str | None = "sft"
     """Arm whose model all arms begin with that learn from samples, seed by seed, unless they name a policy.model; it is
     trained once per seed. null (or sft, where no arm has that name) has them begin with that of the recipe."""
@@ -126,8 +122,9 @@ def load_comparison(files: Sequence[str | Path], overrides: Sequence[str] = ()) 
         raise ConfigError("\n".join(f"compare.{line}" for line in str(error).splitlines())) from None
     base = validate(recipe, RunConfig)
     folder = Path(settings.folder or f"comparisons/{base.name}")
-    start = _start(settings)
-    own = {name: merge(dict(TEMPLATES.get(name, {})), given or {}) for name, given in settings.arms.items()}
+    given = settings.arms or dict.fromkeys(TEMPLATES)
+    own = {name: merge(dict(TEMPLATES.get(name, {})), changes or {}) for name, changes in given.items()}
+    start = _start(settings, own)
     arms = {name: _arm(name, changes, recipe, settings, folder, start) for name, changes in own.items()}
     _refuse_equals(arms)
     _refuse_other_evaluations(arms)
@@ -142,12 +139,12 @@ def load_comparison(files: Sequence[str | Path], overrides: Sequence[str] = ()) 
     return Plan(settings, folder, arms, _metrics(settings, base), base.evaluation.split, against, terminal, start)
 
 
-def _start(settings: CompareConfig) -> str | None:
+def _start(settings: CompareConfig, names: Collection[str]) -> str | None:
     start = settings.shared_start
-    if start in settings.arms or start is None:
+    if start is None or start in names:
         return start
     if "shared_start" in settings.model_fields_set:
-        raise ConfigError(f"compare.shared_start: no arm {start!r}; {closest(start, settings.arms)}")
+        raise ConfigError(f"compare.shared_start: no arm {start!r}; {closest(start, names)}")
     return None
 
 
