@@ -103,6 +103,10 @@ def _environment(name: str, arguments: str) -> Any:
         import verifiers
     except ImportError as error:
         raise MissingExtraError("verifiers", "verifiers", "an environment of verifiers") from error
+    if not hasattr(verifiers, "load_environment"):
+        raise ConfigError(
+            "this version of verifiers has no load_environment any more: pip install 'pertoken[verifiers]'"
+        )
     try:
         return verifiers.load_environment(name, **json.loads(arguments))
     except (ValueError, TypeError, ImportError) as error:

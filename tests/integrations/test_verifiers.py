@@ -115,6 +115,9 @@ def test_what_cannot_be_read_is_named(package, monkeypatch):
     with pytest.raises(ConfigError, match="cannot load"):
         build_task(config_of("other").task)
     adapter._environment.cache_clear()
+    monkeypatch.setitem(sys.modules, "verifiers", types.ModuleType("verifiers"))
+    with pytest.raises(ConfigError, match="this version"):
+        build_task(config_of().task)
     monkeypatch.setitem(sys.modules, "verifiers", None)
     with pytest.raises(MissingExtraError, match=r"pertoken\[verifiers\]"):
         build_task(config_of().task)
