@@ -60,7 +60,7 @@ class _Evaluation(TypedDict, total=False):
     split: Required[Annotated[str, Field(pattern=r"^[\w-]+$")]]  # it becomes part of a file name
     metrics: Required[dict[str, _Number]]
     main: str | None
-    intervals: dict[str, list[_Number]] | None
+    intervals: dict[str, Annotated[list[_Number], Field(min_length=2, max_length=2)]] | None
     differences: dict[str, Annotated[list[_Number], Field(min_length=3, max_length=3)]] | None
     baselines: dict[str, dict[str, _Number]] | None
     items: Required[dict[str, list[Any]]]
