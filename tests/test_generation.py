@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,7 +88,11 @@ def test_as_many_beams_as_there_are_tokens_find_the_likeliest_text():
         joint = first[:, None] + second
     best = sorted(itertools.product(range(64), range(64)), key=lambda pair: -joint[pair].item())
     assert tuple(found[0].tokens) == best[0]
-    assert {tuple(one.tokens) for one in found[:5]} == set(best[:5])
+    assert {tuple(beam.tokens) for beam in found[:5]} == set(best[:5])
+    banned = best[0][0]
+    one.controls = replace(one.controls, banned_ids=((banned,),))
+    found = generator._beams(item)
+    assert tuple(found[0].tokens) == next(pair for pair in best if banned not in pair)
 
 
 def test_beams_are_ranked_by_the_rewards_and_keep_to_bans(speaker):
