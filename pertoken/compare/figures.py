@@ -208,7 +208,9 @@ class Measured:
 
     def _measure(self, metric: str) -> "_Measure":
         if metric not in self._measures:
-            self._measures[metric] = _Measure(metric, [curve for runs in self.curves.values() for curve in runs])
+            language = next(iter(self.plan.arms.values())).runs[0].evaluation.language
+            curves = [curve for runs in self.curves.values() for curve in runs]
+            self._measures[metric] = _Measure(metric, curves, language)
         return self._measures[metric]
 
     @cached_property
@@ -219,7 +221,7 @@ class Measured:
 class _Measure:
     """One metric, on the items that all evaluations of all runs have."""
 
-    def __init__(self, metric: str, curves: Sequence[Curve]) -> None:
+    def __init__(self, metric: str, curves: Sequence[Curve], language: str | None) -> None:
         self.metric = metric
         points = [point for curve in curves for point in curve.points]
         self._by_item = all(metric in point.items for point in points)
@@ -227,7 +229,7 @@ class _Measure:
         self.ids = tuple(item for item in points[0].ids if all(item in each for each in known))
         self.most = max(map(len, known))
         """Items of the run that has most of them."""
-        self._resamples = Resamples(self.ids)
+        self._resamples, self._language = Resamples(self.ids), language
         self._found: dict[tuple[str, int], Values] = {}
 
     def value(self, curve: Curve, point: Point) -> float:
@@ -249,9 +251,10 @@ class _Measure:
         recorded = self._recorded(curve, point)
         rows = {row["id"]: row for row in RunReader(curve.folder).evaluation_items(point.step, curve.split)}
         if self.metric in CORPUS and self.ids and all(item in rows and rows[item]["answer"] for item in point.ids):
-            own = Resamples(tuple(point.ids)).corpus(self.metric, *_texts(rows, point.ids), draws=0)
+            every = Resamples(tuple(point.ids))
+            own = every.corpus(self.metric, *_texts(rows, point.ids), language=self._language, draws=0)
             if abs(own[0] - recorded) < SAME:
-                return self._resamples.corpus(self.metric, *_texts(rows, self.ids))
+                return self._resamples.corpus(self.metric, *_texts(rows, self.ids), language=self._language)
         if self._all(point):
             return np.array([recorded])
         raise ConfigError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from pertoken.text_metrics import DRAWS, Interval
+from pertoken.text_metrics import DRAWS, Interval, bleu_tokenizer
 
 Values = Float[np.ndarray, " D"]
 """The value on all items, then on each resample; of length 1 where it is known on all items alone."""
@@ -43,12 +43,23 @@ class Resamples:
         sums: Values = self.counts @ np.asarray(values, dtype=float)
         return sums / len(self.ids)
 
-    def corpus(self, metric: str, texts: Sequence[str], references: Sequence[str], *, draws: int = DRAWS) -> Values:
-        """Of a metric of all texts together, one of `CORPUS`, by what sacrebleu counts in each text."""
+    def corpus(
+        self,
+        metric: str,
+        texts: Sequence[str],
+        references: Sequence[str],
+        *,
+        language: str | None = None,
+        draws: int = DRAWS,
+    ) -> Values:
+        """Of a metric of all texts together, one of `CORPUS`, by what sacrebleu counts in each text.
+
+        language: of the texts, by which BLEU cuts words.
+        """
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
 
-        measure: Any = {"corpus_bleu": BLEU, "corpus_chrf": CHRF}[metric]()
+        measure: Any = CHRF() if metric == "corpus_chrf" else BLEU(tokenize=bleu_tokenizer(language))
         counted = np.asarray(measure._extract_corpus_statistics(list(texts), [list(references)]), dtype=float)
         sums = self.counts[: draws + 1] @ counted
         return np.array([measure._compute_score_from_stats([int(n) for n in row]).score for row in sums])

@@ -152,6 +152,13 @@ def test_a_corpus_metric_on_resamples_is_sacrebleu_on_the_texts_that_were_drawn(
         assert values[draw] == pytest.approx(official(texts, [known]).score, abs=1e-9)
 
 
+def test_bleu_on_resamples_cuts_chinese_into_characters():
+    texts, known = ["我喜欢猫和小狗", "今天下雨了不出门"], ["我喜欢猫和狗", "今天下雨不出门"]
+    values = Resamples(("a", "b")).corpus("corpus_bleu", texts, known, language="zh")
+    assert values[0] == pytest.approx(sacrebleu.corpus_bleu(texts, [known], tokenize="zh").score, abs=1e-9)
+    assert values[0] > Resamples(("a", "b")).corpus("corpus_bleu", texts, known)[0] + 1
+
+
 def test_a_corpus_metric_of_runs_has_an_interval_if_it_is_sacrebleus(plan_of, made):
     plan = plan_of("compare.arms={sft: {}, token: {}}", "compare.metrics=[corpus_chrf]", "compare.seeds=1")
     known = [f"answer {item}" for item in "abcd"]
