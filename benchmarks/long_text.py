@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from pertoken.batching import minibatches, to_batch
+from pertoken.batching import optimizer_steps, to_batch
 from pertoken.memory import keep_freed_memory, peak_memory, used_memory
 from pertoken.objectives import aggregate, policy_loss
 from pertoken.policy.model import Policy, load_model
@@ -52,9 +52,8 @@ def measure(name: str, arm: str, texts: int, length: int, tokens: int, threads: 
     if rows is not None:
         found, old, given = rows.batch, rows.taken(old), rows.credit(given)
     begun = time.perf_counter()
-    for part in minibatches(
-        found, old, None, given, epochs=1, num_minibatches=1, tokens_per_micro_batch=tokens, seed=0
-    ):
+    (whole,) = optimizer_steps(found, old, None, given, epochs=1, num_minibatches=1, seed=0)
+    for part in whole(tokens):
         new = policy.score(part.batch, grad=True, into_grad=True)
         loss = policy_loss(new, part.old, None, part.credit, part.batch).per_token
         aggregate(loss, part.batch.action_mask, denominator=part.num_actions).backward()

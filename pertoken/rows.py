@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pertoken.errors import MissingExtraError, TaskError
 
@@ -124,7 +124,7 @@ def _writable(text: str) -> bool:
 class _Lines:
     """The lines of a file for the csv module, none of them read beyond what a row may have."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: Any) -> None:
         """file: opened for text."""
         self._file = file
         self.count = 0

@@ -151,7 +151,7 @@ MAY["validation"] = MAY["run"] | {"run"}
 MAY["generation"] = MAY["run"] | {"run"}
 MAY["many"] = {"config", "run", "tracking"}
 MAY["search"] = {"errors", "config", "many", "text_metrics", "tracking"}
-MAY["compare"] = MAY["run"] | {"run", "many"}
+MAY["compare"] = MAY["run"] | {"run", "many", "hub"}
 MAY["cli"] = MAY["run"] | {
     "presets",
     "run",

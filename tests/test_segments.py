@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from pertoken import build, credit, run, trainer, updating
 from pertoken.assignment import assign
-from pertoken.batching import minibatches, to_batch
+from pertoken.batching import optimizer_steps, to_batch
 from pertoken.config import Gae, LeaveOneOut, RewardToGo, RunConfig
 from pertoken.doctor import examine
 from pertoken.errors import ConfigError, ModelError, TaskError
@@ -338,36 +338,30 @@ def test_baselines_are_of_texts_however_many_segments_they_have():
 # --- the update ----------------------------------------------------------------------------------------------
 
 
-def parts_of(batch, count):
+def steps_of(batch, count):
+    """The rows that are learnt from, and the parts of each optimiser step."""
     pieces = cut(batch)
     rows = pieces.batch if pieces else batch
     zeros = torch.zeros_like(rows.sample_logprobs)
     old, given = PolicyOutput(zeros, zeros), Credit(zeros)
-    return rows, list(
-        minibatches(rows, old, None, given, epochs=1, num_minibatches=count, tokens_per_micro_batch=9, seed=3)
-    )
+    steps = optimizer_steps(rows, old, None, given, epochs=1, num_minibatches=count, seed=3)
+    return rows, [list(step(9)) for step in steps]
 
 
 def test_the_segments_of_a_text_are_learnt_in_one_optimiser_step():
     many = [episode([1, 2], list(range(3, 4 + n)), id=str(n), group=n // 3) for n in range(1, 8)]
     batch = to_batch(many, Controls(Sampling(segment=Segment(tokens=2, context=1))))
-    rows, parts = parts_of(batch, 3)
-    steps, texts = [[]], []
-    for part in parts:
-        steps[-1] += part.batch.whole.text.tolist()
-        texts.append((part.num_rows, part.num_actions))
-        if part.last_of_step:
-            steps.append([])
-    assert len(steps) == 4
-    assert not steps.pop()
+    rows, made = steps_of(batch, 3)
+    steps = [[text for part in parts for text in part.batch.whole.text.tolist()] for parts in made]
+    assert len(steps) == 3
     for step in steps:
         for text in set(step):
             assert step.count(text) == rows.whole.text.tolist().count(text)
     assert sorted(text for step in steps for text in step) == rows.whole.text.tolist()
-    assert {count for count, _ in texts} == {2, 3}, "texts are counted, not segments"
+    assert {part.num_rows for parts in made for part in parts} == {2, 3}, "texts are counted, not segments"
     plain = unsegmented(batch)
-    order = [[part.batch.episode_ids[k] for k in range(len(part.rows))] for part in parts_of(plain, 3)[1]]
-    assert sorted(name for names in order for name in names) == [str(n) for n in range(1, 8)]
+    names = [name for parts in steps_of(plain, 3)[1] for part in parts for name in part.batch.episode_ids]
+    assert sorted(names) == [str(n) for n in range(1, 8)]
 
 
 @pytest.mark.parametrize(

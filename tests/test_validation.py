@@ -215,14 +215,14 @@ def place(tmp_path, monkeypatch, model_folder):
         for k in range(24)
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "letter_rewards.py").write_text(
         "from pertoken.rewards import episode_reward\n"
         "@episode_reward\ndef letters(sample):\n    return float(len(sample.text))\n"
     )
     (tmp_path / "recipe.yaml").write_text(
         f"policy: {{model: {model_folder}, precision: float32, device: cpu, compile: false}}\n"
         "task: {path: data.jsonl, prompt: '{prompt}:', fractions: [0.2, 0.6, 0.2]}\n"
-        "rewards: [{name: rouge_l}, {fn: 'my_rewards:letters'}]\n"
+        "rewards: [{name: rouge_l}, {fn: 'letter_rewards:letters'}]\n"
         "evaluation: {items: 8, sampling: {temperature: 0, max_new_tokens: 6}}\n"
     )
     monkeypatch.chdir(tmp_path)

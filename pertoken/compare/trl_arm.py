@@ -27,6 +27,7 @@ from pertoken.batching import to_batch
 from pertoken.build import build_engine, build_evaluator, build_rewards, build_task, fitting
 from pertoken.config import RunConfig, validate
 from pertoken.errors import ConfigError, PertokenError
+from pertoken.hub import NO_CODE, SAFE
 from pertoken.policy.model import Policy, Reference
 from pertoken.prompts import prompt_ids
 from pertoken.rewards import Isolated, Scene, Weighted, score
@@ -230,7 +231,7 @@ def train(config: RunConfig, given: dict[str, Any]) -> None:
         chats = bool(policy.tokenizer.chat_template)
         rows = [{"prompt": _prompt(item, chats), "place_in_items": k} for k, item in enumerate(items)]
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, **SAFE),
             reward_funcs=reward,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=policy.tokenizer,
@@ -292,8 +293,9 @@ def _whole(checkpoint: Path) -> Path:
     from transformers import AutoTokenizer
 
     merged = checkpoint / "merged"
-    AutoPeftModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).merge_and_unload().save_pretrained(merged)
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(merged)
+    model = AutoPeftModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **SAFE)
+    model.merge_and_unload().save_pretrained(merged)
+    AutoTokenizer.from_pretrained(checkpoint, **NO_CODE).save_pretrained(merged)
     return merged
 
 

@@ -73,8 +73,9 @@ def _load_state(
     torch_states = {name: tensor.cpu() for name, tensor in stored.items() if name.startswith("random/")}
     python, numpy = state.pop("random").values()
     named = policy.trainable()
+    _refuse_other_policy(folder, named, stored)
     averages = {name: _averages_of(name, parameter, stored) for name, parameter in named.items()}
-    _put(folder, policy, stored)
+    _put(policy, stored)
     for name, parameter in named.items():
         if averages[name]:
             optimizer.state[parameter] = averages[name]
@@ -101,7 +102,9 @@ def _averages_of(name: str, parameter: torch.Tensor, stored: Mapping[str, torch.
 def load_weights(folder: Path, policy: Policy) -> None:
     """Put the weights of the checkpoint in `folder` in place, and nothing else of it; errors as of `load_state`."""
     try:
-        _put(folder, policy, _stored(folder, policy, "weight/"))
+        stored = _stored(folder, policy, "weight/")
+        _refuse_other_policy(folder, policy.trainable(), stored)
+        _put(policy, stored)
     except RunFolderError:
         raise
     except _UNREADABLE as error:
@@ -115,11 +118,9 @@ def _stored(folder: Path, policy: Policy, beginning: str = "") -> dict[str, torc
         return {name: file.get_tensor(name) for name in names}
 
 
-def _put(folder: Path, policy: Policy, stored: Mapping[str, torch.Tensor]) -> None:
-    named = policy.trainable()
-    _refuse_other_policy(folder, named, stored)
+def _put(policy: Policy, stored: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
-        for name, parameter in named.items():
+        for name, parameter in policy.trainable().items():
             parameter.copy_(stored[f"weight/{name}"])
 
 

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 import pertoken.rewards as public
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import (
+    AnswerF1,
     Banned,
     Bleu,
     ChrF,
     Distinct,
+    FinalAnswer,
     Format,
     Harper,
     KLToReference,
@@ -39,6 +41,7 @@ from pertoken.rewards import (
     ScoredSpan,
     SelfBleu,
     Shaping,
+    Steps,
     Ter,
     Weighted,
     episode_reward,
@@ -248,6 +251,9 @@ BUILT_INS = {
     "rouge_lsum": RougeLsum(),
     "chrf": ChrF(word_order=2),
     "ter": Ter(),
+    "answer_f1": AnswerF1(wrong=0.5),
+    "final_answer": FinalAnswer(wrong=0.5),
+    "steps": Steps(),
     "meteor": Meteor(),
     "repetition": Repetition(n=2),
     "length": Length(min_words=4, max_words=5, unfinished_cost=1.0),
@@ -279,7 +285,7 @@ def test_every_built_in_reward_is_among_them():
 
 @pytest.mark.parametrize("name", BUILT_INS)
 def test_trap_r6_order_and_size_of_the_batch_do_not_matter(name, make_episode, make_scene):
-    completions = ["the cat sat on the the cat on the cat , teh", "a cat", "猫坐在 the mat. 猫坐在", "", "the cat sat"]
+    completions = ["the cat sat on the the cat on the cat , teh", "a cat", "猫坐在 the mat. 猫坐在", "", "the cat 2+2=4"]
     stops = ["eos", "length", "eos", "eos", "context"]
     episodes = [
         make_episode(text, "the cat sat on the mat", id=str(k), stop=stop, group=k // 3)
