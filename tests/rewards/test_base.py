@@ -285,7 +285,13 @@ def test_every_built_in_reward_is_among_them():
 
 @pytest.mark.parametrize("name", BUILT_INS)
 def test_trap_r6_order_and_size_of_the_batch_do_not_matter(name, make_episode, make_scene):
-    completions = ["the cat sat on the the cat on the cat , teh", "a cat", "猫坐在 the mat. 猫坐在", "", "the cat 2+2=4"]
+    completions = [
+        "the cat sat on the the cat on the cat , teh",
+        "a cat",
+        "猫坐在 the mat. 猫坐在",
+        "",
+        "the cat 2+2=4",
+    ]
     stops = ["eos", "length", "eos", "eos", "context"]
     episodes = [
         make_episode(text, "the cat sat on the mat", id=str(k), stop=stop, group=k // 3)
