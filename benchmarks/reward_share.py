@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pertoken.batching import to_batch
-from pertoken.policy.model import load_model
+from pertoken.policy.model import fast_in_bfloat16, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Scene, resolve
 from pertoken.rollout.collect import collect
@@ -53,7 +53,8 @@ def measure(names: list[str], rounds: int, model_name: str) -> tuple[list[float]
     """CPU seconds of each rollout, and of each reward on it."""
     torch.set_num_threads(1)
     model, tokenizer = load_model(model_name)
-    engine = NativeEngine(model, tokenizer, head_logits=head_logits, max_rows=PROMPTS * SAMPLES)
+    dtype = torch.bfloat16 if fast_in_bfloat16(torch.device("cpu")) else None  # as a run samples here
+    engine = NativeEngine(model, tokenizer, head_logits=head_logits, dtype=dtype, max_rows=PROMPTS * SAMPLES)
     sampling = Sampling(min_new_tokens=TOKENS, max_new_tokens=TOKENS)
     controls = Controls.resolve(sampling, tokenizer, [tokenizer.eos_token_id])
     rollouts, scored = list[float](), {"alignment": list[float](), **{name: list[float]() for name in names}}
