@@ -61,7 +61,7 @@ def list_page(root: str, lines: Sequence[Line], studio: Row) -> str:
     sections = {
         "Runs": f'<form action="/compare" method="get"><div id="table">{table(lines)}</div>'
         '<p><button type="submit">Compare the chosen runs</button></p></form>'
-        f'<p id="note" role="status">{len(lines)} runs below <code>{escape(root)}</code></p>'
+        f'<p id="note" role="status">{len(lines)} run{"s" * (len(lines) != 1)} below <code>{escape(root)}</code></p>'
     }
     data = {"studio": studio}
     return page(Content("Runs", "", sections, data), kicker=_links("list"), plots=False, host=_host("list.js"))
