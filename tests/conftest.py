@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 
@@ -122,3 +123,19 @@ def pertoken(capsys, monkeypatch):
         return code, shown.out, shown.err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium that asks nothing of the network by itself; tests are skipped where there is none."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright", exc_type=ImportError)
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs chromium on the path")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(
+            executable_path=path, args=[*flags, "--disable-component-update", "--disable-sync"]
+        )
+        yield found
+        found.close()

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 
@@ -111,33 +110,26 @@ def test_files_that_are_no_choices(sheet, tmp_path, content, words):
     assert words in str(error.value)
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the path")
-def test_a_person_chooses_comes_back_and_saves(sheet, tmp_path):
-    api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright", exc_type=ImportError)
+def test_a_person_chooses_comes_back_and_saves(sheet, tmp_path, browser):
     plan, _, address = sheet
     faults = []
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: faults.append(request.url)
-                if not request.url.startswith(("file:", "blob:")) else None)  # fmt: skip
-        page.goto(address.as_uri())
-        assert page.title() == "Which answer is better?"
-        for card in page.locator("article").all():
-            better = "Left" if "better" in card.locator(".sides > div").first.inner_text() else "Right"
-            card.get_by_role("button", name=f"{better} is better").click()
-        page.get_by_label("Your name").fill("Ada")
-        page.reload()
-        assert page.locator("#progress").inner_text() == "3 of 3 judged"
-        assert page.get_by_label("Your name").input_value() == "Ada"
-        with page.expect_download() as download:
-            page.get_by_role("button", name="Save choices").click()
-        download.value.save_as(tmp_path / "saved.json")
-        browser.close()
+    page = browser.new_page()
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("request", lambda request: faults.append(request.url)
+            if not request.url.startswith(("file:", "blob:")) else None)  # fmt: skip
+    page.goto(address.as_uri())
+    assert page.title() == "Which answer is better?"
+    for card in page.locator("article").all():
+        better = "Left" if "better" in card.locator(".sides > div").first.inner_text() else "Right"
+        card.get_by_role("button", name=f"{better} is better").click()
+    page.get_by_label("Your name").fill("Ada")
+    page.reload()
+    assert page.locator("#progress").inner_text() == "3 of 3 judged"
+    assert page.get_by_label("Your name").input_value() == "Ada"
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save choices").click()
+    download.value.save_as(tmp_path / "saved.json")
+    page.close()
     assert faults == []
     (found,) = read_choices(plan.folder, [tmp_path / "saved.json"])
     assert (found.wins, found.losses) == (3, 0)

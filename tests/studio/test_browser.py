@@ -13,27 +13,12 @@ import pytest
 
 from pertoken.tracking import RunLog, RunReader
 
-pytest.importorskip("playwright.sync_api", reason="needs the package playwright", exc_type=ImportError)
 pytest.importorskip("uvicorn", reason="needs the extra studio")
 import uvicorn
-from playwright.sync_api import sync_playwright
 
 from pertoken.studio.server import application
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the path")
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> \x1b[31mred"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

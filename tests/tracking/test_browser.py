@@ -4,30 +4,12 @@ Skipped where there is no browser: they need `pip install -e ".[browser]"` and a
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from pertoken.tracking import RunLog, RunReader, samples
 from pertoken.tracking.report import write_report
-
-pytest.importorskip("playwright.sync_api", reason="needs the package playwright", exc_type=ImportError)
-from playwright.sync_api import sync_playwright
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the path")
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
