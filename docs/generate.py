@@ -22,6 +22,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pertoken import cli, errors
+from pertoken.cli.training import INTERRUPTED, TIME_IS_UP
 from pertoken.compare import CompareConfig
 from pertoken.config import RunConfig, Section, explain
 from pertoken.doctor import CHECKS
@@ -91,9 +92,9 @@ def exit_codes() -> str:
         (0, "The command did what it was asked to."),
         (1, "<br>".join(by_code[1])),
         (2, "<br>".join([*by_code[2], "an option or command that does not exist"])),
-        (cli.TIME_IS_UP, "`--max-time` is over: the run was saved, and the last line says how to resume."),
+        (TIME_IS_UP, "`--max-time` is over: the run was saved, and the last line says how to resume."),
         (
-            cli.INTERRUPTED,
+            INTERRUPTED,
             "Ctrl-C or SIGTERM: the step was finished and saved, and the last line says how to resume.<br>"
             "a second Ctrl-C: ended at once, to be resumed from the newest checkpoint",
         ),

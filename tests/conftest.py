@@ -113,7 +113,6 @@ def pertoken(capsys, monkeypatch):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["pertoken", *map(str, arguments)])
         monkeypatch.setattr(sys, "path", list(sys.path))
-        monkeypatch.setattr(cli, "out", cli.Console(highlight=False, soft_wrap=True))
         code = 0
         try:
             cli.main()

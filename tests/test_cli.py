@@ -41,7 +41,6 @@ def pertoken(capsys, monkeypatch, *arguments):
     """(exit code, standard output, standard error) of a command, run in this process."""
     monkeypatch.setattr(sys, "argv", ["pertoken", *map(str, arguments)])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(cli, "out", cli.Console(highlight=False, soft_wrap=True))
     code = 0
     try:
         cli.main()

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pertoken import cli
+from pertoken.cli import examining
+from pertoken.config import load_config
 from pertoken.doctor import CHECKS, crediting
 from pertoken.errors import RunFolderError
 from pertoken.tracking import RunLog, RunReader
@@ -122,7 +123,7 @@ def test_train_alone_makes_the_quick_part_and_tells_what_fails(place, pertoken, 
 def test_a_run_of_another_configuration_keeps_its_own(place, pertoken):
     pertoken("train", "recipe.yaml")
     kept = (place / "run" / "certificate.json").read_bytes()
-    assert cli._keep(certificate(SOUND, config="another"), cli.load_config(["recipe.yaml"])).startswith(
+    assert examining._keep(certificate(SOUND, config="another"), load_config(["recipe.yaml"])).startswith(
         "not kept: run is"
     )
     assert (place / "run" / "certificate.json").read_bytes() == kept
