@@ -39,7 +39,7 @@ from typing import Any
 
 from pertoken.build import build_run
 from pertoken.config import RunConfig
-from pertoken.presets import PRESETS
+from pertoken.config.presets import PRESETS
 from pertoken.rewards import episode_reward, token_reward
 from pertoken.run import train
 from pertoken.testing import byte_tokenizer, tiny_model

@@ -25,9 +25,9 @@ from pertoken import cli, errors
 from pertoken.cli.training import INTERRUPTED, TIME_IS_UP
 from pertoken.compare import CompareConfig
 from pertoken.config import RunConfig, Section, explain
+from pertoken.config.families import FAMILIES, bound
+from pertoken.config.presets import PRESETS
 from pertoken.doctor import CHECKS
-from pertoken.families import FAMILIES, bound
-from pertoken.presets import PRESETS
 from pertoken.reward_models import RewardTraining
 from pertoken.search import SearchConfig
 from pertoken.validation import Suite
@@ -172,7 +172,7 @@ def fields() -> str:
 
 
 def algorithms() -> str:
-    """A table of the methods in `pertoken.presets`, and a section for each."""
+    """A table of the methods in `pertoken.config.presets`, and a section for each."""
     lines = [
         "| `algorithm` | method | credit | surrogate | average over | KL | passes x steps |",
         "|---|---|---|---|---|---|---|",
@@ -199,7 +199,7 @@ def algorithms() -> str:
 
 
 def families() -> str:
-    """A section for each family of tasks in `pertoken.families`."""
+    """A section for each family of tasks in `pertoken.config.families`."""
     lines = list[str]()
     for name, family in FAMILIES.items():
         recipe, settings = f"recipes/{name}.yaml", family.settings

@@ -8,8 +8,8 @@ import yaml
 
 from pertoken.build import build_rewards, build_task
 from pertoken.config import FileTask, RunConfig, load_config
+from pertoken.config.families import FAMILIES, LANGUAGES
 from pertoken.errors import ConfigError
-from pertoken.families import FAMILIES, LANGUAGES
 from pertoken.run import train
 from pertoken.tasks.base import SPLITS
 

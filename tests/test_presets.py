@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from pertoken.config import RunConfig, load_config
+from pertoken.config.presets import PRESETS
 from pertoken.errors import ConfigError
-from pertoken.presets import PRESETS
 from pertoken.rewards import Sample
 from pertoken.rewards.align import align
 from pertoken.testing import byte_tokenizer

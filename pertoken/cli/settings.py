@@ -71,7 +71,7 @@ def algorithms(
     name: Annotated[str | None, typer.Argument(help="One of them; all are listed without it.")] = None,
 ) -> None:
     """List the published methods that `algorithm: NAME` stands for, or tell of one: formula, settings, differences."""
-    from pertoken.presets import PRESETS
+    from pertoken.config.presets import PRESETS
 
     if name is None:
         table = Table("algorithm", "method", "paper", box=None, pad_edge=False)

@@ -1,22 +1,17 @@
 """What cannot work together in a run: each combination that is refused, and what to set instead.
 
-A section refuses by itself what is wrong in it alone (`sections.py`). Here are pairs of a condition and the sentence
-that a person reads when it holds, by what they are about.
+A section refuses by itself what is wrong in it alone. Here are pairs of a condition and the sentence that a person
+reads when it holds, by what they are about.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from pertoken.config.sections import (
-    ByWorth,
-    FileTask,
-    MixtureTask,
-    MonteCarlo,
-    Pairs,
-    RewardConfig,
-    SelfCritical,
-    StopConfig,
-)
+from pertoken.config.credit import ByWorth, MonteCarlo, SelfCritical
+from pertoken.config.method import Pairs
+from pertoken.config.monitoring import StopConfig
+from pertoken.config.reward import RewardConfig
+from pertoken.config.task import FileTask, MixtureTask
 from pertoken.errors import closest
 
 if TYPE_CHECKING:

@@ -7,32 +7,19 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from pertoken.config.credit import CreditConfig, LeaveOneOutProcess
+from pertoken.config.families import bound, read_by, settings_of
+from pertoken.config.method import MethodConfig, OfflineConfig, Reinforcement
+from pertoken.config.monitoring import CheckpointConfig, EvaluationConfig, GuardConfig, LogConfig, StopConfig
+from pertoken.config.policy import PolicyConfig
+from pertoken.config.presets import PRESETS
 from pertoken.config.reading import Name, Section, merge, merge_settings, validate
 from pertoken.config.refusals import refusals
-from pertoken.config.sections import (
-    CheckpointConfig,
-    CreditConfig,
-    DocstringsTask,
-    EvaluationConfig,
-    FileTask,
-    GuardConfig,
-    KLConfig,
-    LeaveOneOutProcess,
-    LogConfig,
-    MethodConfig,
-    ObjectiveConfig,
-    OfflineConfig,
-    PolicyConfig,
-    Reinforcement,
-    RewardConfig,
-    RolloutConfig,
-    StopConfig,
-    TaskConfig,
-    UpdateConfig,
-)
+from pertoken.config.reward import KLConfig, RewardConfig
+from pertoken.config.rollout import RolloutConfig
+from pertoken.config.task import DocstringsTask, FileTask, TaskConfig
+from pertoken.config.update import ObjectiveConfig, UpdateConfig
 from pertoken.errors import ConfigError, closest
-from pertoken.families import bound, read_by, settings_of
-from pertoken.presets import PRESETS
 
 
 class RunConfig(Section):
