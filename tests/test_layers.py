@@ -123,16 +123,17 @@ MAY["build"] = MAY["offline"] | {"offline", "text_metrics", "forward", "augmenta
 MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
 MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
 MAY["run"] = MAY["build"] | {"build", "doctor"}
-MAY["kept"] = MAY["build"] | {"build", "redistribution", "hub"}
-MAY["questions"] = {
+MAY["inquiry"] = set()
+MAY["inquiry.kept"] = MAY["build"] | {"build", "redistribution", "hub"}
+MAY["inquiry.questions"] = {
     "errors", "types", "sampling", "config", "text_metrics", "batching", "forward", "observe", "policy",
     "redistribution", "resampling", "rewards", "rollout",
 }  # fmt: skip
-MAY["asking"] = MAY["questions"] | {"questions", "build", "kept", "run", "tracking"}
-MAY["told"] = {"errors", "tracking", "questions", "asking"}
-MAY["studio"] = {"errors", "config", "sampling", "tracking", "asking"}
+MAY["inquiry.asking"] = MAY["inquiry.questions"] | {"inquiry.questions", "build", "inquiry.kept", "run", "tracking"}
+MAY["inquiry.told"] = {"errors", "tracking", "inquiry.questions", "inquiry.asking"}
+MAY["studio"] = {"errors", "config", "sampling", "tracking", "inquiry.asking"}
 MAY["crossval"] = {"errors", "config", "text_metrics", "tracking"}
-MAY["credit_compare"] = {"errors", "types", "config", "credit", "tracking", "redistribution", "kept"}
+MAY["inquiry.credit_compare"] = {"errors", "types", "config", "credit", "tracking", "redistribution", "inquiry.kept"}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
 MAY["reward_models"] = {
     "errors",
@@ -161,14 +162,14 @@ MAY["cli"] = MAY["run"] | {
     "reward_check",
     "reward_models",
     "testing",
-    "credit_compare",
+    "inquiry.credit_compare",
     "crossval",
     "search",
     "validation",
     "compare",
     "generation",
-    "asking",
-    "told",
+    "inquiry.asking",
+    "inquiry.told",
     "studio",
 }
 MAY["__init__"] = set()  # names are looked up when they are asked for

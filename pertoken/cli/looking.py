@@ -57,8 +57,8 @@ def ask(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
     """Ask the model of a run about a sample: what else could stand at a token, what if it had been another one."""
-    from pertoken.asking import Answers
-    from pertoken.told import told
+    from pertoken.inquiry.asking import Answers
+    from pertoken.inquiry.told import told
 
     if swap is not None and token is None:
         raise ConfigError(f"--swap {swap!r}: in the place of which token? Add --token")
@@ -184,7 +184,7 @@ def compare_credit(
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Credit the kept episodes of a run in several ways: do they agree, how noisy and how biased is each?"""
-    from pertoken.credit_compare import compare_credit
+    from pertoken.inquiry.credit_compare import compare_credit
 
     found = compare_credit(folder, step=step, only=only or (), model=model, budget=budget)
     if as_json:

@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from pertoken.asking import Answers
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RunFolderError
+from pertoken.inquiry.asking import Answers
 from pertoken.studio import pages
 from pertoken.studio.guard import Guard, is_local
 from pertoken.studio.launching import begin, groups, launch, prepared

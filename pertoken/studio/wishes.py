@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from pertoken.asking import BEFORE, Answers
+from pertoken.inquiry.asking import BEFORE, Answers
 from pertoken.sampling import Sampling
 
 MOST_BYTES = 1 << 20

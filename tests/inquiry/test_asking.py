@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 
-from pertoken.asking import Answers
 from pertoken.batching import to_batch
 from pertoken.errors import ConfigError, RunFolderError
+from pertoken.inquiry.asking import Answers
 from pertoken.sampling import Sampling
 from pertoken.tracking import RunReader
 

@@ -12,7 +12,8 @@ import torch
 from pertoken import credit
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
-from pertoken.credit_compare import (
+from pertoken.errors import ConfigError, RunFolderError
+from pertoken.inquiry.credit_compare import (
     BY_WORTH,
     METHODS,
     OnToy,
@@ -23,7 +24,6 @@ from pertoken.credit_compare import (
     compare_credit,
     read_rows,
 )
-from pertoken.errors import ConfigError, RunFolderError
 from pertoken.policy.model import Policy, load_model
 from pertoken.redistribution import by_worth
 from pertoken.rewards import Scene, Weighted, make, score
@@ -233,7 +233,7 @@ def test_a_reward_that_is_another_one_now_is_not_asked(made, rewards, paid, word
 
 
 def test_the_bias_of_each_way_on_the_page_is_that_of_the_small_world():
-    page, toy = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8"), toy_world()
+    page, toy = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8"), toy_world()
     for name in ("shapley", "leave_one_token_out"):
         seen = toy.judge(METHODS[name])
         assert re.search(rf"\| `{name}` \|.*\({seen.bias:.2f}, {seen.cosine:.3f}\)", page), name

@@ -19,7 +19,7 @@ from torch import Tensor
 from pertoken import credit
 from pertoken.config import ByWorth, Differences, LeaveOneTokenOut, Shapley
 from pertoken.errors import ConfigError, PertokenError, RunFolderError, closest
-from pertoken.kept import Kept, Records
+from pertoken.inquiry.kept import Kept, Records
 from pertoken.redistribution import place
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.show import Sheet

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pertoken import questions
 from pertoken.errors import ConfigError, ModelError
+from pertoken.inquiry import questions
 from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Sample, ScoredSpan, Weighted, span_reward

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 from rich.text import Text as Words
 
-from pertoken.asking import Answers, Text, WhatIf
 from pertoken.errors import ConfigError
-from pertoken.questions import Choice, Place
+from pertoken.inquiry.asking import Answers, Text, WhatIf
+from pertoken.inquiry.questions import Choice, Place
 from pertoken.tracking.coloured import ColouredText, harmless
 
 Part = str | Words | Table

@@ -1,6 +1,6 @@
 """A run folder that questions are put to: its samples, its models as they were and are, its rewards.
 
->>> from pertoken.asking import Answers
+>>> from pertoken.inquiry.asking import Answers
 >>> run = Answers("runs/quickstart-0")                              # doctest: +SKIP
 >>> run.alternatives("50.3")[4].others                              # doctest: +SKIP
 >>> run.what_if("50.3", 4, text=" value", samples=16).effect        # doctest: +SKIP
@@ -15,15 +15,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pertoken import questions
 from pertoken.build import build_controls, build_engine, build_policy, build_task
 from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError, PertokenError, RunFolderError, closest
-from pertoken.kept import episode_of, steady_rewards
+from pertoken.inquiry import questions
+from pertoken.inquiry.kept import episode_of, steady_rewards
+from pertoken.inquiry.questions import Place
 from pertoken.observe import token_pieces
 from pertoken.policy.checkpoint import load_weights
 from pertoken.policy.model import Policy
-from pertoken.questions import Place
 from pertoken.rewards import Weighted
 from pertoken.run import Speaker
 from pertoken.sampling import Controls, Sampling

@@ -1,0 +1,3 @@
+"""A finished run asked further questions: `kept` is what it left, `questions` are those that can be asked of a text,
+`asking` puts them to a run folder, `told` says the answers in words; `credit_compare` credits its samples several ways.
+"""
