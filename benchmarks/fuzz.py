@@ -31,9 +31,10 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from pertoken import build, run
+from pertoken import build
 from pertoken.config import RunConfig, load_config, load_stages, validate
 from pertoken.errors import PertokenError
+from pertoken.jobs import run
 from pertoken.rewards.align import align
 from pertoken.tasks.base import SPLITS
 from pertoken.tasks.files import load_file_task

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pertoken import run
 from pertoken.config import RunConfig
+from pertoken.jobs import run
 from pertoken.rewards import Sample, episode_reward, token_reward
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.tracking import RunReader

@@ -29,12 +29,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from pertoken import run, trainer
 from pertoken.config import RunConfig
 from pertoken.errors import PertokenError
+from pertoken.jobs import run
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.tracking import RunReader
 from pertoken.tracking.runs import verify_run
+from pertoken.training import trainer
 
 STEPS = 6
 NAMED = 3

@@ -40,11 +40,11 @@ from typing import Any
 from pertoken.build import build_run
 from pertoken.config import RunConfig
 from pertoken.config.presets import PRESETS
+from pertoken.jobs.run import train
 from pertoken.rewards import episode_reward, token_reward
-from pertoken.run import train
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.tracking.runlog import RunLog
-from pertoken.trainer import loop
+from pertoken.training.trainer import loop
 
 LENGTH = 8
 LETTERS, OTHERS = string.ascii_lowercase, string.digits + string.punctuation

@@ -27,8 +27,8 @@ from typing import Any
 
 from kills import configuration, ended, fork, prepare
 
-from pertoken import run
 from pertoken.config import RunConfig
+from pertoken.jobs import run
 from pertoken.tracking import RunReader
 from pertoken.tracking.runs import verify_run
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from pertoken.batching import optimizer_steps, to_batch
-from pertoken.memory import keep_freed_memory, peak_memory, used_memory
+from pertoken.machine.memory import keep_freed_memory, peak_memory, used_memory
 from pertoken.objectives import aggregate, policy_loss
 from pertoken.policy.model import Policy, load_model
 from pertoken.sampling import Controls, Sampling, Segment

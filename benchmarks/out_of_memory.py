@@ -63,7 +63,7 @@ def train(path: Path, limit: int) -> None:
     """In a process of its own: one run, and the most address space that it has taken (bytes)."""
     if limit:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    from pertoken import run
+    from pertoken.jobs import run
 
     run._write_report = lambda folder, on_note: None  # type: ignore[assignment]
     run.train(RunConfig.model_validate_json(path.read_text(encoding="utf-8")), on_note=print)

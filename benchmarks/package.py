@@ -25,7 +25,8 @@ TRY = """
 import json, sys
 from pathlib import Path
 import pertoken
-from pertoken import native, run
+from pertoken import native
+from pertoken.jobs import run
 from pertoken.config import RunConfig
 from pertoken.testing import byte_tokenizer, tiny_model
 place = Path(sys.argv[1])

@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pertoken import run
 from pertoken.config import RunConfig
+from pertoken.jobs import run
 from pertoken.rewards import episode_reward
 
 WAYS = {

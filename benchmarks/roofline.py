@@ -16,7 +16,7 @@ import torch
 
 from pertoken import build
 from pertoken.config import load_config
-from pertoken.profiling import BACKWARD, DECODE, FORWARD, PREFILL, SAMPLE, matrix_parameters, matrix_rate, profile
+from pertoken.jobs.profiling import BACKWARD, DECODE, FORWARD, PREFILL, SAMPLE, matrix_parameters, matrix_rate, profile
 
 ROOT = Path(__file__).parents[1]
 BLOCK = 64_000_000

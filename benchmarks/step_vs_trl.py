@@ -93,14 +93,16 @@ class Turn:
 
 def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
     """Steps of pertoken's own loop, with all that it logs and checks."""
-    from pertoken import build, profiling, trainer
+    from pertoken import build
     from pertoken.config import RunConfig
-    from pertoken.memory import peak_memory
+    from pertoken.jobs import profiling
+    from pertoken.machine.memory import peak_memory
     from pertoken.policy import model, scoring
     from pertoken.rewards import Weighted, episode_reward
     from pertoken.rollout import engine
     from pertoken.sampling import Controls
     from pertoken.tracking.runlog import RunLog
+    from pertoken.training import trainer
     from pertoken.types import Item
 
     settings = name.split("/")[1:]
@@ -154,7 +156,7 @@ def trl_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from pertoken.stopwatch import Stopwatch
+    from pertoken.machine.stopwatch import Stopwatch
 
     _, precision, rows, *more = name.split("/")
     accumulate = job["prompts_per_step"] * job["completions"] // int(rows)

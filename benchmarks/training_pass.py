@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pertoken import memory
 from pertoken.batching import optimizer_steps, to_batch
+from pertoken.jobs.profiling import matrix_parameters, matrix_rate
+from pertoken.machine import memory
 from pertoken.objectives import aggregate, policy_loss
 from pertoken.policy.model import EMBEDDED, Policy, fast_in_bfloat16, load_model
-from pertoken.profiling import matrix_parameters, matrix_rate
 from pertoken.rollout.collect import to_episode
 from pertoken.sampling import Controls
 from pertoken.types import Completion, Credit, Item, PolicyOutput, TokenBatch

@@ -28,8 +28,8 @@ from pertoken.config import RunConfig, Section, explain
 from pertoken.config.families import FAMILIES, bound
 from pertoken.config.presets import PRESETS
 from pertoken.doctor import CHECKS
+from pertoken.jobs.search import SearchConfig
 from pertoken.reward_models import RewardTraining
-from pertoken.search import SearchConfig
 from pertoken.validation import Suite
 
 DOCS = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""The loop of `pertoken/trainer.py` by hand, one call per stage, on a tiny random model: seconds on any processor.
+"""The loop of `pertoken/training/trainer.py` by hand, a call per stage, on a tiny random model: seconds on any CPU.
 
     python examples/stages_by_hand.py
 

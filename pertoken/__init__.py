@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "__version__", "evaluate", "load_config", "train"]
 
-_HOME = {"RunConfig": "config", "load_config": "config", "train": "run", "evaluate": "run"}
+_HOME = {"RunConfig": "config", "load_config": "config", "train": "jobs.run", "evaluate": "jobs.run"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pertoken.cache import cache_folder
 from pertoken.config import AugmentConfig, BackTranslationConfig
+from pertoken.machine.cache import cache_folder
 from pertoken.policy.model import Policy, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards.align import align, sentence_spans

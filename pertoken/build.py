@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pertoken import offline
 from pertoken.augmentation import build_augmentation
 from pertoken.config import (
     AttentionCredit,
@@ -34,17 +33,14 @@ from pertoken.config import (
 from pertoken.config.refusals import OF_FAMILIES
 from pertoken.errors import ConfigError, ModelError, PertokenError, RunFolderError, TaskError, closest
 from pertoken.evaluation import Evaluator
-from pertoken.examples import Examples
 from pertoken.forward import decoder_start
-from pertoken.guards import Guards
-from pertoken.memory import GIGABYTE, installed_memory, used_memory
+from pertoken.machine.memory import GIGABYTE, installed_memory, used_memory
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
 from pertoken.policy.model import Lora, Policy, ValueHead, copy_of, load_model, set_languages
 from pertoken.policy.scoring import head_logits
 from pertoken.prompts import prompt_ids
-from pertoken.replay import Buffer
 from pertoken.rewards import (
     Isolated,
     Learns,
@@ -64,16 +60,20 @@ from pertoken.rollout.collect import collect
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Mask, Sampling
-from pertoken.state import Run
 from pertoken.tasks.base import SPLITS, ItemTask, Split, Task, batch_of, folded
 from pertoken.tasks.course import Course, Limit, Pool
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
 from pertoken.tasks.layouts import Layout
 from pertoken.tasks.mixture import LearningProgress, evenly, mixed, shares_of
+from pertoken.training import offline
+from pertoken.training.examples import Examples
+from pertoken.training.guards import Guards
+from pertoken.training.replay import Buffer
+from pertoken.training.state import Run
+from pertoken.training.weights import Anchor, Average
 from pertoken.turns import Environment, converse
 from pertoken.types import Episode, Item
-from pertoken.weights import Anchor, Average
 
 
 def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:

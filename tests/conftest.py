@@ -39,8 +39,8 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def asked_run(tmp_path_factory, model_folder):
     """A finished run with checkpoints, evaluations and all its episodes; treat it as read-only."""
-    from pertoken import run
     from pertoken.config import RunConfig
+    from pertoken.jobs import run
 
     place = tmp_path_factory.mktemp("asked")
     rows = [{"prompt": f"say {k}", "reference": f"the answer {k}"} for k in range(40)]

@@ -6,8 +6,9 @@ import threading
 import pytest
 from pydantic import ValidationError
 
-from pertoken import run, trainer, updating
 from pertoken.errors import RewardError
+from pertoken.jobs import run
+from pertoken.training import trainer, updating
 from tests.test_trainer import data, importable, metrics_of, settings  # noqa: F401
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pertoken.balance import Gradients, pcgrad
+from pertoken.training.balance import Gradients, pcgrad
 
 
 def projected(gradients, orders):

@@ -236,9 +236,9 @@ def test_profile_says_where_time_and_memory_go(place, capsys, monkeypatch):
 def test_profile_counts_the_matrix_products_of_a_step(place):
     from pertoken.build import build_run
     from pertoken.config import load_config
+    from pertoken.jobs.profiling import matrix_parameters, work
     from pertoken.observe import StepReport
-    from pertoken.profiling import matrix_parameters, work
-    from pertoken.trainer import generate
+    from pertoken.training.trainer import generate
 
     run = build_run(
         load_config(["recipe.yaml"], ["rollout.prompts_per_step=1", "rewards=[{name: length, max_words: 3}]"])

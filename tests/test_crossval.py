@@ -6,8 +6,8 @@ import re
 import pytest
 
 from pertoken.config import RunConfig
-from pertoken.crossval import folds_of, over_folds
 from pertoken.errors import ConfigError, TaskError
+from pertoken.jobs.crossval import folds_of, over_folds
 from pertoken.tasks.base import ItemTask, folded
 from pertoken.types import Item
 

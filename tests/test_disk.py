@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pertoken import run
 from pertoken.config import RunConfig
 from pertoken.errors import RunFolderError
+from pertoken.jobs import run
 from pertoken.tracking.runs import verify_run
 
 

@@ -20,10 +20,10 @@ from pertoken import cli, credit, objectives
 from pertoken.build import build_rewards
 from pertoken.compare import load_comparison
 from pertoken.config import RunConfig, explain, load_config, load_stages
+from pertoken.jobs.search import load_search
 from pertoken.reward_models import load_training
 from pertoken.rewards import resolve
 from pertoken.rewards.names import BUILT_IN
-from pertoken.search import load_search
 from pertoken.validation import load_suite
 
 ROOT = Path(__file__).parents[1]

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedTokenizerFast
 
-from pertoken import build, run
+from pertoken import build
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.doctor import examine
 from pertoken.errors import ConfigError, ModelError
-from pertoken.examples import Examples
 from pertoken.forward import decoder_start
+from pertoken.jobs import run
 from pertoken.policy.model import Lora, Policy, ValueHead, load_model, set_languages
 from pertoken.policy.scoring import by_own_logits, head_logits
 from pertoken.rollout.by_generate import TransformersEngine, own_settings_aside
@@ -20,6 +20,7 @@ from pertoken.rollout.engine import NativeEngine
 from pertoken.rollout.reading import ReadingDecoder
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import ENCODER_DECODERS, byte_tokenizer, episode, family_model, tiny_encoder_decoder
+from pertoken.training.examples import Examples
 from pertoken.types import Item
 
 PROMPTS = [[5, 6, 7, 63], [8, 9, 63], [5, 6, 7, 63], [10, 11, 12, 13, 14, 63], [5, 6, 7, 63]]

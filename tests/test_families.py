@@ -10,7 +10,7 @@ from pertoken.build import build_rewards, build_task
 from pertoken.config import FileTask, RunConfig, load_config
 from pertoken.config.families import FAMILIES, LANGUAGES
 from pertoken.errors import ConfigError
-from pertoken.run import train
+from pertoken.jobs.run import train
 from pertoken.tasks.base import SPLITS
 
 ROOT = Path(__file__).parents[1]

@@ -8,15 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pertoken import build, run, trainer, updating
-from pertoken.assignment import assign
+from pertoken import build
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import ModelError, NumericsError, RewardError, TaskError
+from pertoken.jobs import run
 from pertoken.observe import observe
 from pertoken.prompts import prompt_ids
 from pertoken.rewards import Scene, token_reward
 from pertoken.testing import byte_tokenizer, episode, tiny_model
+from pertoken.training import trainer, updating
+from pertoken.training.assignment import assign
 from pertoken.types import Item
 
 GROUP_CREDITS = ("group_relative", "group_process", "leave_one_out", "leave_one_out_process", "per_part")

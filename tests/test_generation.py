@@ -10,10 +10,10 @@ import torch
 from pertoken.build import build_engine
 from pertoken.config import load_config
 from pertoken.errors import ConfigError
-from pertoken.generation import Generator, generate_all, read_prompts
+from pertoken.jobs.generation import Generator, generate_all, read_prompts
+from pertoken.jobs.run import Speaker
 from pertoken.policy.model import Policy
 from pertoken.rewards.align import align
-from pertoken.run import Speaker
 from pertoken.sampling import Controls
 from pertoken.testing import byte_tokenizer, family_model
 

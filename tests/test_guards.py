@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pertoken import run
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
-from pertoken.guards import NAMES, Guards, trend, writing_figures
+from pertoken.jobs import run
 from pertoken.rewards import Scene
 from pertoken.sampling import Controls
 from pertoken.testing import byte_tokenizer, episode
 from pertoken.tracking import RunReader
 from pertoken.tracking.runlog import read_run
+from pertoken.training.guards import NAMES, Guards, trend, writing_figures
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SPEC = importlib.util.spec_from_file_location("hacks", BENCHMARKS / "hacks.py")

@@ -22,13 +22,13 @@ MAY: dict[str, set[str]] = {
     # what everyone may know
     "errors": set(),
     "answers": set(),
-    "cache": set(),
-    "native": {"cache"},
-    "memory": {"native"},
-    "portions": {"errors", "memory"},
-    "stopwatch": set(),
-    "background": set(),
-    "workers": {"errors", "memory"},
+    "machine.cache": set(),
+    "native": {"machine.cache"},
+    "machine.memory": {"native"},
+    "machine.portions": {"errors", "machine.memory"},
+    "machine.stopwatch": set(),
+    "machine.background": set(),
+    "machine.workers": {"errors", "machine.memory"},
     "rows": {"errors"},
     "schedule": {"errors"},
     "sampling": {"errors"},
@@ -41,11 +41,11 @@ MAY: dict[str, set[str]] = {
     **{
         stage: {
             "errors",
-            "cache",
+            "machine.cache",
             "native",
-            "background",
-            "workers",
-            "portions",
+            "machine.background",
+            "machine.workers",
+            "machine.portions",
             "rows",
             "schedule",
             "sampling",
@@ -68,15 +68,15 @@ MAY: dict[str, set[str]] = {
     "testing": {"errors", "types"},
     # what joins them
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
-    "guards": {"rewards"},
-    "examples": {"errors", "types", "prompts", "rollout"},
+    "training.guards": {"rewards"},
+    "training.examples": {"errors", "types", "prompts", "rollout"},
     "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
-    "trainer": {
+    "training.trainer": {
         *(
             "errors",
-            "memory",
-            "portions",
-            "background",
+            "machine.memory",
+            "machine.portions",
+            "machine.background",
             "schedule",
             "sampling",
             "types",
@@ -84,8 +84,8 @@ MAY: dict[str, set[str]] = {
             "tasks",
             "tracking",
             "observe",
-            "guards",
-            "examples",
+            "training.guards",
+            "training.examples",
             "turns",
             "prompts",
             "evaluation",
@@ -94,14 +94,20 @@ MAY: dict[str, set[str]] = {
     },
 }
 MAY["rewards"] = MAY["rewards"] | {"answers"}
-MAY["weights"] = MAY["balance"] = MAY["trust_region"] = set()
-MAY["replay"] = {"types", "rollout"}
-MAY["trainer"] |= {"weights", "balance", "replay", "trust_region"}
-MAY["assignment"] = {"types", "config", "credit"}
-MAY["state"] = MAY["trainer"] - {"errors", "memory", "background", "observe", "prompts"}
-MAY["redistribution"] = {"types", "config", "credit", "batching", "rewards", "rollout"}
-MAY["resampling"] = MAY["state"] | {"state", "redistribution"}
-MAY["updating"] = {
+MAY["training.weights"] = MAY["training.balance"] = MAY["training.trust_region"] = set()
+MAY["training.replay"] = {"types", "rollout"}
+MAY["training.trainer"] |= {"training.weights", "training.balance", "training.replay", "training.trust_region"}
+MAY["training.assignment"] = {"types", "config", "credit"}
+MAY["training.state"] = MAY["training.trainer"] - {
+    "errors",
+    "machine.memory",
+    "machine.background",
+    "observe",
+    "prompts",
+}
+MAY["training.redistribution"] = {"types", "config", "credit", "batching", "rewards", "rollout"}
+MAY["training.resampling"] = MAY["training.state"] | {"training.state", "training.redistribution"}
+MAY["training.updating"] = {
     "errors",
     "types",
     "segments",
@@ -109,36 +115,54 @@ MAY["updating"] = {
     "batching",
     "objectives",
     "observe",
-    "state",
+    "training.state",
     "policy",
-    "balance",
-    "trust_region",
+    "training.balance",
+    "training.trust_region",
 }
-MAY["trainer"] = MAY["trainer"] - {"balance", "trust_region"} | {"assignment", "state", "resampling", "updating"}
-MAY["offline"] = MAY["trainer"] | {"trainer"}
+MAY["training.trainer"] = MAY["training.trainer"] - {"training.balance", "training.trust_region"} | {
+    "training.assignment",
+    "training.state",
+    "training.resampling",
+    "training.updating",
+}
+MAY["training.offline"] = MAY["training.trainer"] | {"training.trainer"}
 MAY["augmentation"] = {
-    *("errors", "cache", "sampling", "types", "config", "tasks", "policy", "rollout", "rewards"),
+    *("errors", "machine.cache", "sampling", "types", "config", "tasks", "policy", "rollout", "rewards"),
 }
-MAY["build"] = MAY["offline"] | {"offline", "text_metrics", "forward", "augmentation"}
-MAY["profiling"] = MAY["build"] | {"build", "stopwatch"}
+MAY["build"] = MAY["training.offline"] | {"training.offline", "text_metrics", "forward", "augmentation"}
+MAY["jobs.profiling"] = MAY["build"] | {"build", "machine.stopwatch"}
 MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
-MAY["run"] = MAY["build"] | {"build", "doctor"}
-MAY["inquiry"] = set()
-MAY["inquiry.kept"] = MAY["build"] | {"build", "redistribution", "hub"}
+MAY["jobs.run"] = MAY["build"] | {"build", "doctor"}
+MAY["inquiry.kept"] = MAY["build"] | {"build", "training.redistribution", "hub"}
 MAY["inquiry.questions"] = {
     "errors", "types", "sampling", "config", "text_metrics", "batching", "forward", "observe", "policy",
-    "redistribution", "resampling", "rewards", "rollout",
+    "training.redistribution", "training.resampling", "rewards", "rollout",
 }  # fmt: skip
-MAY["inquiry.asking"] = MAY["inquiry.questions"] | {"inquiry.questions", "build", "inquiry.kept", "run", "tracking"}
+MAY["inquiry.asking"] = MAY["inquiry.questions"] | {
+    "inquiry.questions",
+    "build",
+    "inquiry.kept",
+    "jobs.run",
+    "tracking",
+}
 MAY["inquiry.told"] = {"errors", "tracking", "inquiry.questions", "inquiry.asking"}
 MAY["studio"] = {"errors", "config", "sampling", "tracking", "inquiry.asking"}
-MAY["crossval"] = {"errors", "config", "text_metrics", "tracking"}
-MAY["inquiry.credit_compare"] = {"errors", "types", "config", "credit", "tracking", "redistribution", "inquiry.kept"}
+MAY["jobs.crossval"] = {"errors", "config", "text_metrics", "tracking"}
+MAY["inquiry.credit_compare"] = {
+    "errors",
+    "types",
+    "config",
+    "credit",
+    "tracking",
+    "training.redistribution",
+    "inquiry.kept",
+}
 MAY["reward_check"] = {"errors", "sampling", "types", "rewards", "batching", "rollout", "observe"}
 MAY["reward_models"] = {
     "errors",
     "hub",
-    "portions",
+    "machine.portions",
     "config",
     "preferences",
     "rows",
@@ -148,30 +172,31 @@ MAY["reward_models"] = {
     "tracking",
 }
 MAY["turns"] = {"errors", "sampling", "types", "prompts", "rewards", "rollout"}
-MAY["integrations"] = MAY["turns"] | {"background", "batching", "config", "tasks", "build"}
-MAY["validation"] = MAY["run"] | {"run"}
-MAY["generation"] = MAY["run"] | {"run"}
-MAY["many"] = {"config", "run", "tracking"}
-MAY["search"] = {"errors", "config", "many", "text_metrics", "tracking"}
-MAY["compare"] = MAY["run"] | {"run", "many", "hub"}
-MAY["cli"] = MAY["run"] | {
+MAY["integrations"] = MAY["turns"] | {"machine.background", "batching", "config", "tasks", "build"}
+MAY["validation"] = MAY["jobs.run"] | {"jobs.run"}
+MAY["jobs.generation"] = MAY["jobs.run"] | {"jobs.run"}
+MAY["jobs.many"] = {"config", "jobs.run", "tracking"}
+MAY["jobs.search"] = {"errors", "config", "jobs.many", "text_metrics", "tracking"}
+MAY["compare"] = MAY["jobs.run"] | {"jobs.run", "jobs.many", "hub"}
+MAY["cli"] = MAY["jobs.run"] | {
     "config.presets",
-    "run",
+    "jobs.run",
     "doctor",
-    "profiling",
+    "jobs.profiling",
     "reward_check",
     "reward_models",
     "testing",
     "inquiry.credit_compare",
-    "crossval",
-    "search",
+    "jobs.crossval",
+    "jobs.search",
     "validation",
     "compare",
-    "generation",
+    "jobs.generation",
     "inquiry.asking",
     "inquiry.told",
     "studio",
 }
+MAY["training"] = MAY["jobs"] = MAY["machine"] = MAY["inquiry"] = set()  # what is said of these packages
 MAY["__init__"] = set()  # names are looked up when they are asked for
 
 OPTIONAL = {
@@ -283,6 +308,6 @@ def test_optional_packages_are_imported_where_they_are_used(path):
 
 
 def test_to_import_the_jobs_loads_nothing_heavy():
-    code = f"import sys, pertoken.cli, pertoken.run; print([name for name in {HEAVY} if name in sys.modules])"
+    code = f"import sys, pertoken.cli, pertoken.jobs.run; print([name for name in {HEAVY} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from pertoken import memory, native
-from pertoken.memory import give_back_freed_memory, installed_memory, peak_memory, used_memory
+from pertoken import native
+from pertoken.machine import memory
+from pertoken.machine.memory import give_back_freed_memory, installed_memory, peak_memory, used_memory
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def test_freed_memory_goes_back():
     """In a process of its own: many small blocks, freed below one that stays, are kept by the heap until it is told."""
     code = (
         "import torch\n"
-        "from pertoken.memory import *\n"
+        "from pertoken.machine.memory import *\n"
         "cpu = torch.device('cpu')\n"
         "blocks = [torch.ones(5_000) for _ in range(20_000)]\n"  # 0.4 GB in pieces of 20 kB, all from the heap
         "last = torch.ones(5_000)\n"
@@ -78,7 +79,7 @@ def test_freed_memory_is_used_again_without_new_pages():
     """Page faults of writing to 64 MB that were freed before, in a process of its own."""
     code = (
         "import resource, torch\n"
-        "from pertoken.memory import keep_freed_memory\n"
+        "from pertoken.machine.memory import keep_freed_memory\n"
         "keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(20): torch.ones(1 << 24)\n"  # until what glibc keeps of each thread's small chunks is full
@@ -94,7 +95,7 @@ def test_what_the_first_update_leaves_is_not_among_activations():
     """0.2 GB of activations, between tensors that stay, and as much in one piece once they are gone."""
     code = (
         "import torch\n"
-        "from pertoken.memory import *\n"
+        "from pertoken.machine.memory import *\n"
         "cpu = torch.device('cpu')\n"
         "heap = Heap(cpu)\n"
         "heap.before_update()\n"
@@ -115,7 +116,7 @@ def test_a_tensor_fits_where_one_of_its_size_has_been():
     """In a process of its own: tensors between others that stay are freed, and made again."""
     code = (
         "import torch\n"
-        "from pertoken.memory import *\n"
+        "from pertoken.machine.memory import *\n"
         "heap = Heap(torch.device('cpu'))\n"
         "keep_freed_memory()\n"
         "tensors = [torch.empty(250_000 + 16 * n) for n in range(9)]\n"
@@ -144,7 +145,7 @@ def test_what_onednn_had_before_is_freed_after():
     """In a process of its own, which would crash: oneDNN frees its tensors by the allocator of the day."""
     code = (
         "import torch\n"
-        "from pertoken.memory import Heap\n"
+        "from pertoken.machine.memory import Heap\n"
         "pack = lambda: torch.randn(64, 64).to_mkldnn()\n"
         "before = [pack() for _ in range(20)]\n"
         "heap = Heap(torch.device('cpu'))\n"

@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 
-from pertoken import build, trainer, updating
-from pertoken.assignment import assign
+from pertoken import build
 from pertoken.batching import to_batch
 from pertoken.config import (
     CreditSection,
@@ -21,10 +20,12 @@ from pertoken.config import (
 )
 from pertoken.credit import gae, macro_gae, optimal_token_baseline
 from pertoken.errors import ConfigError
-from pertoken.resampling import beside
 from pertoken.rewards import Scene, episode_reward, token_reward
 from pertoken.sampling import Controls
 from pertoken.testing import episode
+from pertoken.training import trainer, updating
+from pertoken.training.assignment import assign
+from pertoken.training.resampling import beside
 from pertoken.types import Credit, PolicyOutput, TokenRewards
 
 

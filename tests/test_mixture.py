@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken import build, run, updating
-from pertoken.balance import pcgrad
+from pertoken import build
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig, load_config, validate
 from pertoken.doctor.examination import small
 from pertoken.errors import ConfigError, TaskError
 from pertoken.evaluation import Evaluation
-from pertoken.resampling import with_differences
+from pertoken.jobs import run
 from pertoken.rewards import Scene, Weighted, episode_reward
-from pertoken.state import Progress, items_of
 from pertoken.tracking import RunReader
-from pertoken.trainer import generate, score_old, with_history
+from pertoken.training import updating
+from pertoken.training.balance import pcgrad
+from pertoken.training.resampling import with_differences
+from pertoken.training.state import Progress, items_of
+from pertoken.training.trainer import generate, score_old, with_history
 from pertoken.types import Credit
 
 SPEC = importlib.util.spec_from_file_location("kills", Path(__file__).parents[1] / "benchmarks" / "kills.py")

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from pertoken import build, offline, run
+from pertoken import build
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError, TaskError
-from pertoken.examples import Examples
+from pertoken.jobs import run
 from pertoken.policy.model import Policy
 from pertoken.rewards import Implicit, Scene
 from pertoken.sampling import Controls
 from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.tracking import RunReader
+from pertoken.training import offline
+from pertoken.training.examples import Examples
 from pertoken.types import Item
 
 SPEC = importlib.util.spec_from_file_location("kills", Path(__file__).parents[1] / "benchmarks" / "kills.py")

@@ -13,7 +13,7 @@ import pytest
 
 from pertoken.config import RunConfig, load_config, load_stages
 from pertoken.errors import ConfigError
-from pertoken.search import SearchConfig
+from pertoken.jobs.search import SearchConfig
 from pertoken.tracking.checkpoints import CheckpointStore, _misfit
 from pertoken.tracking.export import _slug
 from pertoken.tracking.runlog import episodes_path, evaluation_path

@@ -10,19 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pertoken import build, offline, portions, run, updating
+from pertoken import build
 from pertoken.config import RunConfig
 from pertoken.errors import OutOfMemoryError, RewardError
-from pertoken.memory import ran_out
+from pertoken.jobs import run
+from pertoken.machine import portions
+from pertoken.machine.memory import ran_out
+from pertoken.machine.portions import Portion
 from pertoken.policy import model as policy_model
 from pertoken.policy.footprint import Footprint
 from pertoken.policy.scoring import head_logits
-from pertoken.portions import Portion
 from pertoken.rollout import decoder as decoders
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_model
+from pertoken.training import offline, updating
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kills.py"
 spec = importlib.util.spec_from_file_location("kills", SCRIPT)
@@ -242,8 +245,8 @@ def test_gradients_of_the_parts_before_it_are_dropped(config, tmp_path, monkeypa
 
 
 def updating_inputs(built):
-    from pertoken import trainer
     from pertoken.batching import to_batch
+    from pertoken.training import trainer
     from pertoken.types import Credit
 
     batch = to_batch(trainer.generate(built, 1), built.controls)

@@ -8,12 +8,12 @@ import torch
 
 from pertoken.batching import to_batch
 from pertoken.config import AttentionCredit, Differences, LeaveOneTokenOut, Shapley
-from pertoken.redistribution import blocks_of, by_attention, by_worth, place, without
 from pertoken.rewards import Scene, Weighted, episode_reward, score, token_reward
 from pertoken.rewards.align import align
 from pertoken.rewards.kl import KLToReference
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, episode
+from pertoken.training.redistribution import blocks_of, by_attention, by_worth, place, without
 from pertoken.types import PolicyOutput, Span, TokenRewards
 
 TOKENIZER = byte_tokenizer()

@@ -8,13 +8,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pertoken import build, credit, run, trainer, updating
+from pertoken import build, credit
 from pertoken.errors import ConfigError
+from pertoken.jobs import run
 from pertoken.objectives import effective_share, importance_weights, policy_gradient
 from pertoken.policy.model import Policy
-from pertoken.replay import Buffer, Group, renumbered
 from pertoken.rewards import SampleReward
 from pertoken.testing import episode
+from pertoken.training import trainer, updating
+from pertoken.training.replay import Buffer, Group, renumbered
 from pertoken.types import Item
 from tests.test_exact_gradient import EXACT, world
 from tests.test_trainer import data, importable, metrics_of, settings  # noqa: F401

@@ -9,11 +9,11 @@ from pertoken.batching import to_batch
 from pertoken.config import MonteCarlo, RunConfig
 from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
-from pertoken.resampling import beside, continuation, step_starts
 from pertoken.rewards import Scene, Weighted, episode_reward, score
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, episode, tiny_model
+from pertoken.training.resampling import beside, continuation, step_starts
 from pertoken.types import Completion, Item
 
 

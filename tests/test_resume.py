@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken import build, run
+from pertoken import build
 from pertoken.config import RunConfig
 from pertoken.errors import RewardError, RunFolderError
+from pertoken.jobs import run
 from pertoken.policy.checkpoint import load_state, save_state
 from pertoken.rewards import Weighted, episode_reward
 from pertoken.tracking import RunReader

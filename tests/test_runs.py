@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
-from pertoken import build, run, trainer
+from pertoken import build
 from pertoken.config import RunConfig
+from pertoken.jobs import run
 from pertoken.tracking.lock import RunLock
 from pertoken.tracking.runs import find_runs, verify_run
+from pertoken.training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def test_a_second_ctrl_c_ends_at_once_and_the_run_can_be_resumed(folder, pertoke
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pertoken.trainer.record", twice)
+        patch.setattr("pertoken.training.trainer.record", twice)
         code, _, err = pertoken("train", "--resume", folder, "stop.steps=5")
     assert (code, "stopped at once" in err) == (130, True)
     state = json.loads((folder / "run.json").read_text())

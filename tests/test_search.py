@@ -9,11 +9,11 @@ from statistics import median
 import pytest
 import yaml
 
-from pertoken import many
 from pertoken.config import load_config
 from pertoken.errors import ConfigError, MissingExtraError, NumericsError, RunFolderError
-from pertoken.run import RunResult
-from pertoken.search import SEED_STRIDE, SearchConfig, load_search, search
+from pertoken.jobs import many
+from pertoken.jobs.run import RunResult
+from pertoken.jobs.search import SEED_STRIDE, SearchConfig, load_search, search
 from pertoken.tracking import RunLog, RunReader, runlog
 from pertoken.tracking.runlog import read_run
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pertoken import build, credit, run, trainer, updating
-from pertoken.assignment import assign
+from pertoken import build, credit
 from pertoken.batching import optimizer_steps, to_batch
 from pertoken.config import Gae, LeaveOneOut, RewardToGo, RunConfig
 from pertoken.doctor import examine
 from pertoken.errors import ConfigError, ModelError, TaskError
+from pertoken.jobs import run
 from pertoken.policy.model import Policy, ValueHead
 from pertoken.policy.scoring import head_logits
 from pertoken.rollout.by_generate import TransformersEngine
@@ -21,6 +21,8 @@ from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling, Segment
 from pertoken.segments import cut
 from pertoken.testing import byte_tokenizer, episode, tiny_encoder_decoder, tiny_model
+from pertoken.training import trainer, updating
+from pertoken.training.assignment import assign
 from pertoken.types import Credit, Item, PolicyOutput, TokenRewards
 from tests.rollout.test_ratio import CONTROLS
 from tests.test_trainer import data, importable, metrics_of, settings  # noqa: F401

@@ -6,9 +6,9 @@ import json
 import pytest
 import yaml
 
-from pertoken import run
 from pertoken.config import load_config, load_stages
 from pertoken.errors import ConfigError
+from pertoken.jobs import run
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pertoken.stopwatch import Stopwatch
+from pertoken.machine.stopwatch import Stopwatch
 
 
 def ticking(*times):

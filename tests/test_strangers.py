@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pertoken import build, run
+from pertoken import build
 from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError, ModelError, PertokenError, RunFolderError, TaskError
 from pertoken.hub import code_arguments, code_digest
+from pertoken.jobs import run
 from pertoken.policy.checkpoint import load_state
 from pertoken.policy.model import load_model
 from pertoken.tasks.files import load_file_task

@@ -9,17 +9,19 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pertoken import build, run, trainer, updating
-from pertoken.assignment import assign
+from pertoken import build
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import NumericsError, RewardError, RunFolderError, TaskError
+from pertoken.jobs import run
 from pertoken.rewards import episode_reward, token_reward
 from pertoken.sampling import Controls
 from pertoken.testing import episode
 from pertoken.tracking.checkpoints import CheckpointStore
+from pertoken.training import trainer, updating
+from pertoken.training.assignment import assign
+from pertoken.training.updating import learning_rate_factor
 from pertoken.types import PolicyOutput
-from pertoken.updating import learning_rate_factor
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from pertoken import trainer, updating
-from pertoken.assignment import assign
 from pertoken.batching import to_batch
 from pertoken.build import build_run
 from pertoken.config import RunConfig
 from pertoken.rewards import Scene, token_reward
 from pertoken.testing import tiny_model
-from pertoken.trust_region import Fisher, Weights, conjugate_gradient, line_search, natural_step
+from pertoken.training import trainer, updating
+from pertoken.training.assignment import assign
+from pertoken.training.trust_region import Fisher, Weights, conjugate_gradient, line_search, natural_step
 
 # --- the maths ----------------------------------------------------------------------------------------------
 

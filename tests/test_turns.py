@@ -10,12 +10,12 @@ from pertoken.batching import to_batch
 from pertoken.config import load_config
 from pertoken.credit import gae, leave_one_out_process, reward_to_go
 from pertoken.errors import ConfigError, ModelError, RewardError
+from pertoken.jobs.run import train
 from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Scene, ScoredSpan, Weighted, episode_reward, score
 from pertoken.rollout.collect import collect
 from pertoken.rollout.engine import NativeEngine
-from pertoken.run import train
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import byte_tokenizer, tiny_encoder_decoder, tiny_model
 from pertoken.tracking import RunReader

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pertoken import build, run, trainer, updating
+from pertoken import build
 from pertoken.config import RunConfig
+from pertoken.jobs import run
 from pertoken.tracking import RunReader
-from pertoken.updating import rate_by_kl
-from pertoken.weights import Anchor, Average
+from pertoken.training import trainer, updating
+from pertoken.training.updating import rate_by_kl
+from pertoken.training.weights import Anchor, Average
 
 SPEC = importlib.util.spec_from_file_location("kills", Path(__file__).parents[1] / "benchmarks" / "kills.py")
 kills = importlib.util.module_from_spec(SPEC)

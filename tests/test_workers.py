@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pertoken.errors import ConfigError, WorkerError
-from pertoken.workers import Fault, Workers
+from pertoken.machine.workers import Fault, Workers
 
 JOBS = """
 import ctypes, os, re, sys, time
@@ -229,7 +229,7 @@ def test_one_that_leaks_is_replaced_and_one_that_explodes_gets_no_memory(start):
 
 PARENT = """
 import os, signal, sys, threading, time
-from pertoken.workers import Workers
+from pertoken.machine.workers import Workers
 workers = Workers("their_jobs:entry", None)
 ((_, pid),) = workers.ask(["pid"])
 print(pid, flush=True)

@@ -26,7 +26,7 @@ def profile(
     trace: Annotated[Path | None, typer.Option(help="Also record one step, for ui.perfetto.dev.")] = None,
 ) -> None:
     """Tell where the time and memory of a run go, and what to change; nothing is kept of its training."""
-    from pertoken.profiling import profile as run_profile
+    from pertoken.jobs.profiling import profile as run_profile
 
     result = run_profile(config_of(settings), steps=steps, trace=trace)
     table = Table("phase", "seconds", "share", box=None, pad_edge=False)

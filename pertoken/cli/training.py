@@ -47,7 +47,7 @@ def train(
 
 
 def _train_stages(stages: Sequence[RunConfig], max_seconds: float) -> None:
-    from pertoken.run import stages_left
+    from pertoken.jobs.run import stages_left
 
     end = time.monotonic() + max_seconds
     left = stages_left(stages)
@@ -60,7 +60,7 @@ def _train_stages(stages: Sequence[RunConfig], max_seconds: float) -> None:
 
 def train_run(config: RunConfig, resume: Path | None, max_seconds: float) -> None:
     """Train one run, told step by step; an exit code of its own where it was interrupted or out of time."""
-    from pertoken.run import train as run_training
+    from pertoken.jobs.run import train as run_training
 
     with _interrupts() as interrupted, StepDisplay(config) as display:
         try:
@@ -91,7 +91,7 @@ def crossval(
     max_time: MaxTime = None,
 ) -> None:
     """Train a run for each fold of the data, and tell held-out metrics over all. The same command goes on with it."""
-    from pertoken.crossval import folds_of, over_folds
+    from pertoken.jobs.crossval import folds_of, over_folds
 
     runs = folds_of(config_of(settings), folds)
     _train_stages(runs, seconds(max_time))
@@ -109,8 +109,8 @@ def search(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check keys and ranges, print them, and stop.")] = False,
 ) -> None:
     """Search ranges of the configuration for the best held-out metric. The same command goes on with a search."""
-    from pertoken.search import load_search
-    from pertoken.search import search as run_search
+    from pertoken.jobs.search import load_search
+    from pertoken.jobs.search import search as run_search
 
     config = load_search(*files_and_overrides(search_file))
     if dry_run:

@@ -26,7 +26,7 @@ def evaluate(
     items: Annotated[int | None, typer.Option(help="How many held-out items.")] = None,
 ) -> None:
     """Measure held-out quality of a model on a task, beside the trivial baselines."""
-    from pertoken.run import evaluate as run_evaluation
+    from pertoken.jobs.run import evaluate as run_evaluation
     from pertoken.tracking.comparison import compare
 
     overrides = [f"evaluation.split={split}"] if split else []
@@ -105,7 +105,7 @@ def generate(
 ) -> None:
     """Generate text: one sample, token by token as it is drawn; several; the best of many by the rewards; long texts by
     segments; answers to a file of prompts."""
-    from pertoken.run import Speaker
+    from pertoken.jobs.run import Speaker
     from pertoken.tracking.coloured import harmless
 
     if by not in ("none", "logprob", "entropy", "advantage"):
@@ -160,7 +160,7 @@ def _answer(
     show_all: bool,
 ) -> None:
     """Several samples or the best of them, for one prompt or for a file of them; onto the screen or into a file."""
-    from pertoken.generation import Generator, generate_all, read_prompts
+    from pertoken.jobs.generation import Generator, generate_all, read_prompts
     from pertoken.tracking.coloured import harmless
     from pertoken.tracking.files import append_row, encode
 

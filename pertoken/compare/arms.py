@@ -19,7 +19,7 @@ from pertoken.compare.sheets import write_sheets
 from pertoken.compare.tables import Report, write_report
 from pertoken.config import RunConfig
 from pertoken.errors import ConfigError, WorkerError
-from pertoken.many import Ended, Job
+from pertoken.jobs.many import Ended, Job
 from pertoken.tracking.files import read_bytes, write_whole, writing
 from pertoken.tracking.lock import RunLock
 from pertoken.tracking.runs import standing

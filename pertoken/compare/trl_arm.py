@@ -28,11 +28,11 @@ from pertoken.build import build_engine, build_evaluator, build_rewards, build_t
 from pertoken.config import RunConfig, validate
 from pertoken.errors import ConfigError, PertokenError
 from pertoken.hub import NO_CODE, SAFE
+from pertoken.jobs.run import load_policy
 from pertoken.policy.model import Policy, Reference
 from pertoken.prompts import prompt_ids
 from pertoken.rewards import Isolated, Scene, Weighted, score
 from pertoken.rollout.collect import to_episode
-from pertoken.run import load_policy
 from pertoken.sampling import Controls
 from pertoken.tasks.base import ItemTask
 from pertoken.tracking.reader import RunReader

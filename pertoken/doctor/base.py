@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pertoken import batching, trainer, updating
-from pertoken.assignment import assign
+from pertoken import batching
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.errors import RewardError
 from pertoken.observe import StepReport
 from pertoken.rewards import Scene
 from pertoken.rollout.collect import to_episode
-from pertoken.state import Run
+from pertoken.training import trainer, updating
+from pertoken.training.assignment import assign
+from pertoken.training.state import Run
 from pertoken.types import (
     Completion,
     Credit,

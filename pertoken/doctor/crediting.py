@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pertoken import batching, credit, trainer, updating
+from pertoken import batching, credit
 from pertoken.batching import Part
 from pertoken.config import RunConfig
 from pertoken.doctor.base import (
@@ -27,7 +27,8 @@ from pertoken.doctor.base import (
 )
 from pertoken.objectives import FixedKL
 from pertoken.rewards import Scene, ScoredSpan, Weighted, episode_reward, score, span_reward, token_reward
-from pertoken.state import Run
+from pertoken.training import trainer, updating
+from pertoken.training.state import Run
 from pertoken.types import Credit, PolicyOutput, TokenBatch, TokenRewards
 
 SUM_TOLERANCE = 1e-4

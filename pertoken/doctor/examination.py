@@ -17,9 +17,9 @@ from pertoken.errors import ConfigError, closest
 from pertoken.observe import StepReport
 from pertoken.policy.model import Policy
 from pertoken.sampling import Segment
-from pertoken.state import Run
 from pertoken.tracking.certificate import Certificate, Line
 from pertoken.tracking.runlog import now, versions
+from pertoken.training.state import Run
 
 CHECKS: tuple[Check, ...] = (
     inputs.data, inputs.rewards,

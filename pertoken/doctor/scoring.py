@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pertoken import batching, trainer
+from pertoken import batching
 from pertoken.doctor.base import (
     LOGPROB_TOLERANCE,
     RATIO_TOLERANCE,
@@ -27,7 +27,8 @@ from pertoken.prompts import prompt_ids
 from pertoken.rollout.by_generate import begun, greedy_settings, own_settings_aside
 from pertoken.rollout.collect import collect
 from pertoken.sampling import Controls, Sampling
-from pertoken.state import items_of
+from pertoken.training import trainer
+from pertoken.training.state import items_of
 from pertoken.types import Credit, TokenBatch
 
 EACH_CONTROL: dict[str, dict[str, Any]] = {

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pertoken import build, trainer, updating
+from pertoken import build
 from pertoken.batching import Part
 from pertoken.config import RunConfig
 from pertoken.doctor.base import GRADIENT_TOLERANCE, Probe, Verdict, changed, check, numbers, within
-from pertoken.guards import Guards
 from pertoken.policy.checkpoint import load_state
 from pertoken.policy.model import Policy
 from pertoken.rewards import Scene, Weighted
-from pertoken.state import Progress, Run
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.runlog import RunLog
+from pertoken.training import trainer, updating
+from pertoken.training.guards import Guards
+from pertoken.training.state import Progress, Run
 from pertoken.types import Credit
 
 WHOLE = 10**9

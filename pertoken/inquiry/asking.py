@@ -21,11 +21,11 @@ from pertoken.errors import ConfigError, PertokenError, RunFolderError, closest
 from pertoken.inquiry import questions
 from pertoken.inquiry.kept import episode_of, steady_rewards
 from pertoken.inquiry.questions import Place
+from pertoken.jobs.run import Speaker
 from pertoken.observe import token_pieces
 from pertoken.policy.checkpoint import load_weights
 from pertoken.policy.model import Policy
 from pertoken.rewards import Weighted
-from pertoken.run import Speaker
 from pertoken.sampling import Controls, Sampling
 from pertoken.text_metrics import Interval
 from pertoken.tracking.checkpoints import CheckpointStore

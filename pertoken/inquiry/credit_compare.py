@@ -20,9 +20,9 @@ from pertoken import credit
 from pertoken.config import ByWorth, Differences, LeaveOneTokenOut, Shapley
 from pertoken.errors import ConfigError, PertokenError, RunFolderError, closest
 from pertoken.inquiry.kept import Kept, Records
-from pertoken.redistribution import place
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.show import Sheet
+from pertoken.training.redistribution import place
 
 BY_WORTH: Mapping[str, ByWorth] = {
     "shapley": Shapley(),

@@ -24,9 +24,9 @@ from pertoken.config import ByWorth, RunConfig, load_config
 from pertoken.errors import RunFolderError
 from pertoken.hub import NO_CODE
 from pertoken.policy.model import Policy, load_model
-from pertoken.redistribution import blocks_of, by_worth, most_texts
 from pertoken.rewards import Learns, Multiplier, Scene, Stateful, Weighted, score
 from pertoken.sampling import Controls
+from pertoken.training.redistribution import blocks_of, by_worth, most_texts
 from pertoken.types import Episode, Item, Span, TokenRewards
 
 Records = Sequence[Mapping[str, Any]]

@@ -14,14 +14,14 @@ from pertoken.errors import ConfigError, ModelError
 from pertoken.forward import decoder_start
 from pertoken.observe import token_pieces
 from pertoken.policy.model import Policy
-from pertoken.redistribution import blocks_of, without
-from pertoken.resampling import continuation
 from pertoken.rewards import Scene, Weighted, score
 from pertoken.rewards.align import align
 from pertoken.rollout.collect import sample_seed
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
 from pertoken.text_metrics import Interval, bootstrap_mean
+from pertoken.training.redistribution import blocks_of, without
+from pertoken.training.resampling import continuation
 from pertoken.types import Completion, Episode, TokenBatch
 
 TEXTS_AT_ONCE = 16

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pertoken.background import Background
 from pertoken.errors import ConfigError, MissingExtraError, RewardError, TaskError
 from pertoken.integrations.splits import task_of
+from pertoken.machine.background import Background
 from pertoken.rewards.base import Sample, SampleReward, place_number
 from pertoken.tasks.base import ItemTask
 from pertoken.types import Item

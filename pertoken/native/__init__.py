@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pertoken.cache import cache_folder
+from pertoken.machine.cache import cache_folder
 
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-ffast-math", "-fno-finite-math-only")
 

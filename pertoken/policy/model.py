@@ -29,9 +29,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pertoken.cache import cache_folder
 from pertoken.errors import MissingExtraError, ModelError, closest
 from pertoken.hub import NO_CODE, code_arguments, why_not
+from pertoken.machine.cache import cache_folder
+from pertoken.machine.portions import Portion
 from pertoken.policy.layers import fuse_layers
 from pertoken.policy.pointwise import compile_pointwise
 from pertoken.policy.scoring import (
@@ -46,7 +47,6 @@ from pertoken.policy.scoring import (
     recomputable,
     score_batch,
 )
-from pertoken.portions import Portion
 from pertoken.sampling import Controls
 from pertoken.segments import cut
 from pertoken.types import PolicyOutput, TokenBatch

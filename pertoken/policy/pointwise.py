@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pertoken import native
-from pertoken.cache import cache_folder
 from pertoken.forward import own_logits
+from pertoken.machine.cache import cache_folder
 from pertoken.policy.layers import FusedGatedMLP, FusedNorm
 
 LEAST_WIDTH = 512

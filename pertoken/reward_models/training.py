@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from pertoken.errors import ConfigError, ModelError, NumericsError, RunFolderError, TaskError
 from pertoken.hub import NO_CODE, SAFE
-from pertoken.portions import nothing_to_cut
+from pertoken.machine.portions import nothing_to_cut
 from pertoken.preferences import bradley_terry
 from pertoken.reward_models.evaluation import (
     PAIR_ABOUT,

@@ -25,8 +25,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pertoken.background import Background, StillRunningError
 from pertoken.errors import ConfigError, RewardError
+from pertoken.machine.background import Background, StillRunningError
 from pertoken.rewards.align import AlignedText, align, spread
 from pertoken.rewards.composition import (
     Multiplier,

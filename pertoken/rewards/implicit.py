@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pertoken.cache import cache_folder
 from pertoken.errors import ConfigError, ModelError, RewardError
 from pertoken.hub import NO_CODE, SAFE
+from pertoken.machine.cache import cache_folder
 from pertoken.prompts import prompt_ids
 from pertoken.rewards.align import spread
 from pertoken.rewards.base import Scene

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pertoken.errors import ConfigError, RewardError, WorkerError
+from pertoken.machine.workers import START_LIMIT, Fault, Workers
 from pertoken.rewards.base import (
     DecoratedReward,
     Explains,
@@ -37,7 +38,6 @@ from pertoken.rewards.base import (
     where,
 )
 from pertoken.rewards.names import make
-from pertoken.workers import START_LIMIT, Fault, Workers
 
 Manner = Literal["samples", "in order", "scene"]
 """samples: any worker looks at any sample; in order: one worker at one by one; scene: one worker at all together."""

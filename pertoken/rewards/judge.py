@@ -20,8 +20,8 @@ import regex
 from jaxtyping import Float
 from torch import Tensor
 
-from pertoken.cache import cache_folder
 from pertoken.errors import ConfigError, MissingExtraError, RewardError
+from pertoken.machine.cache import cache_folder
 from pertoken.rewards.align import CharSpan
 from pertoken.rewards.base import (
     NO_OPINION,

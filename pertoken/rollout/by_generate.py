@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from pertoken.errors import ConfigError
 from pertoken.forward import decoder_start
-from pertoken.portions import Portion
+from pertoken.machine.portions import Portion
 from pertoken.rollout.engine import copy_parameters
 from pertoken.rollout.rows import OnToken, Row, Rows
 from pertoken.sampling import Controls

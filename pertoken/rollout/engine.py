@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pertoken.errors import ConfigError
 from pertoken.forward import decoder_start
-from pertoken.portions import Portion
+from pertoken.machine.portions import Portion
 from pertoken.rollout.decoder import Decoder, HFDecoder, RecomputingDecoder, agrees
 from pertoken.rollout.fused import fused_decoder
 from pertoken.rollout.packing import pack_linears, unpack_linears

@@ -9,10 +9,10 @@ from pertoken import build
 from pertoken.config import RewardConfig, RunConfig
 from pertoken.errors import ConfigError, TaskError
 from pertoken.evaluation import Evaluator
+from pertoken.jobs.run import load_policy
 from pertoken.prompts import prompt_ids
 from pertoken.rewards import Banned, Classifier, Isolated, PersonalData, Weighted
 from pertoken.rollout.collect import collect
-from pertoken.run import load_policy
 from pertoken.sampling import Controls
 from pertoken.tasks.mixture import evenly
 from pertoken.text_metrics import ITEM_METRICS, words

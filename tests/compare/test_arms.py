@@ -118,7 +118,7 @@ def test_the_rewards_that_trl_hears_of_are_those_of_the_run(settings, model_fold
     from pertoken.build import build_rewards
     from pertoken.compare.trl_arm import paid
     from pertoken.config import load_config
-    from pertoken.run import load_policy
+    from pertoken.jobs.run import load_policy
     from pertoken.types import Item
 
     config = load_config([], [s for s in settings if not s.startswith("compare")])

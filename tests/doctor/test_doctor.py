@@ -9,8 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from pertoken import batching, build, config, trainer, updating
-from pertoken.assignment import assign
+from pertoken import batching, build, config
 from pertoken.credit import bootstrap_values
 from pertoken.doctor import CHECKS, examination, examine, quick_certificate
 from pertoken.doctor.base import Probe
@@ -20,6 +19,8 @@ from pertoken.policy import checkpoint, scoring
 from pertoken.rewards import Weighted, base, episode_reward
 from pertoken.rollout import collect, rows
 from pertoken.sampling import Sampling
+from pertoken.training import trainer, updating
+from pertoken.training.assignment import assign
 from pertoken.types import Credit
 
 QUICK = [one.name for one in CHECKS if one.quick]
@@ -323,7 +324,7 @@ def test_parts_that_do_not_add_up_fail_conservation(sound):
 
 
 def test_truncation_treated_as_an_end_fails_truncation(with_critic, monkeypatch):
-    from pertoken.assignment import estimators
+    from pertoken.training.assignment import estimators
 
     monkeypatch.setattr(estimators, "bootstrap_values", lambda done, after: torch.zeros_like(after))
     found = failing(with_critic, QUICK)

@@ -25,11 +25,11 @@ from pertoken.inquiry.credit_compare import (
     read_rows,
 )
 from pertoken.policy.model import Policy, load_model
-from pertoken.redistribution import by_worth
 from pertoken.rewards import Scene, Weighted, make, score
 from pertoken.sampling import Controls
 from pertoken.testing import byte_tokenizer, episode
 from pertoken.tracking import RunLog, episode_record
+from pertoken.training.redistribution import by_worth
 from pertoken.types import Item
 
 toy_world = functools.cache(Toy.make)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pertoken.cache import cache_folder
 from pertoken.errors import ModelError
+from pertoken.machine.cache import cache_folder
 from pertoken.policy.model import Policy, _embedded_folder, end_ids, load_model, resolve_precision
 from pertoken.testing import byte_tokenizer, family_model, tiny_model
 

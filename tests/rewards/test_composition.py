@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pertoken.assignment import assign
 from pertoken.build import build_rewards
 from pertoken.config import GroupRelative, LeaveOneOut, LeaveOneOutProcess, PerPart, RewardConfig, RunConfig
 from pertoken.errors import ConfigError, RewardError
@@ -25,6 +24,7 @@ from pertoken.rewards import (
     span_reward,
     token_reward,
 )
+from pertoken.training.assignment import assign
 from pertoken.types import PolicyOutput
 
 EPS = 1e-4

@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pertoken import run
 from pertoken.build import build_rewards
 from pertoken.config import RewardConfig
 from pertoken.errors import ConfigError, RewardError
+from pertoken.jobs import run
+from pertoken.machine.workers import Fault
 from pertoken.rewards import Isolated, Measured, Stateful, Weighted, findings, isolation, make, score
 from pertoken.types import PolicyOutput
-from pertoken.workers import Fault
 from tests.test_trainer import data, metrics_of, settings  # noqa: F401
 
 TEXTS = {

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
-from pertoken import build, run
+from pertoken import build
 from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError, TaskError
+from pertoken.jobs import run
 
 SOURCE = """
 from pertoken.tasks.base import ItemTask

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pertoken import run
 from pertoken.config import RunConfig
 from pertoken.errors import ConfigError, MissingExtraError
+from pertoken.jobs import run
 from pertoken.tracking import RunLog, RunReader, trackers
 from pertoken.tracking.glossary import HELD_OUT, METRICS, find
 from pertoken.tracking.settings import settings_of

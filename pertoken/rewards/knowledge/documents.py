@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pertoken.cache import cache_folder
 from pertoken.errors import ConfigError, TaskError
+from pertoken.machine.cache import cache_folder
 from pertoken.rewards.align import sentence_spans, word_spans
 from pertoken.rewards.base import Sample, SampleReward, ScoredSpan, place_spans
 from pertoken.rewards.metrics.base import check_choice

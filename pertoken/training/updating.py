@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from pertoken.balance import Gradients
 from pertoken.batching import Cut, Part, optimizer_steps
 from pertoken.config import RunConfig
 from pertoken.errors import NumericsError
 from pertoken.objectives import aggregate, critic_loss, kl_per_token, policy_loss
 from pertoken.observe import Updated
 from pertoken.segments import cut
-from pertoken.state import Run
-from pertoken.trust_region import Fisher, Weights, line_search, natural_step
+from pertoken.training.balance import Gradients
+from pertoken.training.state import Run
+from pertoken.training.trust_region import Fisher, Weights, line_search, natural_step
 from pertoken.types import Credit, PolicyOutput, TokenBatch
 
 RATIO_TOLERANCE = 1e-4

@@ -17,14 +17,14 @@ from torch import Tensor
 from pertoken.batching import to_batch
 from pertoken.config import AttentionCredit, ByWorth, MonteCarlo, RunConfig
 from pertoken.policy.model import Policy
-from pertoken.redistribution import by_attention, by_worth
 from pertoken.rewards import Scene, Weighted, score
 from pertoken.rewards.align import align
 from pertoken.rewards.attention import reader_of
 from pertoken.rollout.collect import collect, sample_seed
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
-from pertoken.state import Run, items_of
+from pertoken.training.redistribution import by_attention, by_worth
+from pertoken.training.state import Run, items_of
 from pertoken.types import Completion, Episode, Span, StateValues, TokenRewards
 
 

@@ -12,23 +12,20 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pertoken import build, doctor, offline
-from pertoken.assignment import assign
+from pertoken import build, doctor
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, FunctionTask, MixtureTask, RewardConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
+from pertoken.machine.portions import nothing_to_cut
 from pertoken.observe import StepReport, token_pieces
 from pertoken.policy.model import Policy
-from pertoken.portions import nothing_to_cut
 from pertoken.prompts import prompt_ids
-from pertoken.resampling import beside
 from pertoken.rewards import Isolated, Scene, score
 from pertoken.rewards.align import align
 from pertoken.rollout.by_generate import TransformersEngine
 from pertoken.rollout.collect import collect, sample_seed
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls
-from pertoken.state import Run
 from pertoken.tracking.certificate import read_certificate, write_certificate
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.comparison import Comparison, compare
@@ -38,7 +35,11 @@ from pertoken.tracking.report import write_report
 from pertoken.tracking.runlog import RunLog, Status, read_run
 from pertoken.tracking.runs import standing
 from pertoken.tracking.trackers import refuse_missing, trackers_of
-from pertoken.trainer import checkpoint, loop
+from pertoken.training import offline
+from pertoken.training.assignment import assign
+from pertoken.training.resampling import beside
+from pertoken.training.state import Run
+from pertoken.training.trainer import checkpoint, loop
 from pertoken.types import Item
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pertoken.config import RunConfig
-from pertoken.run import train
+from pertoken.jobs.run import train
 from pertoken.tracking.runs import standing
 
 Ended = Literal["", "interrupted", "time is up"]

@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from pertoken import build, trainer
+from pertoken import build
 from pertoken.config import RunConfig
 from pertoken.errors import ConfigError
-from pertoken.memory import installed_memory, peak_memory
+from pertoken.machine.memory import installed_memory, peak_memory
+from pertoken.machine.stopwatch import Stopwatch
 from pertoken.observe import StepReport
 from pertoken.policy.model import Policy, fast_in_bfloat16
 from pertoken.rollout import rows
 from pertoken.rollout.decoder import HFDecoder, RecomputingDecoder
-from pertoken.state import Run
-from pertoken.stopwatch import Stopwatch
 from pertoken.tracking.runlog import RunLog
+from pertoken.training import trainer
+from pertoken.training.state import Run
 
 PREFILL, DECODE, SAMPLE = "prompts", "decoding", "sampling"
 OLD, REFERENCE, REWARD = "old-policy pass", "reference pass", "rewards, credit"

@@ -14,12 +14,9 @@ from torch import Tensor
 
 from pertoken.config import RunConfig
 from pertoken.evaluation import Evaluator
-from pertoken.examples import Examples
-from pertoken.guards import Guards
+from pertoken.machine.portions import Portion, set_states, states
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.model import Policy, Reference
-from pertoken.portions import Portion, set_states, states
-from pertoken.replay import Buffer
 from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
 from pertoken.rollout.engine import NativeEngine, RolloutEngine
@@ -28,8 +25,11 @@ from pertoken.schedule import Schedule
 from pertoken.tasks.base import batch_of
 from pertoken.tasks.course import Course
 from pertoken.tracking.glossary import goodness
+from pertoken.training.examples import Examples
+from pertoken.training.guards import Guards
+from pertoken.training.replay import Buffer
+from pertoken.training.weights import Anchor, Average
 from pertoken.types import Episode, Item
-from pertoken.weights import Anchor, Average
 
 
 @dataclass

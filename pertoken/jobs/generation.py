@@ -18,13 +18,13 @@ from pertoken.batching import to_batch
 from pertoken.build import build_rewards
 from pertoken.errors import ConfigError
 from pertoken.forward import decoder_start
+from pertoken.jobs.run import Speaker
 from pertoken.observe import token_pieces
 from pertoken.prompts import prompt_ids
 from pertoken.rewards import Scene, Weighted, score
 from pertoken.rewards.align import align
 from pertoken.rollout.by_generate import begun, greedy_settings, own_settings_aside
 from pertoken.rollout.collect import sample_seed, to_episode
-from pertoken.run import Speaker
 from pertoken.sampling import Controls, processed_logits
 from pertoken.tasks.files import BadRow, load_file_task
 from pertoken.tracking.files import Row

@@ -12,29 +12,29 @@ from pathlib import Path
 
 import torch
 
-from pertoken.assignment import assign
-from pertoken.background import Background
 from pertoken.batching import to_batch
 from pertoken.config import CreditConfig, RunConfig
 from pertoken.evaluation import Evaluation
-from pertoken.guards import beside_figures, writing_figures
-from pertoken.memory import Heap, peak_memory
+from pertoken.machine.background import Background
+from pertoken.machine.memory import Heap, peak_memory
+from pertoken.machine.portions import states
 from pertoken.objectives import effective_share, importance_weights
 from pertoken.observe import StepReport, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
-from pertoken.portions import states
-from pertoken.replay import Group, renumbered
-from pertoken.resampling import beside, with_differences
 from pertoken.rewards import Learns, Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
 from pertoken.rollout.collect import Draws, draw_completions, to_episodes
-from pertoken.state import Progress, Run, items_of
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.glossary import goodness
 from pertoken.tracking.runlog import RunLog
+from pertoken.training.assignment import assign
+from pertoken.training.guards import beside_figures, writing_figures
+from pertoken.training.replay import Group, renumbered
+from pertoken.training.resampling import beside, with_differences
+from pertoken.training.state import Progress, Run, items_of
+from pertoken.training.updating import check_sampled, head_only_at, is_exact, settle, update
+from pertoken.training.weights import Average
 from pertoken.types import Credit, Episode, Item, PolicyOutput, TokenBatch, TokenRewards
-from pertoken.updating import check_sampled, head_only_at, is_exact, settle, update
-from pertoken.weights import Average
 
 
 def loop(

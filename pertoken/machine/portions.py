@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pertoken.errors import OutOfMemoryError, PertokenError
-from pertoken.memory import give_back_freed_memory, ran_out
+from pertoken.machine.memory import give_back_freed_memory, ran_out
 
 T = TypeVar("T")
 

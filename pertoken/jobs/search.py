@@ -33,7 +33,7 @@ from pertoken.errors import (
     TaskError,
     closest,
 )
-from pertoken.many import Ended, Job
+from pertoken.jobs.many import Ended, Job
 from pertoken.text_metrics import Interval, t_mean
 from pertoken.tracking import RunReader
 from pertoken.tracking.files import read_bytes, write_whole, writing

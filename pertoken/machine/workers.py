@@ -53,7 +53,7 @@ ONE_THREAD = dict.fromkeys(
 )
 """Environment of a worker: the processors are for the training and the other workers."""
 
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pertoken.workers import serve; serve()"
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pertoken.machine.workers import serve; serve()"
 _POSIX = os.name == "posix"
 
 
@@ -477,7 +477,7 @@ def _out_of_memory(answer: Any) -> bool:
 
 def _memory() -> float:
     """What this process has taken (GB)."""
-    from pertoken.memory import process_memory  # which takes seconds to import
+    from pertoken.machine.memory import process_memory  # which takes seconds to import
 
     return process_memory()
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from pertoken.batching import to_batch
 from pertoken.config import Dpo, Ipo, Kto, OfflineConfig, PairConfig, PreferenceConfig, Sft, Simpo, Tdpo
-from pertoken.examples import Examples, Kind
-from pertoken.memory import Heap
+from pertoken.machine.memory import Heap
 from pertoken.objectives import aggregate
 from pertoken.observe import StepReport, episode_records
 from pertoken.policy.model import Policy, Reference
@@ -32,11 +31,12 @@ from pertoken.preferences import (
     tdpo_scores,
 )
 from pertoken.sampling import Controls
-from pertoken.state import Run, items_of
 from pertoken.tracking.runlog import RunLog
-from pertoken.trainer import Clock, checkpoint, curriculum_figures, cuts, evaluate, memory
+from pertoken.training.examples import Examples, Kind
+from pertoken.training.state import Run, items_of
+from pertoken.training.trainer import Clock, checkpoint, curriculum_figures, cuts, evaluate, memory
+from pertoken.training.updating import distance_figures, from_here, set_learning_rate, settle, step_optimizer
 from pertoken.types import Episode, Item, PolicyOutput, TokenBatch
-from pertoken.updating import distance_figures, from_here, set_learning_rate, settle, step_optimizer
 
 
 def kind_of(method: OfflineConfig, items: Sequence[Item]) -> Kind:
