@@ -3,7 +3,6 @@
 from pertoken.rewards.align import AlignedText, tokens_of
 from pertoken.rewards.base import (
     NO_OPINION,
-    Finding,
     Learns,
     Measured,
     NoOpinion,
@@ -15,11 +14,7 @@ from pertoken.rewards.base import (
     ScoredSpan,
     Stateful,
     WarmsUp,
-    Weighted,
     episode_reward,
-    findings,
-    move_to_actions,
-    score,
     span_reward,
     token_reward,
 )
@@ -39,6 +34,7 @@ from pertoken.rewards.kl import KLToReference
 from pertoken.rewards.knowledge import Documents, Facts
 from pertoken.rewards.metrics import AnswerF1, Bleu, ChrF, Meteor, Rouge1, Rouge2, RougeL, RougeLsum, Ter
 from pertoken.rewards.names import make, resolve
+from pertoken.rewards.parts import Finding, Weighted, findings, move_to_actions, score
 from pertoken.rewards.perplexity import Perplexity
 from pertoken.rewards.personal_data import PersonalData
 from pertoken.rewards.prime import Prime

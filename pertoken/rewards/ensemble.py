@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pertoken.errors import ConfigError
-from pertoken.rewards.base import Opinions, Reward, Scene, WarmsUp, move_to_actions
+from pertoken.rewards.base import Opinions, Reward, Scene, WarmsUp
 from pertoken.rewards.metrics.base import check_choice
 from pertoken.rewards.names import make
+from pertoken.rewards.parts import move_to_actions
 
 Combination = Literal["least", "mean_less_spread", "mean"]
 

@@ -16,7 +16,7 @@ from pertoken.doctor.base import Probe
 from pertoken.doctor.scoring import EACH_CONTROL
 from pertoken.errors import ConfigError
 from pertoken.policy import checkpoint, scoring
-from pertoken.rewards import Weighted, base, episode_reward
+from pertoken.rewards import Weighted, episode_reward, parts
 from pertoken.rollout import collect, rows
 from pertoken.sampling import Sampling
 from pertoken.training import trainer, updating
@@ -309,7 +309,7 @@ def test_padding_that_is_searched_for_by_its_id_fails_pad_is_eos(sound, monkeypa
 
 
 def test_a_lost_reward_fails_conservation(sound, monkeypatch):
-    monkeypatch.setattr(base, "move_to_actions", lambda values, action_mask: values * action_mask)
+    monkeypatch.setattr(parts, "move_to_actions", lambda values, action_mask: values * action_mask)
     found = failing(sound, QUICK)
     assert found.keys() == {"conservation"}
     assert "the sum changed on its way" in found["conservation"].words

@@ -6,9 +6,9 @@ import pytest
 
 from pertoken.errors import ConfigError
 from pertoken.rewards import NO_OPINION, LinkGrammar, resolve, score
-from pertoken.rewards.base import Weighted
 from pertoken.rewards.grammar import link_grammar
 from pertoken.rewards.grammar.link_grammar import prose_sentences
+from pertoken.rewards.parts import Weighted
 
 
 def _installed():
