@@ -31,7 +31,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import RunConfig, load_config, load_stages, validate
 from pertoken.errors import PertokenError
 from pertoken.jobs import run
@@ -312,7 +312,7 @@ class Checkpoints(OfRun):
 
     def __init__(self, place: Path) -> None:
         super().__init__(place)
-        self.run = build.build_run(self.config)
+        self.run = assembly.build_run(self.config)
         self.checkpoint = CheckpointStore(self.folder / "checkpoints").paths()[-1]
 
     def cases(self) -> st.SearchStrategy[Case]:
@@ -340,7 +340,7 @@ class Checkpoints(OfRun):
             with self.replaced(self.checkpoint / MANIFEST, manifest), suppress(PertokenError):
                 found, _ = CheckpointStore(self.folder / "checkpoints").newest()
                 if found is not None:
-                    build._go_on(self.run, found.path)
+                    assembly.run._go_on(self.run, found.path)
 
     def _forged(self, name: str, content: bytes) -> bytes:
         """A manifest that says that this is what the file should hold."""

@@ -37,7 +37,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pertoken.build import build_run
+from pertoken.assembly import build_run
 from pertoken.config import RunConfig
 from pertoken.config.presets import PRESETS
 from pertoken.jobs.run import train

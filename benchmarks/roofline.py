@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import load_config
 from pertoken.jobs.profiling import BACKWARD, DECODE, FORWARD, PREFILL, SAMPLE, matrix_parameters, matrix_rate, profile
 
@@ -54,7 +54,7 @@ def main() -> None:
 
     memory = bandwidth()
     print("memory: " + ", ".join(f"{name} {rate:.0f} GB/s" for name, rate in memory.items()))
-    policy = build.build_policy(config)
+    policy = assembly.build_policy(config)
     for dtype in (torch.float32, torch.bfloat16):
         print(f"matrix products in {dtype}: {matrix_rate(policy, dtype, seconds=2.0):.0f} GFLOP/s")
 

@@ -93,7 +93,7 @@ class Turn:
 
 def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
     """Steps of pertoken's own loop, with all that it logs and checks."""
-    from pertoken import build
+    from pertoken import assembly
     from pertoken.config import RunConfig
     from pertoken.jobs import profiling
     from pertoken.machine.memory import peak_memory
@@ -126,7 +126,7 @@ def own_arm(name: str, job: dict[str, Any], turn: Turn) -> None:
         "stop": {"steps": job["steps"]},
         "evaluation": {"items": 0},
     })  # fmt: skip
-    run = build.build_run(config)
+    run = assembly.build_run(config)
     run.rewards = [Weighted(episode_reward(lambda sample: distinct_words(sample.text)), 1.0, "distinct")]
     run.items = [Item(str(k), text, None) for k, text in enumerate(job["prompts"])]
     if not job["natural"]:

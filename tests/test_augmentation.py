@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pertoken import augmentation
+from pertoken.assembly import build_task
 from pertoken.augmentation import back_translation, build_augmentation, translate
-from pertoken.build import build_task
 from pertoken.config import AugmentConfig, BackTranslationConfig, FileTask, RunConfig, validate
 from pertoken.errors import ConfigError
 from pertoken.testing import byte_tokenizer, tiny_encoder_decoder

@@ -234,7 +234,7 @@ def test_profile_says_where_time_and_memory_go(place, capsys, monkeypatch):
 
 
 def test_profile_counts_the_matrix_products_of_a_step(place):
-    from pertoken.build import build_run
+    from pertoken.assembly import build_run
     from pertoken.config import load_config
     from pertoken.jobs.profiling import matrix_parameters, work
     from pertoken.observe import StepReport

@@ -17,7 +17,7 @@ import typer.main
 import yaml
 
 from pertoken import cli, credit, objectives
-from pertoken.build import build_rewards
+from pertoken.assembly import build_rewards
 from pertoken.compare import load_comparison
 from pertoken.config import RunConfig, explain, load_config, load_stages
 from pertoken.jobs.search import load_search

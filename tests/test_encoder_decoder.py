@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedTokenizerFast
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.doctor import examine
@@ -259,7 +259,7 @@ def test_a_run_resumes_to_the_last_bit_and_its_model_is_transformers_own(folder,
 def test_what_goes_on_from_the_middle_or_looks_into_attention_is_refused(folder, tmp_path):
     for credit in ("monte_carlo", "attention"):
         with pytest.raises(ConfigError, match=f"credit.type {credit}"):
-            build.build_run(configuration(folder, tmp_path, credit={"type": credit}, kl={"place": "none"}))
+            assembly.build_run(configuration(folder, tmp_path, credit={"type": credit}, kl={"place": "none"}))
     model = tiny_encoder_decoder("marian")
     with pytest.raises(ValueError, match="from their beginning"):
         NativeEngine(model, byte_tokenizer(), head_logits=head_logits).generate(

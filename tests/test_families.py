@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pertoken.build import build_rewards, build_task
+from pertoken.assembly import build_rewards, build_task
 from pertoken.config import FileTask, RunConfig, load_config
 from pertoken.config.families import FAMILIES, LANGUAGES
 from pertoken.errors import ConfigError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import ModelError, NumericsError, RewardError, TaskError
@@ -102,11 +102,11 @@ def finite(values):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_model_that_says_nan_for_one_prompt_is_a_named_error(settle, precision):
     config = settle(policy={"precision": precision}, prompts=["7", *"abcdefghijklmnopqrstuvw"])
-    built = build.build_run(config)
+    built = assembly.build_run(config)
     seven = prompt_ids(Item("7", "7"), built.policy.tokenizer)
     with torch.no_grad():
         built.policy.hf_model.get_input_embeddings().weight[seven] = torch.nan
-    built.engine = build.build_engine(built.policy, built.config.rollout)
+    built.engine = assembly.build_engine(built.policy, built.config.rollout)
     built.items = [Item("../0", "7"), Item("a", "a")]
     log = run.RunLog.create(config.run_folder, config_text="", seed=0)
     with pytest.raises(NumericsError, match=r"row \d of 6 in this rollout: the model gives no distribution"):
@@ -114,7 +114,7 @@ def test_a_model_that_says_nan_for_one_prompt_is_a_named_error(settle, precision
 
 
 def test_one_bad_row_in_an_update_skips_the_update_and_names_the_row(settle, monkeypatch):
-    built = build.build_run(settle())
+    built = assembly.build_run(settle())
     before = weights(built)
     whole = updating.policy_loss
 
@@ -133,7 +133,7 @@ def test_one_bad_row_in_an_update_skips_the_update_and_names_the_row(settle, mon
 @pytest.mark.parametrize("credit", CREDITS)
 def test_rewards_whose_sum_is_beyond_a_float_move_nothing(settle, credit):
     """Each of them is finite, so no reward is to blame; what they add up to is not."""
-    built = build.build_run(settle(credit={"type": credit}))
+    built = assembly.build_run(settle(credit={"type": credit}))
     huge = torch.finfo(torch.float32).max * 0.9
     built.rewards = [trainer.Weighted(lambda scene: scene.batch.action_mask * huge, 1.0, "huge")]
     before = weights(built)
@@ -147,7 +147,7 @@ def test_rewards_whose_sum_is_beyond_a_float_move_nothing(settle, credit):
 
 
 def test_a_critic_that_says_nan_skips_the_update_and_names_the_rows(settle):
-    built = build.build_run(settle(credit={"type": "gae"}))
+    built = assembly.build_run(settle(credit={"type": "gae"}))
     forward = built.policy.value_head.forward
     built.policy.value_head.forward = lambda hidden: forward(hidden) * torch.nan
     before = weights(built)
@@ -160,7 +160,7 @@ def test_a_critic_that_says_nan_skips_the_update_and_names_the_rows(settle):
 @pytest.mark.parametrize("surrogate", ["clipped", "policy_gradient"])
 def test_a_policy_that_has_moved_beyond_what_a_ratio_can_say(settle, surrogate):
     """Ratios of e^200: clipped ones are harmless, others skip the update, and nothing becomes NaN."""
-    built = build.build_run(settle(objective={"surrogate": surrogate}))
+    built = assembly.build_run(settle(objective={"surrogate": surrogate}))
     built.staleness = 1  # importance weights correct for the samplers
     before = weights(built)
     episodes = [episode([1, 2], [3, 4, 5 + k], id=f"e{k}", group=k // 3) for k in range(6)]
@@ -174,7 +174,7 @@ def test_a_policy_that_has_moved_beyond_what_a_ratio_can_say(settle, surrogate):
 
 
 def test_a_reference_that_says_nan_for_one_row_is_named(settle):
-    built = build.build_run(settle(kl={"coefficient": 0.1}))
+    built = assembly.build_run(settle(kl={"coefficient": 0.1}))
     score = built.reference.score
 
     def with_nan(batch, **named):
@@ -193,7 +193,7 @@ def test_a_reference_that_says_nan_for_one_row_is_named(settle):
 @pytest.mark.parametrize("credit", CREDITS)
 def test_trap_33_groups_without_variance_move_nothing(settle, credit):
     """Every completion is worth the same: no group says anything, and no 0/0 becomes a step."""
-    built = build.build_run(settle(credit={"type": credit}, kl={"coefficient": 0.0}))
+    built = assembly.build_run(settle(credit={"type": credit}, kl={"coefficient": 0.0}))
     built.rewards = [trainer.Weighted(lambda scene: scene.batch.action_mask * 0.25, 1.0, "same")]
     before = weights(built)
     episodes = [episode([1, 2], [3, 4, 5], id=str(k), group=k // 3) for k in range(6)]
@@ -207,7 +207,7 @@ def test_trap_33_groups_without_variance_move_nothing(settle, credit):
 
 @pytest.mark.parametrize("credit", CREDITS)
 def test_a_batch_without_actions_changes_nothing(settle, credit):
-    built = build.build_run(settle(credit={"type": credit}, objective={"entropy_coefficient": 0.1}))
+    built = assembly.build_run(settle(credit={"type": credit}, objective={"entropy_coefficient": 0.1}))
     before = weights(built)
     report = a_step(built, [episode([1, 2, 3], [], id=str(k), group=k // 3, stop="context") for k in range(6)])
     assert finite(report.metrics)
@@ -217,7 +217,7 @@ def test_a_batch_without_actions_changes_nothing(settle, credit):
 
 @pytest.mark.parametrize("credit", CREDITS)
 def test_empty_and_one_token_completions_among_others(settle, credit):
-    built = build.build_run(settle(credit={"type": credit}))
+    built = assembly.build_run(settle(credit={"type": credit}))
     before = weights(built)
     answers = [[], [5], [5, 6, 7], [], [], [8]]
     report = a_step(built, [episode([1, 2], a, id=str(k), group=k // 3) for k, a in enumerate(answers)])
@@ -362,7 +362,7 @@ def rows(answers=ROWS):
 def test_trap_29_a_tolerated_failure_counts_nothing_and_is_compared_with_nothing(settle, credit):
     """The others get the advantages that they get without the rows that failed, which get none."""
     settings = {"type": credit, "normalize": "none"} | ({"scale_by_std": False} if credit == "group_relative" else {})
-    built = build.build_run(settle(credit=settings))
+    built = assembly.build_run(settle(credit=settings))
     built.rewards = [trainer.Weighted(picky, 1.0, "picky", max_failed_share=0.34)]
     report = a_step(built, rows())
     assert report.metrics["errors/picky"] == 2
@@ -372,7 +372,7 @@ def test_trap_29_a_tolerated_failure_counts_nothing_and_is_compared_with_nothing
     assert not report.streams["reward/picky"][[1, 4]].any()
     if credit != "group_process":  # takes 0 for "not scored" in any case, and divides by the spread of all that is
         kept = [e for e in rows() if e.id not in "14"]
-        built = build.build_run(settle(credit=settings))
+        built = assembly.build_run(settle(credit=settings))
         built.rewards = [trainer.Weighted(picky, 1.0, "picky")]
         alone = a_step(built, kept).streams["advantage"]
         assert alone.any()
@@ -380,7 +380,7 @@ def test_trap_29_a_tolerated_failure_counts_nothing_and_is_compared_with_nothing
 
 
 def test_one_failure_more_than_the_share_ends_the_run(settle):
-    built = build.build_run(settle())
+    built = assembly.build_run(settle())
     for share, words in (
         (0.0, "reward 'picky': picky, episode '1'"),
         (0.3, "'picky' failed on more than 1 of 6 compl"),
@@ -391,7 +391,7 @@ def test_one_failure_more_than_the_share_ends_the_run(settle):
 
 
 def test_a_reward_of_the_whole_scene_fails_by_rows_or_as_a_whole(settle):
-    built = build.build_run(settle())
+    built = assembly.build_run(settle())
     built.rewards = [trainer.Weighted(whole, 1.0, "whole", max_failed_share=0.2)]
     report = a_step(built, rows())
     assert report.metrics["errors/whole"] == 1
@@ -411,7 +411,7 @@ def test_a_reward_of_the_whole_scene_fails_by_rows_or_as_a_whole(settle):
 @pytest.mark.parametrize("attempts", [1, 2, 3])
 @pytest.mark.parametrize("of_samples", [True, False])
 def test_what_fails_is_tried_again_as_often_as_asked(settle, attempts, of_samples):
-    built, tried = build.build_run(settle()), []
+    built, tried = assembly.build_run(settle()), []
 
     def twice(what):
         name = getattr(what, "text", "all")
@@ -433,7 +433,7 @@ def test_what_fails_is_tried_again_as_often_as_asked(settle, attempts, of_sample
 
 
 def test_a_run_tells_what_failed_and_goes_on(settle, monkeypatch):
-    monkeypatch.setattr(build, "make", lambda *order: often)
+    monkeypatch.setattr(assembly.rewards, "make", lambda *order: often)
 
     @token_reward
     def often(sample):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pertoken.build import build_engine
+from pertoken.assembly import build_engine
 from pertoken.config import load_config
 from pertoken.errors import ConfigError
 from pertoken.jobs.generation import Generator, generate_all, read_prompts

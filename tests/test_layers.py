@@ -130,18 +130,18 @@ MAY["training.offline"] = MAY["training.trainer"] | {"training.trainer"}
 MAY["augmentation"] = {
     *("errors", "machine.cache", "sampling", "types", "config", "tasks", "policy", "rollout", "rewards"),
 }
-MAY["build"] = MAY["training.offline"] | {"training.offline", "text_metrics", "forward", "augmentation"}
-MAY["jobs.profiling"] = MAY["build"] | {"build", "machine.stopwatch"}
-MAY["doctor"] = MAY["build"] | {"build", "reward_check"}
-MAY["jobs.run"] = MAY["build"] | {"build", "doctor"}
-MAY["inquiry.kept"] = MAY["build"] | {"build", "training.redistribution", "hub"}
+MAY["assembly"] = MAY["training.offline"] | {"training.offline", "text_metrics", "forward", "augmentation"}
+MAY["jobs.profiling"] = MAY["assembly"] | {"assembly", "machine.stopwatch"}
+MAY["doctor"] = MAY["assembly"] | {"assembly", "reward_check"}
+MAY["jobs.run"] = MAY["assembly"] | {"assembly", "doctor"}
+MAY["inquiry.kept"] = MAY["assembly"] | {"assembly", "training.redistribution", "hub"}
 MAY["inquiry.questions"] = {
     "errors", "types", "sampling", "config", "text_metrics", "batching", "forward", "observe", "policy",
     "training.redistribution", "training.resampling", "rewards", "rollout",
 }  # fmt: skip
 MAY["inquiry.asking"] = MAY["inquiry.questions"] | {
     "inquiry.questions",
-    "build",
+    "assembly",
     "inquiry.kept",
     "jobs.run",
     "tracking",
@@ -172,7 +172,7 @@ MAY["reward_models"] = {
     "tracking",
 }
 MAY["turns"] = {"errors", "sampling", "types", "prompts", "rewards", "rollout"}
-MAY["integrations"] = MAY["turns"] | {"machine.background", "batching", "config", "tasks", "build"}
+MAY["integrations"] = MAY["turns"] | {"machine.background", "batching", "config", "tasks", "assembly"}
 MAY["validation"] = MAY["jobs.run"] | {"jobs.run"}
 MAY["jobs.generation"] = MAY["jobs.run"] | {"jobs.run"}
 MAY["jobs.many"] = {"config", "jobs.run", "tracking"}

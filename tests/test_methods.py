@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.batching import to_batch
 from pertoken.config import (
     CreditSection,
@@ -82,7 +82,7 @@ def make(model_folder, tmp_path, monkeypatch):
             for name in path:
                 target = target.setdefault(name, {})
             target[last] = value
-        return build.build_run(RunConfig.model_validate(values))
+        return assembly.build_run(RunConfig.model_validate(values))
 
     return make
 

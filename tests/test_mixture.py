@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig, load_config, validate
 from pertoken.doctor.examination import small
@@ -160,7 +160,7 @@ def test_groups_are_redrawn_from_their_own_task(values):
     """All groups of `ask` are dull: other prompts of `ask` stand in for them, and `say` keeps its own."""
     values["rewards"] = [{"name": "length", "min_words": 3}]
     config = config_of(values, rollout={"redraws": 2, "prompts_per_step": 8})
-    made = build.build_run(config)
+    made = assembly.build_run(config)
 
     @episode_reward
     def dull(sample):
@@ -187,7 +187,7 @@ def gradient_of(values, monkeypatch):
     values["rewards"] = [{"name": "length", "min_words": 3}]
 
     def gradient(only=None, **update):
-        made = build.build_run(config_of(values, update=update))
+        made = assembly.build_run(config_of(values, update=update))
         episodes = generate(made, 1)
         batch = to_batch(episodes, made.controls)
         scene = Scene(batch, episodes, made.policy.tokenizer)
@@ -276,11 +276,11 @@ def test_faults_of_a_member_name_it(values, tmp_path):
     member = values["task"]["tasks"]["ask"]
     (tmp_path / "ask.jsonl").write_text('{"id": "1"}')
     with pytest.raises(TaskError, match=r"task\.tasks\.ask: .*no column 'prompt'"):
-        build.build_task(config.task)
+        assembly.build_task(config.task)
     values["task"]["tasks"]["ask"] = member | {"metric": "chfr"}
     (tmp_path / "ask.jsonl").write_text((tmp_path / "say.jsonl").read_text().replace("say", "ask"))
     with pytest.raises(ConfigError, match=r"task\.tasks\.ask\.metric: unknown 'chfr'; did you mean 'chrf'"):
-        build.build_run(config_of(values))
+        assembly.build_run(config_of(values))
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"task\.tasks\.ask\.weight: .*greater than 0"):
         load_config([tmp_path / "recipe.yaml"], ["task.tasks.ask.weight=0"])
@@ -316,11 +316,11 @@ def test_classes_that_cannot_be_told_or_are_too_small_are_named(values, tmp_path
     values |= {"rewards": [{"name": "rouge_l"}]}
     path = str(tmp_path / "say.jsonl")
     task = {"path": path, "prompt": "{prompt}", "answer": "bad", "balance": "bad"}  # all answers are of one class
-    assert list(build.build_run(config_of(values | {"task": task})).course.pools) == ["no"]
+    assert list(assembly.build_run(config_of(values | {"task": task})).course.pools) == ["no"]
     rows = [json.dumps({"prompt": f"p {k}", "reference": "r", "class": int(k == 3)}) for k in range(30)]
     (tmp_path / "say.jsonl").write_text("\n".join(rows))
     task = {"path": {"train": path, "test": str(tmp_path / "ask.jsonl")}, "balance": "class", "max_bad_rows": 60}
     with pytest.raises(TaskError, match=r"2 distinct items of class 1, .* give more data, or take fewer"):
-        build.build_run(config_of(values | {"task": task}))
+        assembly.build_run(config_of(values | {"task": task}))
     with pytest.raises(ConfigError, match="as many items of each class, and a mixture"):
         validate({"task": {"tasks": {"a": {"path": path, "balance": "class"}}}}, RunConfig)

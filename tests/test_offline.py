@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError, TaskError
@@ -79,7 +79,7 @@ def configuration(place, model_folder, folder, kind, **sections):
 
 
 def built(*arguments, **sections):
-    return build.build_run(configuration(*arguments, **sections))
+    return assembly.build_run(configuration(*arguments, **sections))
 
 
 def gradients(it, rows):
@@ -246,7 +246,7 @@ def test_it_learns_what_the_answers_say(place, model_folder, tmp_path):
     assert curve[0] == pytest.approx(0, abs=1e-4)
     assert curve[-1] > 0.5
     # As a reward the trained model pays held-out answers what it was trained to.
-    it = build.build_run(config)
+    it = assembly.build_run(config)
     rows, good = it.evaluator.given.examples.episodes(it.evaluator.items)
     scene = Scene(to_batch(rows, Controls()), rows, it.policy.tokenizer)
     paid = Implicit(str(tmp_path / "dpo" / "model"), str(tmp_path / "sft" / "model"))(scene).sum(1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import RunConfig
 from pertoken.errors import OutOfMemoryError, RewardError
 from pertoken.jobs import run
@@ -235,7 +235,7 @@ def test_gradients_of_the_parts_before_it_are_dropped(config, tmp_path, monkeypa
         return found
 
     for name in ("whole", "cut"):
-        built = build.build_run(config(tmp_path / name, 30))
+        built = assembly.build_run(config(tmp_path / name, 30))
         inputs = updating_inputs(built)
         norms.append(updating.update(built, *inputs, 1).metrics["grad/norm"])
         monkeypatch.setattr(updating, "_backward", failing)
@@ -271,14 +271,14 @@ def test_a_resumed_run_keeps_the_smaller_micro_batches(config, tmp_path, monkeyp
 
 def test_a_run_that_will_not_fit_begins_with_smaller_micro_batches(config, tmp_path, monkeypatch):
     """By its estimate; and ends as it would have with them."""
-    usual = build.build_run(config(tmp_path / "usual", 512))
+    usual = assembly.build_run(config(tmp_path / "usual", 512))
     assert not usual.portions()["micro_batch"].size < 512
     assert not any("tokens per micro-batch" in note for note in usual.notes)
-    kept = build.footprint(usual.policy)
-    fits = build.used_memory(usual.policy.device) + kept.update(140) / 1e9
-    monkeypatch.setattr(build, "used_memory", lambda device: fits - kept.update(140) / 1e9)
-    monkeypatch.setattr(build, "installed_memory", lambda device: fits / 0.9)
-    planned = build.build_run(config(tmp_path / "planned", 512))
+    kept = assembly.policy.footprint(usual.policy)
+    fits = assembly.policy.used_memory(usual.policy.device) + kept.update(140) / 1e9
+    monkeypatch.setattr(assembly.policy, "used_memory", lambda device: fits - kept.update(140) / 1e9)
+    monkeypatch.setattr(assembly.policy, "installed_memory", lambda device: fits / 0.9)
+    planned = assembly.build_run(config(tmp_path / "planned", 512))
     assert planned.micro_batch.size == 128
     assert planned.memory_estimate < fits < usual.memory_estimate
     assert any("begins with 128 tokens per micro-batch" in note for note in planned.notes)
@@ -336,7 +336,7 @@ def test_learning_from_answers_is_cut_too(config, tmp_path, monkeypatch):
 
 
 def test_scoring_is_cut_where_it_does_not_fit(config, tmp_path, monkeypatch):
-    built = build.build_run(config(tmp_path / "run", 512, policy={"value_head": {}}, credit={"type": "gae"}))
+    built = assembly.build_run(config(tmp_path / "run", 512, policy={"value_head": {}}, credit={"type": "gae"}))
     batch = updating_inputs(built)[0]
     whole = built.policy.score(batch)
     takes_at_most(monkeypatch, 40, grad=False, error=CPU)

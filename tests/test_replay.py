@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pertoken import build, credit
+from pertoken import assembly, credit
 from pertoken.errors import ConfigError
 from pertoken.jobs import run
 from pertoken.objectives import effective_share, importance_weights, policy_gradient
@@ -192,7 +192,7 @@ def test_the_old_policy_is_scored_for_replayed_rows_alone(model_folder, data, tm
             rows.append(len(batch.episode_ids))
         return own(self, batch, **how)
 
-    running = build.build_run(replaying(model_folder, data, tmp_path))
+    running = assembly.build_run(replaying(model_folder, data, tmp_path))
     monkeypatch.setattr(Policy, "score", score)
     for step in (1, 2):
         batch = trainer.to_batch(trainer.generate(running, step), running.controls)
@@ -257,7 +257,7 @@ class Remembers(SampleReward):
 def test_a_reward_that_remembers_is_refused(model_folder, data, tmp_path):  # noqa: F811
     config = replaying(model_folder, data, tmp_path, rewards=[{"fn": f"{__name__}:Remembers"}])
     with pytest.raises(ConfigError, match=r"rollout\.replay scores samples again"):
-        build.build_run(config)
+        assembly.build_run(config)
 
 
 @pytest.mark.parametrize(

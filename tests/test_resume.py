@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import RunConfig
 from pertoken.errors import RewardError, RunFolderError
 from pertoken.jobs import run
@@ -173,10 +173,10 @@ def test_all_that_a_step_depends_on_is_in_a_checkpoint(place, tmp_path):
     config = configuration(place, tmp_path / "run", **CREDITS["gae"])
     interrupted_after(config, 2)
     path = tmp_path / "run" / "checkpoints" / "step-000002"
-    first = build.build_run(config, checkpoint=path)
+    first = assembly.build_run(config, checkpoint=path)
     drawn = (torch.rand(3).tolist(), np.random.random(3).tolist(), random.random())
     unsettle()
-    again = build.build_run(config, checkpoint=path)
+    again = assembly.build_run(config, checkpoint=path)
     assert (torch.rand(3).tolist(), np.random.random(3).tolist(), random.random()) == drawn
     assert again.progress == first.progress
     assert again.progress.step == 2
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_policy_is_refused_by_name(place, tmp_path):
 
 
 def test_what_is_loaded_is_no_pickle_and_nonsense_is_one_sentence(place, tmp_path):
-    built = build.build_run(configuration(place, tmp_path / "run"))
+    built = assembly.build_run(configuration(place, tmp_path / "run"))
     (tmp_path / "saved").mkdir()
     save_state(tmp_path / "saved", built.policy, built.optimizer, built.state_dict())
     for name in ("state.json", "state.safetensors"):
@@ -239,12 +239,12 @@ def test_a_trained_model_is_replaced_whole(place, tmp_path):
     config = configuration(place, tmp_path / "run", stop={"steps": 1})
     finished(config)
     before = hashlib.sha256((tmp_path / "run" / "model" / "model.safetensors").read_bytes()).hexdigest()
-    built = build.build_run(config)
+    built = assembly.build_run(config)
     built.policy.save = lambda folder: (folder.mkdir(), (folder / "half").touch(), 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run._save_model(built.policy, tmp_path / "run" / "model")
     assert hashlib.sha256((tmp_path / "run" / "model" / "model.safetensors").read_bytes()).hexdigest() == before
-    run._save_model(build.build_policy(config), tmp_path / "run" / "model")
+    run._save_model(assembly.build_policy(config), tmp_path / "run" / "model")
     assert hashlib.sha256((tmp_path / "run" / "model" / "model.safetensors").read_bytes()).hexdigest() != before
     assert not list((tmp_path / "run").glob(".*model"))
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import RunConfig
 from pertoken.jobs import run
 from pertoken.tracking.lock import RunLock
@@ -172,15 +172,15 @@ def test_sigterm_finishes_the_step_and_saves(folder, pertoken, monkeypatch):
 
 
 def test_sigterm_while_the_model_is_loaded_starts_nothing(folder, pertoken, monkeypatch):
-    whole = build.build_policy
+    whole = assembly.build_policy
     patched = lambda config: (os.kill(os.getpid(), signal.SIGTERM), whole(config))[1]  # noqa: E731
-    monkeypatch.setattr(build, "build_policy", patched)
+    monkeypatch.setattr(assembly.run, "build_policy", patched)
     config, new = folder / "config.yaml", folder.parent / "new"
     code, out, _ = pertoken("train", config, f"folder={new}", "stop.steps=1")
     assert (code, "resume with" in out) == (130, True)
     assert not (new / "checkpoints").exists()
     assert not (new / "evaluations.jsonl").exists()
-    monkeypatch.setattr(build, "build_policy", whole)
+    monkeypatch.setattr(assembly.run, "build_policy", whole)
     assert pertoken("runs", "resume", new)[0] == 0
     assert verify_run(new) == []
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pertoken import build, credit
+from pertoken import assembly, credit
 from pertoken.batching import optimizer_steps, to_batch
 from pertoken.config import Gae, LeaveOneOut, RewardToGo, RunConfig
 from pertoken.doctor import examine
@@ -177,7 +177,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_gradient_is_that_of_the_text_in_one_piece(model_folder, data, tmp_path, monkeypatch, name):  # noqa: F811
-    made = build.build_run(settings(model_folder, data, tmp_path, evaluation__items=0, **CHANGES[name]))
+    made = assembly.build_run(settings(model_folder, data, tmp_path, evaluation__items=0, **CHANGES[name]))
     if made.reference is not None:  # one that differs
         with torch.no_grad():
             for cell in made.reference.tensors().values():
@@ -415,7 +415,7 @@ def test_what_has_no_segments_is_refused(changes, words):
 def test_no_room_and_encoder_decoders_are_refused_before_the_first_token(model_folder, data, tmp_path):  # noqa: F811
     def built(tokens, folder=model_folder, **changes):
         sampling = {"max_new_tokens": 500, "segment": {"tokens": tokens, "context": 20}}
-        return build.build_run(settings(folder, data, tmp_path, rollout__sampling=sampling, **changes))
+        return assembly.build_run(settings(folder, data, tmp_path, rollout__sampling=sampling, **changes))
 
     with pytest.raises(ConfigError, match="are 128 together, and the context of this model is 128: nothing is left"):
         built(108)

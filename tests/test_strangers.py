@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError, ModelError, PertokenError, RunFolderError, TaskError
 from pertoken.hub import code_arguments, code_digest
@@ -303,7 +303,7 @@ def test_a_forged_state_is_one_sentence(copied, fault):
     (checkpoint / "state.json").write_text(json.dumps(state))
     vouch(checkpoint)
     with pytest.raises(RunFolderError, match=r"not a (readable )?checkpoint"):
-        build.build_run(config, checkpoint=checkpoint)
+        assembly.build_run(config, checkpoint=checkpoint)
 
 
 def test_averages_of_another_shape_are_refused_before_the_optimiser_reads_beyond_them(copied):
@@ -314,7 +314,7 @@ def test_averages_of_another_shape_are_refused_before_the_optimiser_reads_beyond
     name = next(name for name in tensors if name.endswith("/exp_avg"))
     for changed in (torch.zeros(1), tensors[name].double()):
         save_file(tensors | {name: changed}, checkpoint / "state.safetensors")
-        built = build.build_run(config)
+        built = assembly.build_run(config)
         with pytest.raises(RunFolderError, match=r"exp_avg: expected \[.*\] in float32, got \["):
             load_state(checkpoint, built.policy, built.optimizer)
 

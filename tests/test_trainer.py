@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import NumericsError, RewardError, RunFolderError, TaskError
@@ -134,7 +134,7 @@ def test_the_saved_model_is_the_trained_policy(model_folder, data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = settings(model_folder, data, tmp_path)
-    built = build.build_run(config)
+    built = assembly.build_run(config)
     built.evaluator = None
     log = run.RunLog.create(tmp_path / "run", config_text=config.to_yaml(), seed=0)
     trainer.loop(built, log, on_step=lambda report: None)
@@ -167,8 +167,8 @@ def test_memory_is_expected_and_measured(model_folder, data, tmp_path, monkeypat
     run.train(settings(model_folder, data, tmp_path, stop__steps=1))
     row = metrics_of(tmp_path / "run")[0]
     assert 0 < row["memory/estimate"] < 2 * row["memory/peak"]
-    monkeypatch.setattr(build, "installed_memory", lambda device: 0.1)
-    built = build.build_run(settings(model_folder, data, tmp_path, folder=str(tmp_path / "other")))
+    monkeypatch.setattr(assembly.policy, "installed_memory", lambda device: 0.1)
+    built = assembly.build_run(settings(model_folder, data, tmp_path, folder=str(tmp_path / "other")))
     assert any("0.1 GB are installed: lower update.tokens_per_micro_batch" in note for note in built.notes)
 
 
@@ -180,7 +180,7 @@ def test_trap_19_micro_batches_give_the_same_update(model_folder, data, tmp_path
             model_folder, data, tmp_path, update__tokens_per_micro_batch=size, stop__steps=1,
             rewards=[{"fn": f"{__name__}:token_numbers", "name": "numbers"}],
         )  # fmt: skip
-        built = build.build_run(config)
+        built = assembly.build_run(config)
         episodes = trainer.generate(built, 1)
         batch = to_batch(episodes, built.controls)
         old = built.policy.score(batch)
@@ -286,7 +286,7 @@ def test_trap_13_a_wrong_ratio_is_a_named_error():
 
 def test_non_finite_updates_are_skipped_counted_and_end_the_run(model_folder, data, tmp_path):
     config = settings(model_folder, data, tmp_path, update__max_skipped=1, stop__steps=9)
-    built = build.build_run(config)
+    built = assembly.build_run(config)
     built.evaluator = None
     before = {name: p.detach().clone() for name, p in built.policy.trainable().items()}
     log = run.RunLog.create(tmp_path / "run", config_text="", seed=0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from pertoken.assembly import build_run
 from pertoken.batching import to_batch
-from pertoken.build import build_run
 from pertoken.config import RunConfig
 from pertoken.rewards import Scene, token_reward
 from pertoken.testing import tiny_model

@@ -365,12 +365,12 @@ def test_a_run_in_turns_trains_evaluates_and_keeps_its_episodes(run_of, override
 
 
 def test_the_held_out_answer_is_the_last_turn(run_of):
-    from pertoken import build
+    from pertoken import assembly
 
     config = run_of()
-    policy = build.build_policy(config)
-    evaluator, _ = build.build_evaluator(config, build.build_task(config.task), policy)
-    rows = evaluator(build.build_engine(policy, config.rollout), policy, None).rows
+    policy = assembly.build_policy(config)
+    evaluator, _ = assembly.build_evaluator(config, assembly.build_task(config.task), policy)
+    rows = evaluator(assembly.build_engine(policy, config.rollout), policy, None).rows
     for row in rows:
         acts, pieces = row["tokens"]["action"], row["tokens"]["piece"]
         last = len(acts) - acts[::-1].index(False)

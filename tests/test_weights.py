@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import RunConfig
 from pertoken.jobs import run
 from pertoken.tracking import RunReader
@@ -140,7 +140,7 @@ def test_a_pull_keeps_the_weights_near_where_they_began(place, tmp_path):
 
 
 def test_numbers_of_the_gradient_are_clipped_before_its_norm(place, tmp_path):
-    built = build.build_run(
+    built = assembly.build_run(
         configuration(place, tmp_path / "run", update={"max_grad_value": 0.5, "max_grad_norm": None})
     )
     for parameter in built.policy.trainable().values():
@@ -159,7 +159,7 @@ def test_a_reference_that_is_moved_begins_at_a_kl_of_0_again(place, tmp_path):
 
 
 def test_a_reference_can_go_a_part_of_the_way(place, tmp_path):
-    built = build.build_run(configuration(place, tmp_path / "run"))
+    built = assembly.build_run(configuration(place, tmp_path / "run"))
     before = {name: cell.clone() for name, cell in built.reference.tensors().items()}
     with torch.no_grad():
         for parameter in built.policy.trainable().values():
@@ -239,7 +239,7 @@ def test_an_average_that_a_checkpoint_has_not_begins_with_the_weights_of_now(pla
     made = []
     run.train(config, on_step=lambda report, _: made.append(report), interrupted=lambda: bool(made))
     path = next((tmp_path / "run" / "checkpoints").glob("step-*"))
-    built = build.build_run(configuration(place, tmp_path / "run", update={"ema_decay": 0.5}), checkpoint=path)
+    built = assembly.build_run(configuration(place, tmp_path / "run", update={"ema_decay": 0.5}), checkpoint=path)
     assert any("no average of this run: it starts anew" in note for note in built.notes)
     for name, parameter in built.policy.trainable().items():
         assert torch.equal(built.average.cells[name], parameter)
@@ -250,7 +250,7 @@ def test_a_mask_policy_that_a_checkpoint_has_not_begins_with_the_weights_of_now(
     made = []
     run.train(config, on_step=lambda report, _: made.append(report), interrupted=lambda: bool(made))
     path = next((tmp_path / "run" / "checkpoints").glob("step-*"))
-    built = build.build_run(configuration(place, tmp_path / "run", rollout={"mask": {}}), checkpoint=path)
+    built = assembly.build_run(configuration(place, tmp_path / "run", rollout={"mask": {}}), checkpoint=path)
     assert any("no mask of this run: it starts anew" in note for note in built.notes)
     cells = built.mask.parameters()
     for name, parameter in built.policy.trainable().items():
@@ -258,7 +258,7 @@ def test_a_mask_policy_that_a_checkpoint_has_not_begins_with_the_weights_of_now(
 
 
 def test_the_mask_policy_is_moved_every_so_many_steps_and_not_between(place, tmp_path):
-    built = build.build_run(configuration(place, tmp_path / "run", rollout={"mask": {"refresh_every": 3}}))
+    built = assembly.build_run(configuration(place, tmp_path / "run", rollout={"mask": {"refresh_every": 3}}))
     name, parameter = next(iter(built.policy.trainable().items()))
     for step in range(1, 7):
         before = built.mask.parameters()[name].clone()

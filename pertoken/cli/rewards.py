@@ -32,7 +32,7 @@ def check_reward(
     ] = None,
 ) -> None:
     """Try a reward on texts good and odd: does it keep its contract, what does it cost, whom does it pay?"""
-    from pertoken import build
+    from pertoken import assembly
     from pertoken.reward_check import ITEMS, check_reward
     from pertoken.testing import byte_tokenizer
     from pertoken.tracking.coloured import ColouredText, harmless
@@ -43,12 +43,12 @@ def check_reward(
     if time_limit is not None:
         overrides += ["rewards.0.processes=1", f"rewards.0.time_limit={time_limit}"]
     config = load_config([recipe] if recipe else [], overrides)
-    (part,) = build.build_rewards(config.rewards)
+    (part,) = assembly.build_rewards(config.rewards)
     tokenizer: Any = byte_tokenizer()
     items: Sequence[Item] = ITEMS
     if recipe is not None:
-        tokenizer = build.build_policy(config).tokenizer
-        items = build.build_task(config.task).items("train")[:4]
+        tokenizer = assembly.build_policy(config).tokenizer
+        items = assembly.build_task(config.task).items("train")[:4]
     found = check_reward(part, tokenizer, items)
     for verdict in found.verdicts:
         word, why = ("[green]kept  [/]", "") if not verdict.broken else ("[bold red]broken[/]", f": {verdict.broken}")

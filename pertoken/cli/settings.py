@@ -38,7 +38,7 @@ def data(
 ) -> None:
     """Look at a task's data: sizes, lengths, answers, the first item as it is asked, prompts that say nearly the same;
     exit code 1 if any of these is both learnt from and held out."""
-    from pertoken.build import build_task
+    from pertoken.assembly import build_task
     from pertoken.tasks.overview import overview
     from pertoken.tracking.runlog import prompt_text
 

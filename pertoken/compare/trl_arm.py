@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from pertoken.assembly import build_engine, build_evaluator, build_rewards, build_task, fitting
 from pertoken.batching import to_batch
-from pertoken.build import build_engine, build_evaluator, build_rewards, build_task, fitting
 from pertoken.config import RunConfig, validate
 from pertoken.errors import ConfigError, PertokenError
 from pertoken.hub import NO_CODE, SAFE

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import DocstringsTask, MixtureTask, RunConfig, TaskConfig
 from pertoken.doctor import crediting, inputs, scoring, updating
 from pertoken.doctor.base import Check, Probe, Verdict, changed
@@ -54,7 +54,7 @@ def examine(
             f"method.type {config.method.type} learns from answers in the data, and the doctor looks at samples and "
             "their rewards: examine the run that goes on from its model (method.type=rl)"
         )
-    run = build.build_run(small(config))
+    run = assembly.build_run(small(config))
     run.policy.dropout = False  # a pass of the same weights must give the same numbers
     run.course = None  # which items is no matter here
     run.items = sorted(run.items, key=lambda item: len(str(item.prompt)))[:SHORT_PROMPTS]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.batching import Part
 from pertoken.config import RunConfig
 from pertoken.doctor.base import GRADIENT_TOLERANCE, Probe, Verdict, changed, check, numbers, within
@@ -251,8 +251,8 @@ def _forgotten(run: Run) -> Run:
     run.optimizer.state.clear()
     torch.manual_seed(run.config.seed + 1)
     return replace(
-        run, optimizer=build.build_optimizer(run.config, run.policy), kl=build.build_kl(run.config),
-        rewards=[*build.build_rewards(run.config.rewards), _uneven()], guards=Guards(run.config.guards.window),
+        run, optimizer=assembly.build_optimizer(run.config, run.policy), kl=assembly.build_kl(run.config),
+        rewards=[*assembly.build_rewards(run.config.rewards), _uneven()], guards=Guards(run.config.guards.window),
         progress=Progress(), ahead=None, notes=[],
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pertoken.build import build_controls, build_engine, build_policy, build_task
+from pertoken.assembly import build_controls, build_engine, build_policy, build_task
 from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError, PertokenError, RunFolderError, closest
 from pertoken.inquiry import questions

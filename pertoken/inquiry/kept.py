@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from pertoken.assembly import build_rewards, build_task
 from pertoken.batching import to_batch
-from pertoken.build import build_rewards, build_task
 from pertoken.config import ByWorth, RunConfig, load_config
 from pertoken.errors import RunFolderError
 from pertoken.hub import NO_CODE

@@ -85,14 +85,14 @@ class TokenEnv(gymnasium.Env):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: RunConfig, split: Split = "train", **settings: Any) -> "TokenEnv":
         """The environment of a run: its task, rewards, tokenizer and sampling controls."""
-        from pertoken import build
+        from pertoken import assembly
 
-        policy = build.build_policy(config)
+        policy = assembly.build_policy(config)
         embeddings: Any = policy.hf_model.get_input_embeddings()
         return cls(
-            build.build_task(config.task).items(split),
+            assembly.build_task(config.task).items(split),
             policy.tokenizer,
-            build.build_rewards(config.rewards),
+            assembly.build_rewards(config.rewards),
             sampling=config.rollout.sampling,
             eos_ids=policy.eos_ids,
             vocabulary=int(embeddings.weight.shape[0]),

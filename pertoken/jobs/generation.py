@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from pertoken.assembly import build_rewards
 from pertoken.batching import to_batch
-from pertoken.build import build_rewards
 from pertoken.errors import ConfigError
 from pertoken.forward import decoder_start
 from pertoken.jobs.run import Speaker

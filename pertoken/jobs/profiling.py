@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import RunConfig
 from pertoken.errors import ConfigError
 from pertoken.machine.memory import installed_memory, peak_memory
@@ -109,7 +109,7 @@ def profile(config: RunConfig, *, steps: int = 3, trace: Path | None = None) -> 
             "stop": type(config.stop)(steps=last),
         }
     )
-    run = build.build_run(config)
+    run = assembly.build_run(config)
     taken: list[dict[str, float]] = []
     reports: list[StepReport] = []
     with tempfile.TemporaryDirectory() as folder, watched(run) as watch, ExitStack() as stack:

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pertoken import build, doctor
+from pertoken import assembly, doctor
 from pertoken.batching import to_batch
 from pertoken.config import DocstringsTask, FunctionTask, MixtureTask, RewardConfig, RunConfig, TaskConfig
 from pertoken.errors import ConfigError, MissingExtraError, PertokenError, RewardError, RunFolderError
@@ -87,7 +87,7 @@ def train(
             stack.callback(lock.release)
             saved, notes = CheckpointStore(folder / "checkpoints").newest()
         with nothing_to_cut():
-            run = build.build_run(config, checkpoint=saved.path if saved else None)
+            run = assembly.build_run(config, checkpoint=saved.path if saved else None)
         stack.callback(_end_processes, run)
         if lock is None:
             log = RunLog.create(
@@ -212,15 +212,15 @@ def evaluate(config: RunConfig, *, model: str | None = None, against: str | None
     A run folder stands for the model trained in it. The perplexity is under `policy.model` as configured.
     """
     names = [model or config.policy.model, *([against] if against else [])]
-    judge = build.build_policy(config).reference()
-    task = build.build_task(config.task, augment=False)
+    judge = assembly.build_policy(config).reference()
+    task = assembly.build_task(config.task, augment=False)
     rows: list[dict[str, Any]] = []
     for name in names:
         policy = load_policy(config, name)
-        evaluator, _ = build.build_evaluator(config, task, policy)
+        evaluator, _ = assembly.build_evaluator(config, task, policy)
         if evaluator is None:
             raise ConfigError("evaluation.items is 0: there is nothing to evaluate")
-        result = evaluator(build.build_engine(policy, config.rollout), policy, judge)
+        result = evaluator(assembly.build_engine(policy, config.rollout), policy, judge)
         rows.append(result.logged(len(rows), config.evaluation.split))
     return rows
 
@@ -255,8 +255,8 @@ class Speaker:
         """
         self.config, self.chat = config, chat
         self.policy = load_policy(config, model or config.policy.model) if loaded is None else loaded[0]
-        self.engine = build.build_engine(self.policy, config.rollout) if loaded is None else loaded[1]
-        build.refuse_segments(config, self.policy)
+        self.engine = assembly.build_engine(self.policy, config.rollout) if loaded is None else loaded[1]
+        assembly.refuse_segments(config, self.policy)
         sampling = config.rollout.sampling.model_copy(update={"temperature": 0.0} if greedy else {})
         self.controls = Controls.resolve(sampling, self.policy.tokenizer, self.policy.eos_ids)
 
@@ -296,7 +296,7 @@ class Speaker:
         )  # fmt: skip
         batch = to_batch(episodes, self.controls, device=str(policy.device))
         old = policy.score(batch)
-        parts, scene = build.build_rewards(config.rewards), Scene(batch, episodes, policy.tokenizer, old, None)
+        parts, scene = assembly.build_rewards(config.rewards), Scene(batch, episodes, policy.tokenizer, old, None)
         rewards = score(parts, scene)
         drawn = beside(scene, config, self.engine, policy, self.controls, parts, rewards)
         credit = assign(config.credit, drawn.rewards or rewards, batch, old, drawn.greedy, drawn.states)
@@ -348,7 +348,7 @@ def load_policy(config: RunConfig, name: str) -> Policy:
             raise RunFolderError(f"{folder} holds no trained model yet: its run has not finished (resume it)")
         name = str(folder / "model")
     settings = config.policy.model_copy(update={"model": name, "lora": None, "value_head": None})
-    return build.build_policy(config.model_copy(update={"policy": settings}))
+    return assembly.build_policy(config.model_copy(update={"policy": settings}))
 
 
 def _about(config: RunConfig) -> dict[str, str | int | float]:

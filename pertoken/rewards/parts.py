@@ -31,14 +31,7 @@ from pertoken.rewards.base import (
     reason,
     where,
 )
-from pertoken.rewards.composition import (
-    Multiplier,
-    Normaliser,
-    check_clip,
-    clip_episodes,
-    clip_tokens,
-    speaks,
-)
+from pertoken.rewards.composition import Multiplier, Normaliser, check_clip, clip_episodes, clip_tokens, speaks
 from pertoken.schedule import Schedule
 from pertoken.types import Episode, Item, TokenRewards
 

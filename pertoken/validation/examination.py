@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import RewardConfig, RunConfig
 from pertoken.errors import ConfigError, TaskError
 from pertoken.evaluation import Evaluator
@@ -73,7 +73,7 @@ def items_of(suite: Suite) -> list[Item]:
     """The held-out items that a model is asked; ConfigError if there are none, or none in a slice that is checked."""
     evaluation = suite.run.evaluation
     try:
-        items = evenly(build.build_task(suite.run.task).items(evaluation.split), evaluation.items)
+        items = evenly(assembly.build_task(suite.run.task).items(evaluation.split), evaluation.items)
     except TaskError as error:
         raise ConfigError(f"recipe: {error}") from error
     if not items:
@@ -99,7 +99,7 @@ def _measures(suite: Suite) -> dict[str, Weighted]:
     configs: list[RewardConfig] = [
         reward for name, reward in suite.rewards.items() if name in wanted and name not in ITEM_METRICS
     ]
-    return {part.name: replace(part.fixed(), weight=1.0) for part in build.build_rewards(configs)}
+    return {part.name: replace(part.fixed(), weight=1.0) for part in assembly.build_rewards(configs)}
 
 
 def _findings(suite: Suite) -> dict[str, Weighted]:
@@ -132,9 +132,9 @@ class _Subject:
     ) -> None:  # fmt: skip
         self.policy = load_policy(run, model)
         self.items = list(items)
-        self._engine = build.build_engine(self.policy, run.rollout)
+        self._engine = assembly.build_engine(self.policy, run.rollout)
         self._controls = Controls.resolve(run.evaluation.sampling, self.policy.tokenizer, self.policy.eos_ids)
-        self._gather = build.build_turns(run, self.policy) or collect
+        self._gather = assembly.build_turns(run, self.policy) or collect
         self._measures, self._findings = list(measures.values()), list(findings.values())
         self._known: dict[tuple[str, ...], list[dict[str, Any]]] = {}
 

@@ -115,7 +115,7 @@ def test_what_trl_refuses_is_told_with_its_last_words(settings):
 
 
 def test_the_rewards_that_trl_hears_of_are_those_of_the_run(settings, model_folder):
-    from pertoken.build import build_rewards
+    from pertoken.assembly import build_rewards
     from pertoken.compare.trl_arm import paid
     from pertoken.config import load_config
     from pertoken.jobs.run import load_policy

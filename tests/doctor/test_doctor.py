@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from pertoken import batching, build, config
+from pertoken import assembly, batching, config
 from pertoken.credit import bootstrap_values
 from pertoken.doctor import CHECKS, examination, examine, quick_certificate
 from pertoken.doctor.base import Probe
@@ -48,7 +48,7 @@ def settings(place, **sections):
 
 
 def probe(place, **sections):
-    run = build.build_run(examination.small(settings(place, **sections)))
+    run = assembly.build_run(examination.small(settings(place, **sections)))
     return Probe.of_run(run)
 
 
@@ -503,7 +503,7 @@ def test_prompts_without_room_and_templates_that_open_no_turn_fail_data(place, s
 
 
 def test_the_quick_part_asks_no_reward_and_passes_nothing_through_the_model(place, monkeypatch):
-    run = build.build_run(settings(place))
+    run = assembly.build_run(settings(place))
     reports = []
     monkeypatch.setattr(trainer, "evaluate", lambda run, log: None)
     with trainer.RunLog.create(place[0].parent / f"run-{random.random()}", config_text="", seed=0) as log:

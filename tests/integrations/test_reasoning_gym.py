@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from pertoken.assembly import build_rewards, build_task
 from pertoken.batching import to_batch
-from pertoken.build import build_rewards, build_task
 from pertoken.config import RunConfig
 from pertoken.errors import ConfigError
 from pertoken.rewards import Scene, score

@@ -5,8 +5,8 @@ import types
 
 import pytest
 
+from pertoken.assembly import build_rewards, build_task
 from pertoken.batching import to_batch
-from pertoken.build import build_rewards, build_task
 from pertoken.config import RunConfig
 from pertoken.errors import ConfigError, MissingExtraError, TaskError
 from pertoken.integrations import verifiers as adapter

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pertoken.build import build_rewards
+from pertoken.assembly import build_rewards
 from pertoken.config import GroupRelative, LeaveOneOut, LeaveOneOutProcess, PerPart, RewardConfig, RunConfig
 from pertoken.errors import ConfigError, RewardError
 from pertoken.rewards import (

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pertoken.build import build_rewards
+from pertoken.assembly import build_rewards
 from pertoken.config import RewardConfig
 from pertoken.errors import ConfigError, RewardError
 from pertoken.jobs import run

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pertoken import build
+from pertoken import assembly
+from pertoken.assembly.rewards import refuse_learning_from_nothing
 from pertoken.batching import to_batch
 from pertoken.config import RewardConfig
 from pertoken.errors import ConfigError, ModelError
@@ -93,14 +94,14 @@ def test_what_it_cannot_learn_from_is_refused(model_folder, scene):
         learner(model_folder, beta=0.0)
     fields = {"name": "prime", "model": str(model_folder), "outcome": "exact"}
     with pytest.raises(ConfigError, match="no `processes` of its own"):
-        build.build_rewards([RewardConfig(**fields, processes=1)])
-    parts = build.build_rewards([RewardConfig(**fields), RewardConfig(name="rouge_l")])
+        assembly.build_rewards([RewardConfig(**fields, processes=1)])
+    parts = assembly.build_rewards([RewardConfig(**fields), RewardConfig(name="rouge_l")])
     with pytest.raises(ConfigError, match="outcome: no other part 'exact'"):
-        build._refuse_learning_from_nothing(parts)
+        refuse_learning_from_nothing(parts)
     both = [RewardConfig(**fields | {"outcome": "rouge_l"}), RewardConfig(name="rouge_l", normalise="batch")]
-    parts = build.build_rewards(both)
+    parts = assembly.build_rewards(both)
     with pytest.raises(ConfigError, match="no fixed threshold"):
-        build._refuse_learning_from_nothing(parts)
+        refuse_learning_from_nothing(parts)
     other = byte_tokenizer()
     other.add_tokens(["<new>"])
     with pytest.raises(ModelError, match="another tokenizer than the policy"):

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from pertoken.assembly import build_run
 from pertoken.batching import to_batch
-from pertoken.build import build_run
 from pertoken.config import RunConfig
 from pertoken.errors import ConfigError
 from pertoken.policy.model import Policy

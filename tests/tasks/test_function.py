@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from pertoken import build
+from pertoken import assembly
 from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError, TaskError
 from pertoken.jobs import run
@@ -31,7 +31,7 @@ def place(tmp_path, monkeypatch):
 def test_the_function_gets_its_parameters(place):
     (place / "recipe.yaml").write_text("task: {fn: 'my_tasks:sums', highest: 5, limit: 9}")
     config = load_config(["recipe.yaml"])
-    task = build.build_task(config.task)
+    task = assembly.build_task(config.task)
     assert [len(task.items(split)) for split in ("train", "validation", "test")] == [9, 2, 0]
     assert load_config(["recipe.yaml"], ["task.highest=3"]).task.parameters == {"highest": 3}
     (place / "again.yaml").write_text(config.to_yaml())  # as the run folder keeps it
@@ -41,9 +41,9 @@ def test_the_function_gets_its_parameters(place):
 
 def test_folds_and_mixtures_take_it(place):
     task = {"fn": "my_tasks:sums", "fold": {"count": 4, "held_out": 1}}
-    assert len(build.build_task(RunConfig.model_validate({"task": task}).task).items("validation")) == 4
+    assert len(assembly.build_task(RunConfig.model_validate({"task": task}).task).items("validation")) == 4
     several = {"tasks": {"a": {"fn": "my_tasks:sums", "weight": 2.0, "highest": 3}}}
-    mixture = build.build_task(RunConfig.model_validate({"task": several}).task)
+    mixture = assembly.build_task(RunConfig.model_validate({"task": several}).task)
     assert len(mixture.items("train")) == 7
 
 
@@ -58,4 +58,4 @@ def test_folds_and_mixtures_take_it(place):
 )
 def test_what_is_wrong_is_said(place, task, error, words):
     with pytest.raises(error, match=words):
-        build.build_task(RunConfig.model_validate({"task": task}).task)
+        assembly.build_task(RunConfig.model_validate({"task": task}).task)
