@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
 
@@ -158,25 +159,37 @@ class Evaluator:
 
     def _measure(self, outputs: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, Any]]:
         """Per-item metrics, and the summary with intervals and what the trivial baselines would get."""
-        references, sources = [references_of(item) for item in self.items], [_source(item) for item in self.items]
-
-        def each(texts: Sequence[str], further: Collection[str]) -> dict[str, list[float]]:
-            return item_metrics(texts, references, further=further, sources=sources, language=self.language)
-
-        per_item = each(outputs, self._asked)
+        per_item = self._each(outputs, self._asked)
         summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in per_item.items()}}
-        summary["metrics"] |= self._of_all(outputs, references)
+        summary["metrics"] |= self._of_all(outputs, self._references)
         summary["intervals"] = {name: _interval(values) for name, values in per_item.items()}
+        summary["baselines"] = {name: dict(figures) for name, figures in self._baselines.items()}
+        return per_item, summary
+
+    def _each(self, texts: Sequence[str], further: Collection[str]) -> dict[str, list[float]]:
+        return item_metrics(texts, self._references, further=further, sources=self._sources, language=self.language)
+
+    @cached_property
+    def _references(self) -> list[list[str]]:
+        return [references_of(item) for item in self.items]
+
+    @cached_property
+    def _sources(self) -> list[str]:
+        return [_source(item) for item in self.items]
+
+    @cached_property
+    def _baselines(self) -> dict[str, dict[str, float]]:
+        """What trivial answers get; the same at every evaluation, so measured at the first one alone."""
         trivial = {
-            "first sentence": [first_sentence(s) for s in sources], "copy": sources, "empty": [""] * len(self.items),
+            "first sentence": [first_sentence(s) for s in self._sources], "copy": self._sources,
+            "empty": [""] * len(self.items),
         }  # fmt: skip
         cheap = self._asked - {"ter", "self_bleu", "corpus_ter"}  # whose time grows with the square of what is copied
-        summary["baselines"] = {
-            name: {metric: fmean(v) for metric, v in each(texts, cheap).items()}
-            | corpus_metrics(texts, references, language=self.language)
+        return {
+            name: {metric: fmean(v) for metric, v in self._each(texts, cheap).items()}
+            | corpus_metrics(texts, self._references, language=self.language)
             for name, texts in trivial.items()
         }
-        return per_item, summary
 
     def _of_all(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         return corpus_metrics(texts, references, further=self._asked, language=self.language)

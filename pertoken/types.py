@@ -184,12 +184,13 @@ class TokenBatch:
     def parts(self, tokens: int) -> list[Int[Tensor, " R"]]:
         """All rows in parts of at most about `tokens` tokens each, a shared prompt counted once per part.
 
-        Groups are torn apart only where one alone is larger. Rows keep the order of their groups.
+        Groups are torn apart only where one alone is larger. Groups of long rows come first, so that rows of about the
+        same length are in one part: whatever pads its rows to the longest one computes little in vain.
         """
         sizes, prompts = self.attention_mask.sum(1).tolist(), self.prompt_lengths()
         parts: list[list[int]] = []
         room = 0
-        for members in self.prompt_groups():
+        for members in sorted(self.prompt_groups(), key=lambda members: -max(sizes[b] for b in members)):
             prompt = prompts[members[0]]
             whole = prompt + sum(sizes[b] - prompt for b in members)
             begin = not parts or whole > room

@@ -107,6 +107,12 @@ def test_parts_count_a_shared_prompt_once_and_tear_no_group_that_fits():
     assert [part.tolist() for part in batch.parts(1)] == [[0], [2], [4], [1], [3]]
 
 
+def test_parts_hold_rows_of_about_one_length():
+    long, short = ([episode([1], [5] * n, id=f"{n}-{k}", group=n + k) for k in range(3)] for n in (19, 4))
+    batch = to_batch([row for pair in zip(short, long, strict=True) for row in pair], Controls())
+    assert [part.tolist() for part in batch.parts(60)] == [[1, 3, 5], [0, 2, 4]]  # padded to the longest: no cell idle
+
+
 def test_rows_that_are_left_out_count_and_are_not_computed():
     batch = to_batch(rows(), Controls())
     left_out = torch.arange(12) % 2 == 0

@@ -119,6 +119,26 @@ def test_the_engines_draw_the_same_tokens_and_scoring_says_their_logprobs(name):
     assert gap < 5e-4  # logits of these weights go to 30
 
 
+def test_waiting_rows_are_let_in_together():
+    """Rows that began at different times are computed apart, so letting them in one by one would have cost a call each."""
+    model, tokenizer, slots = family_model("marian"), byte_tokenizer(), 8
+    controls = Controls(Sampling(max_new_tokens=20), eos_ids=tuple(range(0, 64, 8)))
+    engine = NativeEngine(model, tokenizer, head_logits=head_logits, max_rows=slots)
+    prompts = [[5, 6, 7 + k, 63] for k in range(40)]
+    sizes: list[int] = []
+    run = engine.decoder._run
+
+    def counted(cohort, ids):
+        sizes.append(len(ids))
+        return run(cohort, ids)
+
+    engine.decoder._run = counted
+    found = engine.generate(prompts, controls, seeds=range(40))
+    assert len({len(c.tokens) for c in found}) > 5
+    assert max(sizes) <= slots
+    assert sum(sizes) / len(sizes) > slots / 4
+
+
 def test_neighbours_and_padding_change_nothing():
     model, batch = family_model("marian"), ragged()
     policy = Policy(model, byte_tokenizer(), precision="float32", compile=False)

@@ -68,6 +68,23 @@ def test_trivial_baselines_speak_of_the_source(result):
     assert baselines["empty"]["rouge_l"] == 0
 
 
+def test_trivial_baselines_are_measured_once(monkeypatch):
+    measured = []
+
+    def counted(texts, *args, **kwargs):
+        measured.append(list(texts))
+        return item_metrics(texts, *args, **kwargs)
+
+    monkeypatch.setattr("pertoken.evaluation.item_metrics", counted)
+    tokenizer = byte_tokenizer()
+    policy = Policy(tiny_model(seed=1), tokenizer, precision="float32")
+    engine = NativeEngine(policy.model, tokenizer, head_logits=head_logits)
+    evaluator = Evaluator(ITEMS, Controls(Sampling(temperature=0.0, max_new_tokens=4)), "rouge_l")
+    summaries = [evaluator(engine, policy, None).summary for _ in range(2)]
+    assert summaries[0]["baselines"] == summaries[1]["baselines"]
+    assert sum(texts == ["", ""] for texts in measured) == 1
+
+
 def test_perplexity_is_that_of_the_reference_on_the_plain_distribution(result):
     _, other, evaluation = result
     total = count = 0

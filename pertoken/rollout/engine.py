@@ -148,7 +148,8 @@ class NativeEngine:
                 prompts, controls, seeds, device=self._hf.device, context=self._context, tokenizer=self._tokenizer,
                 start=self._start, taken=taken, on_token=on_token,
             )  # fmt: skip
-            return _Decoding(rows, decoders, min(most, len(prompts)), self._hf.device).run()
+            slots = min(most, len(prompts))
+            return _Decoding(rows, decoders, slots, self._hf.device, apart=self.reads_apart).run()
 
         def forget() -> None:  # a decoder keeps its rows, so that they need not be made for each call
             for decoder in decoders:
@@ -170,9 +171,16 @@ class _Decoding:
     """All prompts on their way to completions: live rows stand in slots 0, 1, ...; a slot that becomes free takes
     the last live row, and waiting prompts are let in behind."""
 
-    def __init__(self, rows: Rows, decoders: Sequence[Decoder], slots: int, device: torch.device) -> None:
-        """decoders: whose logits `Rows.choose` takes, in its order; they all see the same tokens in the same slots."""
+    def __init__(
+        self, rows: Rows, decoders: Sequence[Decoder], slots: int, device: torch.device, *, apart: bool = False
+    ) -> None:
+        """decoders: whose logits `Rows.choose` takes, in its order; they all see the same tokens in the same slots.
+
+        apart: what is let in at different times is computed apart (`ReadingDecoder`). It waits until half of the slots
+        are free then: let in one by one, rows would be computed one by one.
+        """
         self.rows, self.decoders, self.slots, self.device = rows, decoders, slots, device
+        self.most_live = slots // 2 if apart else slots
         # Equal prompts side by side are computed once; long ones first, so that the last to run are short.
         prompts = rows.prompts
         self.waiting = deque(sorted(rows.rows, key=lambda r: (-len(prompts[r.index]), prompts[r.index], r.index)))
@@ -203,7 +211,9 @@ class _Decoding:
 
         A group enters together, or into whatever room there is if it is larger than all slots.
         """
-        places = []
+        places = list[range]()
+        if len(self.live) > self.most_live:
+            return places
         while self.waiting:
             _, members = next(groupby(self.waiting, key=lambda row: self.rows.prompts[row.index]))
             count = min(len(list(members)), self.slots)
