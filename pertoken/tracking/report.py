@@ -66,8 +66,9 @@ def render(reader: RunReader) -> str:
     return page(content(reader))
 
 
-def content(reader: RunReader, *, samples: bool = True) -> Content:
-    """What the page of a run says; without `samples` it is made faster, and has no list of them."""
+def content(reader: RunReader, *, samples: bool = True, served: bool = False) -> Content:
+    """What the page of a run says; without `samples` it is made faster, and has no list of them. A `served` page holds
+    few of their texts and asks for the others."""
     _plotly()  # without it the charts would fail, and not say what to install
     run, metrics, evaluations = reader.run(), reader.metrics(), reader.evaluations()
     comparison = compare(evaluations)
@@ -80,7 +81,7 @@ def content(reader: RunReader, *, samples: bool = True) -> Content:
         "Configuration": _configuration(run, reader.config_text()),
     }
     facts = {"folder": str(reader.folder), "main": label(comparison.main, HELD_OUT) if comparison else ""}
-    found = browse(reader, comparison) if samples else {}
+    found = browse(reader, comparison, served=served) if samples else {}
     if samples and not found["orders"]:
         sections.pop("Tokens")
     return Content(title_of(run), _summary(run, metrics), sections, facts | found, charts)
