@@ -225,7 +225,8 @@ def _kept(place: Path) -> Row | None:
         return None
     needed = {"episodes": ("item", "reward", "tokens"), "evaluations": ("id", "metrics")}[place.parent.name]
     ends, rows = found["ends"], found["rows"]
-    sound = len(ends) == len(rows) and ends == sorted(ends) and all(name in row for row in rows for name in needed)
+    in_file = ends == sorted(ends) and (not ends or ends[-1] <= found["bytes"])
+    sound = in_file and len(ends) == len(rows) and all(name in row for row in rows for name in needed)
     return found if sound else None
 
 
