@@ -17,6 +17,7 @@ from pertoken.tracking.files import Row, encode
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import Content, Host, before_after_table, chart_places, content, page, verdict
 from pertoken.tracking.runs import status_of
+from pertoken.tracking.samples import scene_of, stream_scales
 from pertoken.tracking.settings import settings_of
 
 MOST_RUNS = 8
@@ -27,7 +28,7 @@ def run_page(name: str, reader: RunReader, studio: Row) -> str:
     """The report of a run, which follows the run and takes questions; `studio` is what its script needs to know."""
     seen = version(reader.folder)
     known = {"run": name, "status": status_of(reader.folder, reader.run()), **seen, **studio}
-    found = content(reader)
+    found = content(reader, served=True)
     found = replace(found, data=found.data | {"studio": known})
     return page(found, kicker=_links("run"), host=_host("run.js"))
 
@@ -39,9 +40,15 @@ def changes(reader: RunReader, seen: Mapping[str, str]) -> Row:
     if now["metrics"] == seen.get("metrics"):
         return found
     new = now["samples"] != seen.get("samples")
-    fresh = content(reader, samples=new)
+    fresh = content(reader, samples=new, served=True)
     shown = {heading.lower(): html for heading, html in fresh.sections.items() if heading != "Tokens"}
     return found | {"summary": fresh.summary, "sections": shown, "page": _Json(fresh.as_json())}
+
+
+def scene(reader: RunReader, sample: str) -> Row:
+    """The scene that shows a sample, by its key, and how its streams are coloured if the page does not know yet."""
+    key, found = scene_of(reader, compare(reader.evaluations()), sample)
+    return {"key": key, "scene": found, "scales": stream_scales([found])}
 
 
 class _Json(str):

@@ -6,20 +6,21 @@ const here = pathOf(studio.run);
 
 function follow() {
   showStatus();
-  const look = async () => apply(await call(`/live/${here}?metrics=${studio.metrics}&samples=${studio.samples}`));
+  const look = async () => await apply(await call(`/live/${here}?metrics=${studio.metrics}&samples=${studio.samples}`));
   watch(look, () => (studio.status === "running" ? 3 : 10));
 }
 
-function apply(now) {
+async function apply(now) {
   Object.assign(studio, { status: now.status, metrics: now.metrics, samples: now.samples });
   showStatus();
   if (!now.page) return;
   const samples = now.page.orders.length > 0;
   if (samples && !run.orders.length) return location.reload(); // the first ones: now there is something to browse
+  const current = samples ? await currentIn(now.page) : null;
   document.querySelector(".facts").outerHTML = now.summary; // made and escaped by the server, as the page itself
   run.charts = now.page.charts;
   for (const [id, html] of Object.entries(now.sections)) renew(byId(id), html);
-  if (samples) renewSamples(now.page);
+  if (samples) renewSamples(now.page, current);
   if (window.Plotly) drawCharts();
 }
 
@@ -44,23 +45,67 @@ function renew(section, html) {
   }
 }
 
+// ---- texts that are not in the page, and words in them
+
+const MOST_SCENES = 30; // so many are kept in the page; older ones are asked for again
+const brought = []; // their keys
+
+const sceneOf = (id) => call(`/scene/${here}?sample=${encodeURIComponent(id)}`);
+
+askScene = async (id) => {
+  const { key, scene, scales } = await sceneOf(id);
+  run.scenes[key] = scene;
+  brought.push(key);
+  for (const old of brought.splice(0, brought.length - MOST_SCENES)) if (!brought.includes(old)) delete run.scenes[old];
+  findHomes();
+  adopt(scene, scales);
+};
+
+askWords = async (words) => new Set((await call(`/find/${here}?words=${encodeURIComponent(words)}`)).ids);
+
+// A scene gets its scales, and the answers that its texts have got before.
+function adopt(scene, scales) {
+  run.scales.push(...scales.filter((scale) => !scaleOf(scale.name)));
+  for (const panel of scene.panels) if (answered.has(panel.id)) keepAnswers(answered.get(panel.id));
+}
+
+// ---- new samples
+
+// What is being read, if the new page does not have it by itself.
+async function currentIn(page) {
+  const key = homes.get(view.id);
+  if (!key || page.scenes[key]) return null;
+  const { id, scene } = page.lists.held_out;
+  const at = (scene || []).indexOf(key);
+  try {
+    return await sceneOf(at < 0 ? view.id : id[at]);
+  } catch {
+    return null; // it is gone
+  }
+}
+
 // New samples come into the list; what is being read stays, with the answers that it got.
-function renewSamples(page) {
+function renewSamples(page, current) {
   const key = homes.get(view.id);
   const before = run.scenes[key];
   const at = before ? before.panels.findIndex((panel) => panel.id === view.id) : -1;
   const { list, column } = order;
   const top = byId("list").scrollTop;
-  const answered = Object.values(run.scenes).flatMap((scene) => scene.panels.filter((panel) => panel.asked));
   for (const name of ["lists", "orders", "scenes", "scales", "reference_is_before", "main"]) run[name] = page[name];
+  brought.length = 0;
+  if (current) {
+    run.scenes[current.key] = current.scene;
+    brought.push(current.key);
+  }
   findHomes();
-  answered.forEach(keepAnswers);
+  for (const scene of Object.values(run.scenes)) adopt(scene, current?.scene === scene ? current.scales : []);
   if (!homes.has(view.id) && at >= 0 && run.scenes[key]) view.id = run.scenes[key].panels[at].id;
   byId("order").replaceChildren();
   fillOrders();
   chooseOrder(Math.max(0, run.orders.findIndex((other) => other.list === list && other.column === column)));
   byId("list").scrollTop = top;
   drawRows();
+  if (searched()) search();
   if (said(currentScene()) === said(before)) repaint();
   else showScene();
   fillModels();
@@ -71,9 +116,13 @@ function said(scene) {
   return JSON.stringify(scene?.panels.map((panel) => [panel.id, panel.facts, panel.tokens?.id || panel.text]));
 }
 
+const answered = new Map(); // id of a text -> the panel that has its answers
+
 function keepAnswers(panel) {
   const now = run.scenes[homes.get(panel.id)]?.panels.find((other) => other.id === panel.id);
   if (now?.tokens?.id.join() !== panel.tokens.id.join()) return;
+  if (now === panel) return;
+  answered.set(now.id, now);
   now.alternatives = panel.alternatives;
   now.asked = panel.asked;
   for (const [name, scale] of Object.entries(panel.asked)) {
@@ -203,6 +252,7 @@ function addStream(panel, name, values, meaning) {
   const at = places(panel);
   panel.streams[name] = panel.tokens.piece.map((_, index) => values[at.indexOf(index)] ?? null);
   panel.asked = { ...panel.asked, [name]: scale };
+  answered.set(panel.id, panel);
   run.scales = [...run.scales.filter((other) => other.name !== name), scale];
   fillStreams(currentScene());
   repaint();

@@ -23,9 +23,11 @@ from pertoken.studio.guard import Guard, is_local
 from pertoken.studio.launching import begin, groups, launch, prepared
 from pertoken.studio.listing import Listing
 from pertoken.studio.wishes import LAUNCH, MOST_BYTES, QUESTIONS, SPEAK, Speak
+from pertoken.tracking.comparison import compare
 from pertoken.tracking.files import encode
 from pertoken.tracking.lock import ask_to_end, is_locked, writer
 from pertoken.tracking.reader import RunReader
+from pertoken.tracking.samples import samples_with
 
 
 class _Gone(Exception):  # noqa: N818 - no error: the reader has left
@@ -57,6 +59,15 @@ class Studio:
     def live(self, request: Any) -> Any:
         """What has changed since the page was made."""
         return _json(pages.changes(RunReader(self._run_of(request)[1]), request.query_params))
+
+    def scene(self, request: Any) -> Any:
+        """The texts of one sample, which are too many for the page to have them all."""
+        return _json(pages.scene(RunReader(self._run_of(request)[1]), request.query_params.get("sample", "")[:200]))
+
+    def find(self, request: Any) -> Any:
+        """The samples that have some words in their texts."""
+        reader, words = RunReader(self._run_of(request)[1]), request.query_params.get("words", "")[:1000]
+        return _json({"ids": samples_with(reader, compare(reader.evaluations()), words)})
 
     def compare(self, request: Any) -> Any:
         names = dict.fromkeys(request.query_params.getlist("run"))
@@ -153,6 +164,7 @@ def application(root: Path, host: str = "127.0.0.1") -> Guard:
         "/": studio.home, "/runs.json": studio.runs, "/new": studio.new, "/compare": studio.compare,
         "/playground": studio.playground,
         "/run/{name:path}": studio.run, "/live/{name:path}": studio.live, "/models/{name:path}": studio.models,
+        "/scene/{name:path}": studio.scene, "/find/{name:path}": studio.find,
     }  # fmt: skip
     does = {
         "/ask/{name:path}": studio.ask, "/speak/{name:path}": studio.speak, "/stop/{name:path}": studio.stop,

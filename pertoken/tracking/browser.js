@@ -6,6 +6,11 @@ const homes = new Map(); // id of a text -> key of the scene that shows it
 let order = null;
 let found = []; // rows of the chosen list, in order
 
+// A page from disk holds what it can show. One that is served holds a part, and has a server to ask.
+let askScene = null; // async (id of a text): its scene comes into `run.scenes` and `homes`
+let askWords = null; // async (words): the ids of the samples that have them
+let having = null; // that answer
+
 // ---- which samples
 
 function rowsOf(name) {
@@ -16,14 +21,42 @@ function rowsOf(name) {
 function sortRows() {
   const columns = run.lists[order.list];
   const values = columns[order.column];
-  const words = byId("search").value.trim().toLowerCase();
-  found = rowsOf(order.list).filter((row) => known(values[row]) && (!words || haystack(columns, row).includes(words)));
+  const words = searched();
+  const fits = (row) => !words || (having ? having.has(columns.id[row]) : haystack(columns, row).includes(words));
+  found = rowsOf(order.list).filter((row) => known(values[row]) && fits(row));
   const sign = order.descending ? -1 : 1;
   found.sort((a, b) => sign * (values[a] - values[b]) || a - b);
   const shown = found.filter((row) => columns.scene[row] !== null).length;
   const here = shown === found.length ? "" : `, ${shown} with their tokens in this page`;
   const what = order.list === "held_out" ? `, ${run.main} before → after` : "";
   byId("count").textContent = `${found.length} ${found.length === 1 ? "sample" : "samples"}${here}${what}`;
+}
+
+const searched = () => byId("search").value.trim().toLowerCase();
+
+async function search() {
+  const words = searched();
+  if (askWords && words) {
+    await new Promise((resolve) => setTimeout(resolve, 200)); // until the words are written
+    if (words !== searched()) return;
+    byId("count").textContent = "Searching …";
+    let answer = new Set();
+    let problem = "";
+    try {
+      answer = await askWords(words);
+    } catch (error) {
+      problem = error.message;
+    }
+    if (words !== searched()) return;
+    having = answer;
+    sortRows();
+    if (problem) byId("count").textContent = problem;
+  } else {
+    having = null;
+    sortRows();
+  }
+  byId("list").scrollTop = 0;
+  drawRows();
 }
 
 const haystacks = new Map();
@@ -146,15 +179,35 @@ function openSample(id) {
 function showScene() {
   hideTip();
   const scene = currentScene();
-  byId("scene").replaceChildren(...(scene ? sceneNodes(scene) : [absent()]));
   document.querySelector(".reader .controls").hidden = !scene;
-  if (!scene) return;
+  if (!scene) {
+    if (askScene) bringing = bringScene(view.id);
+    else byId("scene").replaceChildren(absent());
+    return;
+  }
+  byId("scene").style.minHeight = "";
+  byId("scene").replaceChildren(...sceneNodes(scene));
   fillStreams(scene);
   const comparable = canCompare(scene);
   byId("against-label").hidden = !comparable;
   byId("against-text").textContent = comparable ? COMPARED[scene.kind].label : "";
   write(scene, view.marks);
   repaint();
+}
+
+let bringing = Promise.resolve(); // the scene that is on its way
+
+async function bringScene(id) {
+  const place = byId("scene");
+  place.style.minHeight = `${place.offsetHeight}px`; // the page below stays where it is
+  place.replaceChildren(element("p", { textContent: "The texts are on their way …" }));
+  try {
+    await askScene(id);
+    if (id === view.id) showScene();
+    drawRows();
+  } catch (error) {
+    if (id === view.id) place.replaceChildren(element("p", { textContent: error.message }));
+  }
 }
 
 function absent() {
@@ -212,23 +265,35 @@ function remember() {
   history.replaceState(null, "", `#${state}`);
 }
 
+// The list that a text belongs to: that of held-out items has the key of the scene, and the id of one text of two.
+function listOf(id) {
+  const list = Object.keys(run.lists).find((name) => (run.lists[name].id || []).includes(id));
+  if (list) return list;
+  const key = homes.get(id) || String(id).replace(/\.\d+(?=\.\d+$)/, "");
+  return (run.lists.held_out.scene || []).includes(key) ? "held_out" : null;
+}
+
 // Shows what the address asks for; false if it asks for nothing that is here.
 function restore() {
   const state = new URLSearchParams(location.hash.slice(1));
   const id = state.get("sample");
-  const list = Object.keys(run.lists).find((name) => (run.lists[name].id || []).includes(id));
-  if (!list && !homes.has(id)) return false;
+  const list = listOf(id);
+  if (!list) return false;
   Object.assign(view, { id, stream: state.get("by") || view.stream });
   Object.assign(view, { against: state.has("against"), marks: state.has("marks"), token: null });
   byId("against").checked = view.against;
   byId("marks").checked = view.marks;
-  const kind = list || (run.scenes[homes.get(id)].kind === "pair" ? "held_out" : "training");
-  if (!order || order.list !== kind) chooseOrder(run.orders.findIndex((candidate) => candidate.list === kind));
+  if (!order || order.list !== list) chooseOrder(run.orders.findIndex((candidate) => candidate.list === list));
   showScene();
   keepInSight(Math.max(0, found.findIndex(isCurrent)));
   byId("tokens").scrollIntoView();
-  const token = document.querySelectorAll(`#scene .panel[data-id="${CSS.escape(id)}"] .token`)[Number(state.get("token")) - 1];
-  if (token) focusToken(token);
+  const focus = () => {
+    const tokens = document.querySelectorAll(`#scene .panel[data-id="${CSS.escape(id)}"] .token`);
+    const token = tokens[Number(state.get("token")) - 1];
+    if (token) focusToken(token);
+  };
+  if (currentScene()) focus();
+  else bringing.then(() => id === view.id && focus());
   return true;
 }
 
@@ -241,11 +306,7 @@ function startBrowser() {
     chooseOrder(Number(byId("order").value));
     if (found.length) openSample(run.lists[order.list].id[found[0]]);
   });
-  byId("search").addEventListener("input", () => {
-    sortRows();
-    byId("list").scrollTop = 0;
-    drawRows();
-  });
+  byId("search").addEventListener("input", search);
   byId("list").addEventListener("scroll", drawRows, { passive: true });
   byId("list").addEventListener("keydown", moveInList);
   listenToScene();

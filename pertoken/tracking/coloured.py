@@ -96,7 +96,8 @@ class ColouredText:
         zero, bound = neutral(self.name), self.scale["bound"]
         ends = f"0 to ±{bound:g}" if self.scale["kind"] == "magnitude" else f"{zero - bound:g} to {zero + bound:g}"
         meaning = f": {self.scale['meaning']}" if self.scale["meaning"] else ""
-        return f"{self.scale['label']}, {ends}{meaning}".replace("-", "−")
+        numbers = ends.replace("-", "−")  # in numbers alone: "log-prob" keeps its hyphen
+        return harmless(f"{self.scale['label']}, {numbers}{meaning}").replace("\n", " ")
 
     def colours(self, paper: Colour = WHITE) -> list[Colour | None]:
         """The background of each piece on `paper`; None where it has no colour."""
@@ -132,7 +133,7 @@ class ColouredText:
         return (
             f'<div style="margin:0.5em 0">{head}'
             '<div dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext;'
-            f'line-height:1.8">{"".join(spans)}</div><small>{html.escape(harmless(self.legend))}</small></div>'
+            f'line-height:1.8">{"".join(spans)}</div><small>{html.escape(self.legend)}</small></div>'
         )
 
     _repr_html_ = html

@@ -140,6 +140,32 @@ def read_rows(path: Path) -> tuple[list[Row], bool]:
     return rows, bool(unfinished) and last is None
 
 
+def line_ends(content: bytes) -> list[int]:
+    """The byte behind each line of a JSONL file, as `read_rows` counts them.
+
+    >>> line_ends(b'{}\\n{"a":1}')
+    [3, 10]
+    """
+    ends, at = [], content.find(b"\n")
+    while at >= 0:
+        ends.append(at + 1)
+        at = content.find(b"\n", at + 1)
+    return ends if content.endswith(b"\n") or not content else [*ends, len(content)]
+
+
+def read_row(path: Path, start: int, stop: int) -> Row:
+    """The row of a JSONL file that lies between two bytes."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            row = _parse(file.read(stop - start))
+    except OSError as error:
+        raise RunFolderError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    if row is None:
+        raise RunFolderError(f"{path}: no JSON object at byte {start}; it may just have been written anew: try again")
+    return row
+
+
 def read_bytes(path: Path) -> bytes:
     """The content of a file of the run; nothing if it does not exist (yet)."""
     try:

@@ -1,9 +1,18 @@
 """The read-only view of a run folder: finished, live, copied or a stranger's."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pertoken.tracking.files import Number, Row, read_bytes
-from pertoken.tracking.records import read_episodes, read_evaluations, read_items, read_metrics
+from pertoken.tracking.index import Index, read_index, read_texts
+from pertoken.tracking.records import (
+    read_episode,
+    read_episodes,
+    read_evaluations,
+    read_item,
+    read_items,
+    read_metrics,
+)
 from pertoken.tracking.runlog import episodes_path, evaluation_path, read_run, step_of
 
 
@@ -40,6 +49,19 @@ class RunReader:
         """The held-out items of one evaluation, with the model's outputs."""
         return read_items(evaluation_path(self.folder, step, split))[0]
 
+    def evaluation_index(self, step: int, split: str) -> Index:
+        """What the items of one evaluation are sorted by, and where they lie."""
+        return read_index(evaluation_path(self.folder, step, split))
+
+    def some_evaluation_items(self, step: int, split: str, lines: Sequence[int]) -> list[Row]:
+        """Some lines of `evaluation_items`, without the others being read."""
+        path, index = evaluation_path(self.folder, step, split), self.evaluation_index(step, split)
+        return [read_item(path, *index.span(line)) for line in lines]
+
+    def evaluation_texts(self, step: int, split: str) -> Iterator[str]:
+        """Id, prompt, answer and output of each item of an evaluation, to be searched."""
+        return read_texts(evaluation_path(self.folder, step, split))
+
     def episode_steps(self) -> list[int]:
         """The steps whose episodes were kept, in order."""
         return sorted(step for path in (self.folder / "episodes").glob("*.jsonl") if (step := step_of(path)) >= 0)
@@ -47,3 +69,16 @@ class RunReader:
     def episodes(self, step: int) -> list[Row]:
         """The episodes of one step."""
         return read_episodes(episodes_path(self.folder, step))[0]
+
+    def episode_index(self, step: int) -> Index:
+        """What the episodes of one step are sorted by, and where they lie."""
+        return read_index(episodes_path(self.folder, step))
+
+    def some_episodes(self, step: int, samples: Sequence[int]) -> list[Row]:
+        """Some lines of `episodes`, without the others being read."""
+        path, index = episodes_path(self.folder, step), self.episode_index(step)
+        return [read_episode(path, *index.span(sample)) for sample in samples]
+
+    def episode_texts(self, step: int) -> Iterator[str]:
+        """Item, prompt, answer and completion of each episode of a step, to be searched."""
+        return read_texts(episodes_path(self.folder, step))

@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from pertoken.errors import RunFolderError
-from pertoken.tracking.files import Row, read_rows
+from pertoken.tracking.files import Row, read_row, read_rows
 
 _Number = Annotated[float, Field(allow_inf_nan=False)] | None
 _Adapter = Any
@@ -100,12 +100,22 @@ def read_evaluations(path: Path) -> tuple[list[Row], bool]:
 
 def read_episodes(path: Path) -> tuple[list[Row], bool]:
     """The rows of a file of `episodes/`, and whether a torn last line was left out."""
-    return _read_texts(path, _EPISODES)
+    return _sound(path, read_rows(path), _EPISODES)
+
+
+def read_episode(path: Path, start: int, stop: int) -> Row:
+    """The row of a file of `episodes/` that lies between two bytes."""
+    return _sound(path, ([read_row(path, start, stop)], False), _EPISODES)[0][0]
 
 
 def read_items(path: Path) -> tuple[list[Row], bool]:
     """The rows of a file of `evaluations/`, and whether a torn last line was left out."""
-    return _read_texts(path, _ITEMS)
+    return _sound(path, read_rows(path), _ITEMS)
+
+
+def read_item(path: Path, start: int, stop: int) -> Row:
+    """The row of a file of `evaluations/` that lies between two bytes."""
+    return _sound(path, ([read_row(path, start, stop)], False), _ITEMS)[0][0]
 
 
 def check_run(path: Path, run: object) -> None:
@@ -113,8 +123,10 @@ def check_run(path: Path, run: object) -> None:
     _check(path, [run], _RUN)
 
 
-def _read_texts(path: Path, kind: _Adapter) -> tuple[list[Row], bool]:
-    rows, torn = _read(path, kind)
+def _sound(path: Path, found: tuple[list[Row], bool], kind: _Adapter) -> tuple[list[Row], bool]:
+    """Rows with texts, as they were read from `path`, seen to."""
+    rows, torn = found
+    _check(path, rows, kind)
     for number, row in enumerate(rows, 1):
         tokens = row.get("tokens") or {"id": []}
         count = len(tokens["id"])

@@ -41,5 +41,5 @@ function drawCharts() {
 
 setTheme(new URLSearchParams(location.search).get("theme") || "auto");
 byId("theme").addEventListener("click", nextTheme);
-if (run.orders.length) startBrowser();
+if (run.orders.length) queueMicrotask(startBrowser); // when what a server adds to the page has been read too
 if (byId("plotly").textContent) window.addEventListener("load", () => setTimeout(loadPlotly, 50));

@@ -7,6 +7,7 @@ escaped, comes out through `textContent`, and a content-security policy allows t
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -66,8 +67,9 @@ def render(reader: RunReader) -> str:
     return page(content(reader))
 
 
-def content(reader: RunReader, *, samples: bool = True) -> Content:
-    """What the page of a run says; without `samples` it is made faster, and has no list of them."""
+def content(reader: RunReader, *, samples: bool = True, served: bool = False) -> Content:
+    """What the page of a run says; without `samples` it is made faster, and has no list of them. A `served` page holds
+    few of their texts and asks for the others."""
     _plotly()  # without it the charts would fail, and not say what to install
     run, metrics, evaluations = reader.run(), reader.metrics(), reader.evaluations()
     comparison = compare(evaluations)
@@ -80,7 +82,7 @@ def content(reader: RunReader, *, samples: bool = True) -> Content:
         "Configuration": _configuration(run, reader.config_text()),
     }
     facts = {"folder": str(reader.folder), "main": label(comparison.main, HELD_OUT) if comparison else ""}
-    found = browse(reader, comparison) if samples else {}
+    found = browse(reader, comparison, served=served) if samples else {}
     if samples and not found["orders"]:
         sections.pop("Tokens")
     return Content(title_of(run), _summary(run, metrics), sections, facts | found, charts)
@@ -270,9 +272,35 @@ def _reward_table(metrics: Mapping[str, Column]) -> str:
         "Small: 95% interval, from the noise between steps. Reward is what was trained on: its rise is no proof."
     )
     return (
+        f"<h3>What moved the training reward</h3><p>{escape(what_moved(total, list(found.values())))}</p>"
         '<div class="scroll parts" tabindex="0" role="region" aria-label="What moved the training reward"><table>'
         f"<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
+
+
+def what_moved(total: Shift, parts: Sequence[Shift]) -> str:
+    """Which parts drove the change of the training reward, in a sentence or three.
+
+    >>> rouge, length = Shift("reward/rouge", 0.1, 0.4, 0.05), Shift("reward/length", 0.0, -0.1, 0.05)
+    >>> what_moved(Shift("reward/total", 0.1, 0.3, 0.05), [length, rouge])
+    'It rose by 0.200 per completion. What drove it is rouge: +0.300. Against it went length: −0.100.'
+    """
+    moved = total.after - total.before
+    beyond = [part for part in parts if abs(part.after - part.before) > part.margin]
+    named = {part.name: f"{part.name.removeprefix('reward/')}: {_signed(part.after - part.before)}" for part in parts}
+    if abs(moved) <= total.margin:
+        whole = f"It moved by {_signed(moved)} per completion, which is within its noise."
+        return f"{whole} Beyond theirs moved {', '.join(named[part.name] for part in beyond)}." if beyond else whole
+    sign = math.copysign(1.0, moved)
+    ranked = sorted(beyond, key=lambda part: -sign * (part.after - part.before))
+    drove = [named[part.name] for part in ranked if sign * (part.after - part.before) > 0]
+    against = [named[part.name] for part in reversed(ranked) if sign * (part.after - part.before) < 0]
+    sentences = [f"It {'rose' if moved > 0 else 'fell'} by {_number(abs(moved))} per completion."]
+    if drove:
+        sentences.append(f"What drove it is {drove[0]}{''.join(f', then {name}' for name in drove[1:])}.")
+    if against:
+        sentences.append(f"Against it went {', '.join(against)}.")
+    return " ".join(sentences)
 
 
 def _reward_row(shift: Shift, moved: float | None) -> str:

@@ -28,6 +28,7 @@ from pertoken.tracking.files import (
     write_whole,
     writing,
 )
+from pertoken.tracking.index import drop_index, write_index
 from pertoken.tracking.lock import LOCK, WRITER, RunLock
 from pertoken.tracking.records import check_run, read_evaluations, read_metrics
 from pertoken.tracking.trackers import Trackers
@@ -59,7 +60,7 @@ class RunLog:
     notes: tuple[str, ...]
     """What `open` had to repair or drop, in sentences for a person."""
     trackers: Trackers | None = None
-    """Who else hears of steps and evaluations, when they are on disk."""
+    """Who else hears of steps, samples and evaluations, when they are on disk."""
 
     def __init__(self, folder: Path, run: Row, lock: RunLock, notes: Sequence[str] = ()) -> None:
         self.folder = folder
@@ -133,6 +134,7 @@ class RunLog:
             for name in ("episodes", "evaluations"):
                 for path in sorted((folder / name).glob("*.jsonl")):
                     if step_of(path) > step:
+                        drop_index(path)
                         with writing("the resumed run", path):
                             path.unlink()
             run.setdefault("resumed", []).append(
@@ -159,7 +161,11 @@ class RunLog:
 
     def episodes(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes `episodes/<step>.jsonl`, one `episode_record` per line."""
-        write_rows(episodes_path(self.folder, step), records, f"the episodes of step {step}")
+        path, rows = episodes_path(self.folder, step), list(records)
+        write_rows(path, rows, f"the episodes of step {step}")
+        write_index(path, rows)
+        if self.trackers is not None:
+            self.trackers.episodes(step, rows)
 
     def evaluation(self, step: int, split: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds one evaluation: its row in `evaluations.jsonl`, its items in `evaluations/<step>-<split>.jsonl`.
@@ -176,7 +182,9 @@ class RunLog:
             raise ValueError(f"the summary of evaluation {step} {split} has no 'metrics', only {sorted(summary)}")
         what = f"the evaluation of step {step}"
         # The items first: a row in evaluations.jsonl promises that they are there.
-        write_rows(evaluation_path(self.folder, step, split), rows, what)
+        path = evaluation_path(self.folder, step, split)
+        write_rows(path, rows, what)
+        write_index(path, rows)
         names = dict.fromkeys(name for row in rows for name in row["metrics"])
         items = {"id": [row["id"] for row in rows]} | {
             name: [row["metrics"].get(name) for row in rows] for name in names

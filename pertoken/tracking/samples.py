@@ -3,22 +3,29 @@
 A scene is one prompt: a held-out item answered before and after the training, or the completions of one group in
 one step. Every sample of the run folder is in the list with its figures; as many scenes as there is room for come
 with all their tokens. Which ones is decided by rule, so that nobody picks the pretty ones: the first places of each
-order (best, worst, most clipped, ...) in turn.
+order (best, worst, most clipped, ...) in turn. A page that can ask for the others (the studio) gets a few; `scene_of`
+has any of them.
+
+Figures and places of samples come from the index of the run (`index.py`): only what is shown is read.
 """
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
+from pertoken.errors import RunFolderError
 from pertoken.tracking.comparison import Comparison, matches
-from pertoken.tracking.files import Number, Row, encode
+from pertoken.tracking.files import Number, Row
 from pertoken.tracking.glossary import HELD_OUT, STREAMS, find, label
+from pertoken.tracking.index import four_digits, part_names, total
 from pertoken.tracking.reader import RunReader
 
 MAX_BYTES = 3_000_000
 """About how large all scenes may be together, as JSON: the page must open at once, on a phone too."""
+
+MAX_BYTES_SERVED = 500_000
+"""The same for a page that can ask for more: as many as the scales of the streams are measured on."""
 
 MAX_PANELS = 8
 """Texts side by side; of a larger group those that lead an order, then the first ones."""
@@ -54,28 +61,26 @@ ORDERS = (
 )
 
 
-def browse(reader: RunReader, comparison: Comparison | None) -> Row:
+def browse(reader: RunReader, comparison: Comparison | None, *, served: bool = False) -> Row:
     """All that the page needs to show samples, as plain JSON: `lists`, `orders`, `scenes` by key, `scales`.
 
-    A list has one column per figure; its column `scene` is the key of the scene that shows the sample, or null.
+    A list has one column per figure; its column `scene` is the key of the scene that shows the sample. If the page is
+    not `served`, it is null for those that there is no room for: nobody could be asked for them.
     `reference_is_before` says that the first evaluation found no distance to the reference: they are one model.
     """
-    pairs = {str(scene["key"]): scene for scene in _held_out_scenes(reader, comparison)}
+    pairs = _held_out_pairs(reader, comparison)
     groups = training_groups(reader)
     candidates = [
-        *(_Candidate(key, [scene["figures"]], len(encode(scene)), held_out=True) for key, scene in pairs.items()),
+        *(_Candidate(key, [pair], int(pair["size"]), held_out=True) for key, pair in pairs.items()),
         *(_Candidate(key, rows, _group_size(rows), held_out=False) for key, rows in groups.items()),
     ]
-    chosen = _as_many_as_fit(candidates)
-    shown = {
-        key: {name: value for name, value in scene.items() if name not in ("key", "figures")}
-        for key, scene in pairs.items()
-        if key in chosen
-    }
-    shown |= dict(_group_scenes(reader, {key: rows for key, rows in groups.items() if key in chosen}))
-    homes = {panel["id"]: key for key, scene in shown.items() for panel in scene["panels"]}
+    chosen = _as_many_as_fit(candidates, MAX_BYTES_SERVED if served else MAX_BYTES)
+    shown = {key: _pair_of(reader, comparison, pair) for key, pair in pairs.items() if comparison and key in chosen}
+    shown |= {key: _group_scene(reader, _side_by_side(rows)) for key, rows in groups.items() if key in chosen}
+    homes = {row["id"]: key for key, row in pairs.items()}
+    homes |= {row["id"]: key for key, rows in groups.items() for row in _side_by_side(rows)}
     lists = {
-        "held_out": [{"id": scene["panels"][-1]["id"], **scene["figures"]} for scene in pairs.values()],
+        "held_out": list(pairs.values()),
         "training": sorted((row for rows in groups.values() for row in rows), key=lambda row: int(row["place"])),
     }
     orders = [
@@ -83,8 +88,13 @@ def browse(reader: RunReader, comparison: Comparison | None) -> Row:
         for order in ORDERS
         if any(row.get(order.column) is not None for row in lists[_list_of(order)])
     ]
-    columns = {name: _columns([row | {"scene": homes.get(row["id"])} for row in rows]) for name, rows in lists.items()}
-    distances = [value for scene in pairs.values() for value in scene["panels"][0].get("streams", {}).get("kl", [])]
+
+    def home(row: Row) -> str | None:
+        key = homes.get(row["id"])
+        return (key or str(row["id"])) if served else key if key in chosen else None
+
+    columns = {name: _columns([row | {"scene": home(row)} for row in rows]) for name, rows in lists.items()}
+    distances = [pair["far"] for pair in pairs.values() if pair["far"] is not None]
     return {
         "lists": columns,
         "orders": orders,
@@ -94,6 +104,46 @@ def browse(reader: RunReader, comparison: Comparison | None) -> Row:
     }
 
 
+def scene_of(reader: RunReader, comparison: Comparison | None, sample: str) -> tuple[str, Row]:
+    """The scene that shows a sample, and its key; RunFolderError if the run has no such sample.
+
+    sample: `STEP.SAMPLE`, or `SPLIT.STEP.SAMPLE` of the first or the last evaluation, as the lists have it.
+    """
+    *split, step, line = ["", *sample.rsplit(".", 2)][-3:]
+    if comparison is not None and split == [comparison.split]:
+        pair = _held_out_pairs(reader, comparison).get(f"{comparison.split}.{line}")
+        if pair is not None and step in (str(comparison.before["step"]), str(comparison.after["step"])):
+            return f"{comparison.split}.{line}", _pair_of(reader, comparison, pair)
+    elif split == [""] and step.isdecimal():
+        for key, rows in _groups_of(reader, int(step), 0).items():
+            if wanted := next((row for row in rows if row["id"] == sample), None):
+                beside = _side_by_side(rows)
+                shown = wanted in beside
+                return (key if shown else sample), _group_scene(
+                    reader, beside if shown else _side_by_side(rows, wanted)
+                )
+    raise RunFolderError(f"{reader.folder} has no sample {sample}")
+
+
+def samples_with(reader: RunReader, comparison: Comparison | None, words: str) -> list[str]:
+    """The samples whose item, prompt, answer or text has the words, whatever their case, by the ids of the lists."""
+    words = words.lower()
+    found = []
+    if comparison is not None:
+        split, steps = comparison.split, (comparison.before["step"], comparison.after["step"])
+        having = [
+            {line for line, text in enumerate(reader.evaluation_texts(step, split)) if words in text.lower()}
+            for step in steps
+        ]
+        for pair in _held_out_pairs(reader, comparison).values():
+            if any(line in lines for line, lines in zip(pair["lines"], having, strict=True)):
+                found.append(str(pair["id"]))
+    for step in reader.episode_steps():
+        texts = enumerate(reader.episode_texts(step))
+        found += [f"{step}.{sample}" for sample, text in texts if words in text.lower()]
+    return found
+
+
 def stream_scales(shown: Sequence[Row]) -> list[Row]:
     """How to colour each stream: one scale for all samples, so that a colour means one number on the whole page.
 
@@ -101,8 +151,9 @@ def stream_scales(shown: Sequence[Row]) -> list[Row]:
     others pale. Streams that are neutral everywhere are left out.
     """
     distances: dict[str, list[Number]] = {}
-    for name, value in _cells(shown):
-        distances.setdefault(name, []).append(abs(value - neutral(name)))
+    for name, values in _cells(shown):
+        zero = neutral(name)
+        distances.setdefault(name, []).extend([abs(value - zero) for value in values])
     scales = []
     for name, found in distances.items():
         marked = [distance for distance in found if distance > 0]
@@ -128,40 +179,11 @@ def neutral(name: str) -> float:
     return 1.0 if term is not None and term.scale == "around_one" else 0.0
 
 
-def figures(record: Row) -> dict[str, Number]:
-    """What an episode is sorted by, as far as its streams tell.
-
-    `reward`, the total; `clipped`, share of its actions; `value_error`, root of the mean square of target − value;
-    `kl`, summed; `disagreement`, how much reward the parts took from each other: (Σ |part| − |Σ part|) / 2.
-    """
-    streams, count = record["streams"], max(1, sum(record["tokens"]["action"]))
-    sums = {name: _total(values) for name, values in streams.items()}
-    found: dict[str, Number] = {"reward": sums.get("reward/total", 0.0), "tokens": count}
-    if "clipped" in streams:
-        found["clipped"] = sums["clipped"] / count
-    errors = streams.get("value_error")
-    if errors is None and "value" in streams and "return" in streams:
-        pairs = zip(streams["return"], streams["value"], strict=True)
-        errors = [(r or 0.0) - (v or 0.0) for r, v in pairs]
-    if errors is not None:
-        found["value_error"] = math.sqrt(math.fsum((error or 0.0) ** 2 for error in errors) / count)
-    if "kl" in streams:
-        found["kl"] = sums["kl"]
-    if len(parts := part_names(record)) > 1:
-        found["disagreement"] = (math.fsum(abs(sums[p]) for p in parts) - abs(math.fsum(sums[p] for p in parts))) / 2
-    return {name: _short(value) or 0 for name, value in found.items()}
-
-
-def part_names(record: Row) -> list[str]:
-    """The streams of a record that are parts of the reward."""
-    return [name for name in record.get("streams") or {} if name.startswith("reward/") and name != "reward/total"]
-
-
 def episode_panel(record: Row, step: int, sample: int) -> Row:
     """A panel about line `sample` of the episodes of `step`."""
-    sums = {name: _total(record["streams"][name]) for name in part_names(record)}
+    sums = {name: total(record["streams"][name]) for name in part_names(record)}
     facts = [f"{name.removeprefix('reward/')} {value:.3g}" for name, value in sums.items()]
-    facts = [f"reward {figures(record)['reward']:.3g}", *facts, f"stopped by {record['stop']}"]
+    facts = [f"reward {total(record['streams'].get('reward/total', ())):.3g}", *facts, f"stopped by {record['stop']}"]
     title = f"Step {step}, sample {sample}"
     return {"id": f"{step}.{sample}", "title": title, "facts": _minus(facts), **_text(record, record["completion"])}
 
@@ -171,7 +193,7 @@ def pair_scene(before: Row, after: Row, comparison: Comparison, sample: int) -> 
 
     `match[t]` is the token of the other text that token `t` is aligned with, or -1.
     """
-    split, main = comparison.split, comparison.main
+    split = comparison.split
     panels: list[Row] = []
     for name, evaluation, row in (("Before", comparison.before, before), ("After", comparison.after, after)):
         known = {metric: value for metric, value in row["metrics"].items() if value is not None}
@@ -181,13 +203,9 @@ def pair_scene(before: Row, after: Row, comparison: Comparison, sample: int) -> 
         panels.append(panel | _text(row, row["output"]))
     if all("tokens" in panel for panel in panels):
         panels[0]["match"], panels[1]["match"] = matches(*(panel["tokens"]["id"] for panel in panels))
-    scores = [row["metrics"].get(main) for row in (before, after)]
-    found = {"before": scores[0], "after": scores[1], "gain": None if None in scores else scores[1] - scores[0]}
     return {
-        "key": f"{split}.{sample}",
         "kind": "pair",
         "title": str(after["id"]),
-        "figures": {"title": str(after["id"]), **{name: _short(value) for name, value in found.items()}},
         "prompt": panels[1].pop("prompt") or panels[0]["prompt"],
         "answer": after.get("answer") or "",
         "panels": [{key: value for key, value in panel.items() if key != "prompt"} for panel in panels],
@@ -202,58 +220,87 @@ def held_out_rows(reader: RunReader, comparison: Comparison) -> list[tuple[Row, 
     return [(before[row["id"]], row) for row in after if row["id"] in before]
 
 
-def _held_out_scenes(reader: RunReader, comparison: Comparison | None) -> Iterator[Row]:
+def _held_out_pairs(reader: RunReader, comparison: Comparison | None) -> dict[str, Row]:
+    """The items of `held_out_rows` by the key of their scene: figures, and `lines`, where both answers lie."""
     if comparison is None:
-        return
-    scenes = [
-        pair_scene(before, after, comparison, sample)
-        for sample, (before, after) in enumerate(held_out_rows(reader, comparison))
-    ]
-    gains = [scene["figures"]["gain"] for scene in scenes if scene["figures"]["gain"] is not None]
-    for scene in scenes:
-        gain = scene["figures"]["gain"]
-        scene["figures"]["oddity"] = None if gain is None else _short(abs(gain - median(gains)))
-        yield scene
+        return {}
+    split, main = comparison.split, comparison.main
+    steps = [comparison.before["step"], comparison.after["step"]]
+    earlier, later = (reader.evaluation_index(step, split).rows for step in steps)
+    before = {row["id"]: line for line, row in enumerate(earlier)}
+    shared = [(before[row["id"]], line) for line, row in enumerate(later) if row["id"] in before]
+    pairs: dict[str, Row] = {}
+    for sample, (first, last) in enumerate(shared):
+        scores = [earlier[first]["metrics"].get(main), later[last]["metrics"].get(main)]
+        pairs[f"{split}.{sample}"] = {
+            "id": f"{split}.{steps[1]}.{sample}",
+            "title": later[last]["id"],
+            "before": four_digits(scores[0]),
+            "after": four_digits(scores[1]),
+            "gain": None if None in scores else four_digits(scores[1] - scores[0]),
+            "far": earlier[first].get("far"),
+            "size": earlier[first]["size"] + later[last]["size"],
+            "lines": (first, last),
+            "sample": sample,
+        }
+    gains = [pair["gain"] for pair in pairs.values() if pair["gain"] is not None]
+    typical = median(gains) if gains else 0.0
+    for pair in pairs.values():
+        pair["oddity"] = None if pair["gain"] is None else four_digits(abs(pair["gain"] - typical))
+    return pairs
+
+
+def _pair_of(reader: RunReader, comparison: Comparison, pair: Row) -> Row:
+    """The scene of one of `_held_out_pairs`."""
+    steps = (comparison.before["step"], comparison.after["step"])
+    (before,), (after,) = (
+        reader.some_evaluation_items(step, comparison.split, [line])
+        for step, line in zip(steps, pair["lines"], strict=True)
+    )
+    return pair_scene(before, after, comparison, pair["sample"])
 
 
 def training_groups(reader: RunReader) -> dict[str, list[Row]]:
-    """The figures of all episodes that were kept, group by group; one step is in memory at a time."""
+    """The figures of all episodes that were kept, group by group."""
     groups: dict[str, list[Row]] = {}
-    place = 0
     for step in reader.episode_steps():
-        keys: dict[object, str] = {}
-        for sample, record in enumerate(reader.episodes(step)):
-            row: Row = {"id": f"{step}.{sample}", "title": str(record["item"]), "step": step, "place": place}
-            key = keys.setdefault(record.get("group", sample), str(row["id"]))
-            groups.setdefault(key, []).append(row | figures(record) | {"size": _size(record)})
-            place += 1
+        groups |= _groups_of(reader, step, sum(map(len, groups.values())))
     return groups
 
 
-def _group_scenes(reader: RunReader, groups: Mapping[str, list[Row]]) -> Iterator[tuple[str, Row]]:
-    """The scenes of these groups; each step is read once."""
-    for step, keys in itertools.groupby(groups, key=lambda key: int(groups[key][0]["step"])):
-        records = reader.episodes(step)
-        for key in keys:
-            samples = [int(row["id"].partition(".")[2]) for row in _side_by_side(groups[key])]
-            panels = [episode_panel(records[sample], step, sample) for sample in samples]
-            first = records[samples[0]]
-            yield (
-                key,
-                {
-                    "kind": "group",
-                    "title": f"{first['item']}, step {step}",
-                    "prompt": panels[0]["prompt"],
-                    "answer": first.get("answer") or "",
-                    "panels": [{name: value for name, value in panel.items() if name != "prompt"} for panel in panels],
-                },
-            )
+def _groups_of(reader: RunReader, step: int, place: int) -> dict[str, list[Row]]:
+    """Those of one step; `place` samples came before it."""
+    groups: dict[str, list[Row]] = {}
+    keys: dict[object, str] = {}
+    for sample, found in enumerate(reader.episode_index(step).rows):
+        own = {name: value for name, value in found.items() if name not in ("item", "group")}
+        row: Row = {"id": f"{step}.{sample}", "title": found["item"], "step": step, "place": place + sample} | own
+        group = found.get("group")
+        key = keys.setdefault(("alone", sample) if group is None else group, str(row["id"]))
+        groups.setdefault(key, []).append(row)
+    return groups
 
 
-def _side_by_side(rows: Sequence[Row]) -> list[Row]:
+def _group_scene(reader: RunReader, rows: Sequence[Row]) -> Row:
+    """A scene of some samples of one group."""
+    step, samples = int(rows[0]["step"]), [int(row["id"].partition(".")[2]) for row in rows]
+    records = reader.some_episodes(step, samples)
+    panels = [episode_panel(record, step, sample) for record, sample in zip(records, samples, strict=True)]
+    return {
+        "kind": "group",
+        "title": f"{records[0]['item']}, step {step}",
+        "prompt": panels[0]["prompt"],
+        "answer": records[0].get("answer") or "",
+        "panels": [{name: value for name, value in panel.items() if name != "prompt"} for panel in panels],
+    }
+
+
+def _side_by_side(rows: Sequence[Row], wanted: Row | None = None) -> list[Row]:
     """Those that lead an order, then the first ones, as many as are shown; in the order of the file."""
+    if len(rows) <= MAX_PANELS:
+        return list(rows)
     leaders = [max(rows, key=order.key) for order in ORDERS if not order.held_out]
-    chosen = {row["id"]: row for row in [*leaders, *rows]}
+    chosen = {row["id"]: row for row in [*([wanted] if wanted else []), *leaders, *rows]}
     return sorted(list(chosen.values())[:MAX_PANELS], key=lambda row: int(row["place"]))
 
 
@@ -270,14 +317,13 @@ class _Candidate:
         return max(map(order.key, self.rows)) if order.held_out == self.held_out else -math.inf
 
 
-def _as_many_as_fit(candidates: Sequence[_Candidate]) -> set[str]:
+def _as_many_as_fit(candidates: Sequence[_Candidate], room: int) -> set[str]:
     """The keys of the first places of all orders, then of the second ones, and so on while there is room."""
     ranked = []
     for order in ORDERS:
         ranks = {candidate: rank for candidate in candidates if (rank := candidate.rank(order)) > -math.inf}
         ranked.append(sorted(ranks, key=lambda candidate: -ranks[candidate]))
     chosen: set[str] = set()
-    room = MAX_BYTES
     for place in range(max(map(len, ranked), default=0)):
         for candidate in (places[place] for places in ranked if place < len(places)):
             if candidate.key not in chosen and candidate.size <= room:
@@ -290,22 +336,16 @@ def _group_size(rows: Sequence[Row]) -> int:
     return sum(int(row["size"]) for row in _side_by_side(rows))
 
 
-def _size(record: Row) -> int:
-    """About how many bytes of the page an episode takes: a zero two, another number seven, a token fourteen."""
-    tokens = record["tokens"]["action"]
-    if 1 not in tokens:
-        return len(str(record["completion"]))
-    shown, streams = len(tokens) - tokens.index(1), record["streams"].values()
-    zeros = sum(int(values.count(0)) for values in streams) - tokens.index(1) * len(streams)
-    return int(2 * zeros + 7 * (shown * len(streams) - zeros) + 14 * shown + len(record.get("prompt") or ""))
-
-
 def _list_of(order: Order) -> str:
     return "held_out" if order.held_out else "training"
 
 
+HIDDEN = ("size", "lines", "sample", "far")
+"""What is known of a sample and not shown in a list."""
+
+
 def _columns(rows: Sequence[Row]) -> Row:
-    names = dict.fromkeys(name for row in rows for name in row if name != "size")
+    names = dict.fromkeys(name for row in rows for name in row if name not in HIDDEN)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
@@ -316,7 +356,9 @@ def _text(row: Row, output: str) -> Row:
     if not tokens or 1 not in tokens["action"]:
         return panel | {"text": output}
     start = tokens["action"].index(1)
-    streams = {name: [_short(value) for value in values[start:]] for name, values in (row.get("streams") or {}).items()}
+    streams = {
+        name: [four_digits(value) for value in values[start:]] for name, values in (row.get("streams") or {}).items()
+    }
     prompt = "".join(tokens["piece"][:start]) or panel["prompt"]
     panel |= {"prompt": prompt, "tokens": {key: tokens[key][start:] for key in tokens}, "streams": streams}
     if found := row.get("findings"):
@@ -328,22 +370,14 @@ def _minus(facts: Sequence[str]) -> list[str]:
     return [fact.replace(" -", " −") for fact in facts]
 
 
-def _total(values: Sequence[Number | None]) -> float:
-    return math.fsum(values if None not in values else [value or 0.0 for value in values])  # type: ignore[arg-type]
-
-
-def _cells(shown: Sequence[Row]) -> Iterator[tuple[str, Number]]:
+def _cells(shown: Sequence[Row]) -> Iterator[tuple[str, list[Number]]]:
+    """The streams of all texts, at the tokens that the model chose."""
     for scene in shown:
         for panel in scene["panels"]:
             for name, values in panel.get("streams", {}).items():
-                for value, acts in zip(values, panel["tokens"]["action"], strict=True):
-                    if acts and value is not None:
-                        yield name, value
+                pairs = zip(values, panel["tokens"]["action"], strict=True)
+                yield name, [value for value, acts in pairs if acts and value is not None]
 
 
 def _percentile_95(values: Sequence[Number]) -> Number:
     return max(values) if len(values) < 2 else min(max(values), quantiles(values, n=20)[-1])
-
-
-def _short(value: Number | None) -> Number | None:
-    return value if value is None else float(f"{value:.4g}") or 0

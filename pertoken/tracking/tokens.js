@@ -164,12 +164,28 @@ function fold(title, text) {
 
 const quoted = (text) => element("bdi", { className: "prompt", textContent: text });
 
+// Which parts of the reward changed between the two texts of a pair, the largest change first.
+function earnedNode(scene) {
+  const [before, after] = scene.panels;
+  if (scene.kind !== "pair" || !before.tokens || !after.tokens || !after.streams["reward/total"]) return [];
+  const sum = (panel, name) =>
+    (panel.streams[name] || []).reduce((all, value, index) => all + (acts(panel, index) ? value || 0 : 0), 0);
+  const moved = (name) => sum(after, name) - sum(before, name);
+  const parts = Object.keys(after.streams).filter((name) => name.startsWith("reward/") && name !== "reward/total");
+  parts.sort((a, b) => Math.abs(moved(b)) - Math.abs(moved(a)));
+  const text = parts.map((name) => `${name.slice("reward/".length)} ${signed(moved(name))}`).join(", ");
+  const total = "reward/total";
+  const whole = `${short(sum(before, total))} → ${short(sum(after, total))} (${signed(moved(total))})`;
+  const why = parts.length > 1 ? `, by its parts: ${text}` : "";
+  return [element("p", { className: "answer earned", textContent: `Reward ${whole}${why}` })];
+}
+
 function sceneNodes(scene) {
   const nodes = [element("h3", { textContent: scene.title })];
   if (scene.prompt) nodes.push(fold("Prompt", scene.prompt));
   if (scene.answer.length > 400) nodes.push(fold("Reference answer", scene.answer));
   else if (scene.answer) nodes.push(element("p", { className: "answer" }, "Reference answer ", quoted(scene.answer)));
-  return [...nodes, element("div", { className: "panels" }, ...scene.panels.map(panelNode))];
+  return [...nodes, ...earnedNode(scene), element("div", { className: "panels" }, ...scene.panels.map(panelNode))];
 }
 
 // ---- painting: the text itself stays, so focus and reading place are kept

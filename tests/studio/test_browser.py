@@ -111,6 +111,77 @@ def test_the_page_follows_a_run_that_goes_on(load, root):
     shutil.rmtree(root / "live")
 
 
+def stream_of(root, step, sample, name):
+    """The numbers of a stream at the tokens that the model chose."""
+    record = RunReader(root / "first").episodes(step)[sample]
+    return [value for value, acts in zip(record["streams"][name], record["tokens"]["action"], strict=True) if acts]
+
+
+def shown_number(page, label):
+    row = page.locator(f"#tip tr:has(th:text-is('{label}')) td").first
+    return float(row.inner_text().replace("−", "-").split()[0])
+
+
+@pytest.fixture
+def nothing_in_the_page(monkeypatch):
+    """As of a run that is far larger than a page: every text has to be asked for."""
+    monkeypatch.setattr("pertoken.tracking.samples.MAX_BYTES_SERVED", 0)
+
+
+def test_texts_that_are_not_in_the_page_come_when_they_are_opened(load, root, nothing_in_the_page):
+    page = load("/run/first#sample=2.1&by=logprob&token=3")
+    page.wait_for_selector("#tip:visible")
+    logprobs = stream_of(root, 2, 1, "logprob")
+    assert shown_number(page, "log-prob") == pytest.approx(logprobs[2], rel=0.01)
+    page.keyboard.press("ArrowRight")
+    assert shown_number(page, "log-prob") == pytest.approx(logprobs[3], rel=0.01)
+    page.locator('[data-id="2.1"] .token').first.hover()
+    assert shown_number(page, "log-prob") == pytest.approx(logprobs[0], rel=0.01)
+    page.select_option("#order", label="Worst reward")
+    page.wait_for_function("() => currentScene() && view.id === run.lists.training.id[found[0]]")
+    page.locator("#list").focus()
+    page.keyboard.press("End")
+    best = max((sum(stream_of(root, *at, "reward/total")), at) for at in ((s, k) for s in (1, 2, 3) for k in range(4)))
+    page.wait_for_selector(f'.panel[data-id="{best[1][0]}.{best[1][1]}"].picked .token')
+    assert page.evaluate("Object.keys(run.scenes).length") <= 4
+
+
+def test_a_link_to_the_text_before_training_restores_it(load, nothing_in_the_page):
+    page = load("/run/first#sample=validation.0.1&by=logprob&token=2&against=1&marks=1")
+    page.wait_for_selector("#tip:visible")
+    state = "[view.id, view.token, byId('stream').value, byId('against').checked, byId('scene').className, order.list]"
+    assert page.evaluate(state) == ["validation.0.1", 2, "logprob", True, "marks", "held_out"]
+    assert page.locator(".panel h3").all_inner_texts() == ["Before (step 0)", "After (step 3)"]
+
+
+def test_the_search_goes_through_texts_that_are_not_in_the_page(load, root, nothing_in_the_page):
+    page = load("/run/first")
+    page.select_option("#order", label="In order of steps")
+    reader = RunReader(root / "first")
+    records = [record for step in (1, 2, 3) for record in reader.episodes(step)]
+    words = records[0]["answer"]
+    page.fill("#search", words.upper())
+    shown = sum(words in "\n".join(record[name] for name in ("answer", "completion", "prompt")) for record in records)
+    assert 0 < shown < len(records)
+    page.wait_for_function("count => byId('count').textContent.startsWith(`${count} sample`)", arg=shown)
+    page.fill("#search", "no text has this")
+    page.wait_for_function("() => byId('count').textContent.startsWith('0 samples')")
+
+
+def test_what_is_read_stays_while_samples_come_that_the_page_has_not(load, root, nothing_in_the_page):
+    with RunLog.create(root / "large", config_text="", seed=0) as log:
+        log.step(1, {"reward/total": 0.25})
+        log.episodes(1, [record(), record("c", group=1)])
+        page = load("/run/large#sample=1.1&by=logprob&token=1")
+        page.wait_for_selector("#tip:visible")
+        log.episodes(2, [record("d")])
+        log.step(2, {"reward/total": 0.5})
+        page.wait_for_function("() => run.lists.training.id.length === 3")
+        assert page.evaluate("[view.id, document.activeElement.textContent]") == ["1.1", "c"]
+        assert page.locator("#tip").is_visible()
+    shutil.rmtree(root / "large")
+
+
 def test_a_token_shows_what_else_could_stand_there(load, root):
     page = load("/run/first#sample=2.1&by=logprob&token=3")
     page.wait_for_function("() => document.querySelector('#ask select').options.length === 5")

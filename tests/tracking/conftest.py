@@ -184,9 +184,8 @@ def an_evaluation(draw: random.Random, step: int, items: list[Item], skill: floa
         length = float(sum(record["tokens"]["action"]))
         scores |= {"words": length, "repetition": 0.2 * (1 - skill) + draw.random() * 0.05}
         text = {"prompt": record["prompt"], "answer": item.answer, "output": record["completion"]}
-        streams = {
-            name: record["streams"][name] for name in ("reward/rouge_l", "reward/total", "logprob", "entropy", "kl")
-        }
+        kept = ("reward/rouge_l", "reward/repetition", "reward/brevity", "reward/total", "logprob", "entropy", "kl")
+        streams = {name: record["streams"][name] for name in kept}
         rows.append({"id": item.id, **text, "metrics": scores, "tokens": record["tokens"], "streams": streams})
         rows[-1] |= {"findings": record["findings"]} if "findings" in record else {}
     names = list(rows[0]["metrics"])

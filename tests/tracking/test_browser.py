@@ -164,6 +164,36 @@ def test_a_link_restores_what_was_on_the_screen(page, load, address):
     assert there[1:4] == [5, "kl", "marks"]
 
 
+def test_every_view_opens(page):
+    for link in page.locator("nav a").all():
+        link.click()
+        section = page.locator(link.get_attribute("href"))
+        assert section.is_visible()
+        assert section.inner_text().strip()
+    for label in page.locator("#order option").all_inner_texts():
+        page.select_option("#order", label=label)
+        assert page.locator("#scene .panel .token").count() > 0, label
+        assert page.locator(".row[aria-selected=true]").count() == 1, label
+
+
+def test_a_pair_says_which_parts_changed_its_reward(page, run_folder):
+    row = page.evaluate("run.lists.held_out.title.indexOf(currentScene().title)")
+    reader = RunReader(run_folder)
+
+    def earned(step: int) -> dict[str, float]:
+        streams = reader.evaluation_items(step, "validation")[row]["streams"]
+        return {name: sum(values) for name, values in streams.items() if name.startswith("reward/")}
+
+    before, after = earned(0), earned(300)
+    moved = {name.partition("/")[2]: after[name] - before[name] for name in after}
+    text = page.locator(".earned").inner_text().replace("−", "-")
+    assert text.startswith("Reward ")
+    shown = dict(part.rsplit(" ", 1) for part in text.partition("by its parts: ")[2].split(", "))
+    assert list(shown) == sorted(shown, key=lambda name: -abs(moved[name]))
+    total = float(text.partition("(")[2].partition(")")[0])
+    assert {name: float(value) for name, value in shown.items()} | {"total": total} == pytest.approx(moved, rel=0.02)
+
+
 def test_search_finds_words_of_texts_and_items(page):
     page.select_option("#order", label="Best reward")
     assert page.locator("#count").inner_text() == "224 samples"

@@ -91,3 +91,15 @@ def test_latex_has_no_open_command_and_breaks_lines_between_words():
 def test_the_terminal_gets_the_text_itself():
     assert hostile_text().terminal().plain == harmless(HOSTILE) + " end"
     assert ColouredText(["", "é"], [0.0, 0.0]).terminal().plain == "▯é"
+
+
+def test_a_legend_has_minus_signs_in_its_numbers_and_hyphens_in_its_words():
+    scale = SCALE | {"label": "log-prob", "meaning": "A re-read of x − y."}
+    assert ColouredText(["a"], [1.0], "x", scale=scale).legend == "log-prob, −2 to 2: A re-read of x − y."
+    assert ColouredText(["a"], [-3.0], "logprob").legend.startswith("log-prob, 0 to ±3: ")
+
+
+def test_the_name_of_a_stream_cannot_act_in_a_drawing_or_in_latex():
+    text = ColouredText(["a"], [1.0], "x", scale=SCALE | {"label": "a\n\\input{secret}\x1b"})
+    assert [line for line in text.latex().splitlines() if "secret" in line] == [f"% {text.legend}"]
+    ElementTree.fromstring(text.svg())

@@ -6,7 +6,8 @@ import pytest
 
 from pertoken.tracking import RunLog, RunReader, samples
 from pertoken.tracking.comparison import compare
-from pertoken.tracking.samples import browse, figures, stream_scales
+from pertoken.tracking.index import figures
+from pertoken.tracking.samples import browse, stream_scales
 
 
 def a_record(name: str, rewards: list[float], group: int = 0, **streams) -> dict:

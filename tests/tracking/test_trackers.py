@@ -78,6 +78,62 @@ def test_a_row_is_on_disk_before_it_is_told(tmp_path):
         log.step(1, {"x": 1.0})
 
 
+def a_record(item, rewards, piece="ok", kl=0.5):
+    tokens = {"id": [0, 1, 2], "piece": ["ask", " so", piece], "action": [0, 1, 1]}
+    return {"item": item, "tokens": tokens, "streams": {"reward/total": [0, *rewards], "kl": [0, 0.25, kl]}}
+
+
+def test_a_table_has_the_tokens_of_the_best_and_the_worst_sample():
+    records = [a_record("a", [0, 1]), a_record("b", [1, 2]), a_record("c", [0, -1], "\x1b[31m", kl=float("nan"))]
+    found = trackers.token_table(7, records)
+    assert found.columns == ["step", "sample", "item", "position", "token", "reward/total", "kl"]
+    assert found.rows == [
+        [7, 1, "b", 1, " so", 1.0, 0.25],
+        [7, 1, "b", 2, "ok", 2.0, 0.5],
+        [7, 2, "c", 1, " so", 0.0, 0.25],
+        [7, 2, "c", 2, "␛[31m", -1.0, None],
+    ]
+    assert len(trackers.token_table(7, records[:1]).rows) == 2  # one sample is both
+    unchosen = a_record("a", [0, 1]) | {"tokens": {"id": [1], "piece": ["a"], "action": [0]}}
+    assert trackers.token_table(7, [unchosen]) is None
+
+
+def test_nothing_in_a_table_of_markdown_can_act():
+    drawn = trackers.markdown(trackers.Table(["token", "a_b"], [["|<script>*_`[x](y)\n", -0.123456], [None, 1e-7]]))
+    head, rule, first, second = drawn.splitlines()
+    assert (head, rule) == ("| token | a&#95;b |", "| --- | --- |")
+    assert first.endswith("&#8629; | -0.1235 |")
+    assert not set("<>*_`[]()") & set(first)
+    assert first.count("|") == 3
+    assert second == "|  | 1e-07 |"
+
+
+def test_each_tracker_gets_the_table_in_its_own_way(tmp_path, monkeypatch):
+    told = []
+    kept = SimpleNamespace(log_table=lambda *arguments, **more: told.append((arguments, more)))
+    monkeypatch.setitem(sys.modules, "mlflow", kept)
+    frames = SimpleNamespace(DataFrame=lambda rows, columns: (columns, rows))
+    monkeypatch.setitem(sys.modules, "pandas", frames)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Table=lambda dataframe: dataframe))
+
+    class Has(Told):
+        tracker = SimpleNamespace(info=SimpleNamespace(run_id="r"))
+
+        def log_table(self, name, columns, data, step):
+            self._hear("table", name, columns, data, step)
+
+    live = {name: Has() for name in ("tensorboard", "wandb", "mlflow", "trackio")}
+    with RunLog.create(tmp_path / "run", config_text="", seed=0) as log:
+        log.trackers = Trackers(live, pytest.fail)
+        log.episodes(3, [a_record("a", [0, 1]) | {"completion": "so ok", "stop": "eos"}])
+    table = trackers.token_table(3, [a_record("a", [0, 1])])
+    assert live["tensorboard"].told[0] == ("log", 3, {"tokens": trackers.markdown(table)})
+    assert live["wandb"].told[0] == ("table", "tokens", table.columns, table.rows, 3)
+    assert live["trackio"].told[0] == ("log", 3, {"tokens": (table.columns, table.rows)})
+    columns = {name: [row[at] for row in table.rows] for at, name in enumerate(table.columns)}
+    assert told == [((columns, "tokens.json"), {"run_id": "r"})]
+
+
 def test_settings_are_dotted_names():
     assert settings_of("a: {b: [1, {c: x}]}\nd: null\ne: []") == {"a.b.0": "1", "a.b.1.c": "x", "d": "None", "e": "[]"}
     assert settings_of("a: [") == settings_of("&a [*a]") == {}  # no YAML, and one that holds itself
@@ -139,6 +195,10 @@ def test_a_run_in_tensorboard_has_the_names_of_the_glossary(tmp_path, model_fold
     assert not [note for note in notes if "tracker" in note]
     found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     found.Reload()
+    table = found.Tensors("tokens/text_summary")[0]
+    first = RunReader(tmp_path / "run").episodes(1)
+    expected = trackers.markdown(trackers.token_table(1, first))
+    assert (table.step, table.tensor_proto.string_val[0].decode()) == (1, expected)
     names = found.Tags()["scalars"]
     for name in names:
         split, _, metric = name.partition("/")
