@@ -13,7 +13,9 @@ with 1 if any run ended in another way, and names its folder.
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib
 import json
 import mmap
 import os
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +39,10 @@ from pertoken.tracking import RunReader
 from pertoken.tracking.runs import verify_run
 
 STEPS = 6
+LOOK = 0.01
+"""Seconds between looks at whether a process has ended."""
+RECENT = 8
+"""So many of the latest lives say how long one takes."""
 NAMED = 3
 """Exit code of a process that ended by a named error."""
 LEFT = (0, 5_000, 20_000, 100_000, 300_000, 1_200_000)
@@ -148,13 +154,39 @@ def fork(work: Callable[[], None]) -> int:
     return pid
 
 
-def ended(pid: int) -> str:
-    """How a process ended: `finished`, `killed`, or what else."""
-    status = os.waitpid(pid, 0)[1]
+def ended(pid: int, *, kill_after: float | None = None) -> str:
+    """How a process ended: `finished`, `killed`, or what else. After so many seconds it is killed if it still runs."""
+    found, status = (0, 0) if kill_after is not None else os.waitpid(pid, 0)
+    end = time.monotonic() + (kill_after or 0.0)
+    while not found:
+        left = end - time.monotonic()
+        if left <= 0:
+            os.kill(pid, signal.SIGKILL)  # one that has ended is not yet waited for: the number is still its own
+        time.sleep(max(0.0, min(left, LOOK)))
+        found, status = os.waitpid(pid, os.WNOHANG if left > 0 else 0)
     if os.WIFSIGNALED(status):
         return "killed" if os.WTERMSIG(status) == signal.SIGKILL else f"signal {os.WTERMSIG(status)}"
     code = os.WEXITSTATUS(status)
     return {0: "finished", NAMED: "a named error"}.get(code, f"exit code {code}")
+
+
+def import_what_lives_do(work: Callable[[], None]) -> None:
+    """Do `work` in a process, and import here what that has imported: no process that is forked then needs to."""
+    reading, writing = os.pipe()
+
+    def told() -> None:
+        work()
+        os.write(writing, json.dumps(sorted(sys.modules)).encode())
+
+    pid = fork(told)
+    os.close(writing)
+    with open(reading, "rb") as names:
+        modules = json.loads(names.read() or b"[]")
+    assert ended(pid) == "finished"
+    for name in modules:
+        if name not in sys.modules and name not in ("__mp_main__", "moody"):
+            with contextlib.suppress(Exception):  # some cannot be imported by their name
+                importlib.import_module(name)
 
 
 def die_at(operation: int) -> None:
@@ -213,13 +245,17 @@ class Experiment:
         self.stage = mmap.mmap(-1, 1)
         assert ended(fork(lambda: prepare(place))) == "finished"
         sys.path.insert(0, str(place))
-        self.expected, self.seconds = dict[str, object](), dict[str, float]()
+        import_what_lives_do(lambda: live(configuration(place, settings[0], place / "first")))
+        self.expected = dict[str, object]()
+        self.durations = {setting: deque[float](maxlen=RECENT) for setting in settings}
         for setting in settings:
             folder = place / f"whole-{setting}"
-            begun = time.monotonic()
             assert self.life(setting, folder) == "finished", f"the undisturbed run in {folder} failed"
-            self.seconds[setting] = time.monotonic() - begun
             self.expected[setting] = outcome(folder)
+
+    def seconds(self, setting: str) -> float:
+        """How long a life takes at present: on a machine with other work that changes."""
+        return max(self.durations[setting])
 
     def life(self, setting: str, folder: Path, *, after: float | None = None, operation: int | None = None) -> str:
         """One process on the run in `folder`, killed after so many seconds, or at that operation, or never."""
@@ -239,11 +275,11 @@ class Experiment:
                 die_at(operation)
             live(config)
 
-        pid = fork(work)
-        if after is not None:
-            time.sleep(after)
-            os.kill(pid, signal.SIGKILL)  # one that has ended is not yet waited for: the number is still its own
-        return ended(pid)
+        begun = time.monotonic()
+        end = ended(fork(work), kill_after=after)
+        if end == "finished":
+            self.durations[setting].append(time.monotonic() - begun)
+        return end
 
     def disturbed(self, setting: str, folder: Path, deaths: list[dict[str, float]]) -> int:
         """Run through these deaths and then to the end, compare; returns how many of the deaths it died."""
@@ -265,7 +301,7 @@ class Experiment:
         source = random.Random(seed)
         while self.kills < kills:
             setting = source.choice(self.settings)
-            span = self.seconds[setting]
+            span = self.seconds(setting)
             deaths = [{"after": source.uniform(0, span)} for _ in range(source.randint(1, 5))]
             self.disturbed(setting, self.place / f"run-{self.runs}", deaths)
             print(f"so far: {self.report()}", flush=True)
@@ -311,7 +347,7 @@ class Experiment:
             print(f"so far: {self.report()}", flush=True)
 
     def _on_disk(self, source: random.Random, setting: str, disk: Path) -> None:
-        folder, after = disk / "run", source.uniform(0, self.seconds[setting])
+        folder, after = disk / "run", source.uniform(0, self.seconds(setting))
         if source.random() < 0.7:
             pid = fork(lambda: live(configuration(self.place, setting, folder)))
             time.sleep(after)
