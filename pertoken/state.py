@@ -17,6 +17,7 @@ from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
 from pertoken.guards import Guards
 from pertoken.objectives import AdaptiveKL, FixedKL
+from pertoken.policy.checkpoint import RandomStates
 from pertoken.policy.model import Policy, Reference
 from pertoken.portions import Portion, set_states, states
 from pertoken.replay import Buffer
@@ -104,8 +105,8 @@ class Run:
     """Where the weights began, if something pulls them back there (`update.l2_to_initial`)."""
     before_update: Reference | None = None
     """A copy of the policy that stays where the update of a step began (`update.trust_region`)."""
-    before_step: dict[str, Any] | None = None
-    """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
+    before_step: tuple[dict[str, Any], RandomStates] | None = None
+    """`moment()` from before the step that is being made, until its update begins: what can still be saved."""
     _micro_batch: Portion | None = field(default=None, repr=False)
 
     @property
@@ -166,6 +167,10 @@ class Run:
             "replay": None if self.replay is None else self._replay_state(self.replay),
             "portions": states(self.portions()),
         }
+
+    def moment(self) -> tuple[dict[str, Any], RandomStates]:
+        """All that a checkpoint of now holds beside tensors."""
+        return self.state_dict(), RandomStates.of_now()
 
     def tensors(self) -> dict[str, Tensor]:
         """What else of this run is trained or moves, by name: a checkpoint holds it beside weights and optimiser."""

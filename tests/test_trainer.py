@@ -2,10 +2,12 @@
 
 import json
 import math
+import random
 import sys
 import threading
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -315,15 +317,19 @@ def test_a_reward_that_raises_ends_the_run_with_its_name(model_folder, data, tmp
 
 
 def failing(tmp_path, how):
-    """A reward that gives the share of the letter e, and fails at its fourth step if a file tells it to."""
+    """A reward that counts the letter e, off by what it draws from each global source of random numbers; it fails at its
+    fourth step, on the second sample, if a file tells it to."""
+    asked = []
 
     @episode_reward
     def fails(sample):
-        if sample.step == 4 and (tmp_path / "fail").exists():
+        noise = random.random() + np.random.random() + torch.rand(()).item()
+        asked.append(sample.step)
+        if asked.count(4) == 2 and (tmp_path / "fail").exists():
             if how == "hangs":
                 threading.Event().wait(60)
             return math.nan if how == "nan" else {}["no such thing"]
-        return sample.text.count("e")
+        return sample.text.count("e") + noise
 
     return fails
 
@@ -346,6 +352,7 @@ def test_a_reward_that_fails_costs_the_step_that_it_fails_in(model_folder, data,
         run.train(config)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     (tmp_path / "fail").unlink()
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)  # as another process has them
     run.train(config, resume=tmp_path / "run")
     whole = settings(model_folder, data, tmp_path, rewards=rewards, stop__steps=6, folder=str(tmp_path / "whole"))
     run.train(whole)

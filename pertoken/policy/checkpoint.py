@@ -11,6 +11,7 @@ trained (a LoRA base, say) are not in it: they come from `policy.model`.
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,39 @@ from pertoken.errors import RunFolderError
 from pertoken.policy.model import Policy
 
 
+@dataclass(frozen=True)
+class RandomStates:
+    """All global random states at one moment."""
+
+    tensors: dict[str, torch.Tensor]
+    """Of torch: random/torch, and random/cuda/<device>."""
+    python: Any
+    numpy: dict[str, Any]
+
+    @classmethod
+    def of_now(cls) -> "RandomStates":
+        tensors = {"random/torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors |= {f"random/cuda/{k}": state for k, state in enumerate(torch.cuda.get_rng_state_all())}
+        return cls(tensors, random.getstate(), _numpy_state())
+
+
 def save_state(
     folder: Path,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     also: Mapping[str, torch.Tensor] = {},
+    drawn: RandomStates | None = None,
 ) -> None:
-    """Write weights, optimiser and random states of now into `folder`, and with them `state` and the tensors `also`."""
+    """Write weights and optimiser of now into `folder`, and with them `state`, the tensors `also` and the random states
+    `drawn`, or else those of now."""
+    drawn = RandomStates.of_now() if drawn is None else drawn
     try:
-        save_file(_tensors(policy, optimizer, also), folder / "state.safetensors")
+        save_file(_tensors(policy, optimizer, also) | drawn.tensors, folder / "state.safetensors")
     except SafetensorError as error:  # a full disk, for one; it inherits nothing that says so
         raise OSError(f"state.safetensors: {error}") from error
-    content = {**state, "random": {"python": random.getstate(), "numpy": _numpy_state()}}
+    content = {**state, "random": {"python": drawn.python, "numpy": drawn.numpy}}
     (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -127,9 +148,7 @@ def _put(policy: Policy, stored: Mapping[str, torch.Tensor]) -> None:
 def _tensors(
     policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    tensors = {"random/torch": torch.get_rng_state()} | {name: cell.contiguous() for name, cell in also.items()}
-    if torch.cuda.is_available():
-        tensors |= {f"random/cuda/{k}": state for k, state in enumerate(torch.cuda.get_rng_state_all())}
+    tensors = {name: cell.contiguous() for name, cell in also.items()}
     for name, parameter in policy.trainable().items():
         tensors[f"weight/{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
