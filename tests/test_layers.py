@@ -145,7 +145,7 @@ MAY["reward_models"] = {
     "text_metrics",
     "tracking",
 }
-MAY["turns"] = {"errors", "sampling", "types", "prompts", "rewards", "rollout"}
+MAY["turns"] = {"background", "errors", "sampling", "types", "prompts", "rewards", "rollout"}
 MAY["integrations"] = MAY["turns"] | {"background", "batching", "config", "tasks", "build"}
 MAY["validation"] = MAY["run"] | {"run"}
 MAY["generation"] = MAY["run"] | {"run"}
