@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,15 +39,13 @@ from pertoken.tracking import RunReader
 from pertoken.tracking.runs import verify_run
 
 STEPS = 6
-LOOK = 0.01
-"""Seconds between looks at whether a process has ended."""
-RECENT = 8
-"""So many of the latest lives say how long one takes."""
+LOOK = 0.003
+"""Seconds between looks at how far a process has come."""
 NAMED = 3
 """Exit code of a process that ended by a named error."""
 LEFT = (0, 5_000, 20_000, 100_000, 300_000, 1_200_000)
 """Bytes that stay free on a disk that is filled up: for no row, for half a row, for half a checkpoint, for no model."""
-STAGES = ("building", "evaluate", "generate", "update", "record", "checkpoint", "finishing")
+STAGES = ("building", "between", "evaluate", "generate", "update", "record", "checkpoint", "finishing")
 SETTINGS = {
     "gae": {"credit": {"type": "gae"}, "policy": {"value_head": {}}, "objective": {"entropy_coefficient": 0.01}},
     "lora": {"policy": {"lora": {"rank": 2}, "dropout": True}, "credit": {"type": "leave_one_out_process"}},
@@ -154,20 +152,31 @@ def fork(work: Callable[[], None]) -> int:
     return pid
 
 
-def ended(pid: int, *, kill_after: float | None = None) -> str:
-    """How a process ended: `finished`, `killed`, or what else. After so many seconds it is killed if it still runs."""
-    found, status = (0, 0) if kill_after is not None else os.waitpid(pid, 0)
-    end = time.monotonic() + (kill_after or 0.0)
-    while not found:
-        left = end - time.monotonic()
-        if left <= 0:
-            os.kill(pid, signal.SIGKILL)  # one that has ended is not yet waited for: the number is still its own
-        time.sleep(max(0.0, min(left, LOOK)))
-        found, status = os.waitpid(pid, os.WNOHANG if left > 0 else 0)
+def ended(pid: int) -> str:
+    """How a process ended: `finished`, `killed`, or what else."""
+    status = os.waitpid(pid, 0)[1]
     if os.WIFSIGNALED(status):
         return "killed" if os.WTERMSIG(status) == signal.SIGKILL else f"signal {os.WTERMSIG(status)}"
     code = os.WEXITSTATUS(status)
     return {0: "finished", NAMED: "a named error"}.get(code, f"exit code {code}")
+
+
+def run_for(pid: int, seconds: float) -> None:
+    """Return when a child has computed for so many seconds, or has ended (it is not waited for, and keeps its number).
+
+    Seconds of its own: how much of a clock's it gets depends on what else the machine does.
+    """
+    clock = (~pid << 3) | 2  # of the processor time of a process, as Linux numbers them
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.clock_gettime(clock) >= seconds:
+            break
+        time.sleep(LOOK)
+
+
+def computed_by_children() -> float:
+    """Seconds that the children which were waited for have computed."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def import_what_lives_do(work: Callable[[], None]) -> None:
@@ -215,7 +224,7 @@ def mark_stages(place: mmap.mmap) -> None:
             try:
                 return function(*arguments, **named)
             finally:
-                place[0] = before
+                place[0] = before or STAGES.index("between")
 
         return call
 
@@ -246,26 +255,22 @@ class Experiment:
         assert ended(fork(lambda: prepare(place))) == "finished"
         sys.path.insert(0, str(place))
         import_what_lives_do(lambda: live(configuration(place, settings[0], place / "first")))
-        self.expected = dict[str, object]()
-        self.durations = {setting: deque[float](maxlen=RECENT) for setting in settings}
+        self.expected, self.seconds = dict[str, object](), dict[str, float]()
         for setting in settings:
-            folder = place / f"whole-{setting}"
+            folder, before = place / f"whole-{setting}", computed_by_children()
             assert self.life(setting, folder) == "finished", f"the undisturbed run in {folder} failed"
+            self.seconds[setting] = computed_by_children() - before
             self.expected[setting] = outcome(folder)
 
-    def seconds(self, setting: str) -> float:
-        """How long a life takes at present: on a machine with other work that changes."""
-        return max(self.durations[setting])
-
     def life(self, setting: str, folder: Path, *, after: float | None = None, operation: int | None = None) -> str:
-        """One process on the run in `folder`, killed after so many seconds, or at that operation, or never."""
+        """One process on the run in `folder`, killed when it has computed for so many seconds, or at that operation, or
+        never."""
         if self.as_cli:
             job = self._cli(setting, folder)
-            try:
-                code = job.wait(after)
-            except subprocess.TimeoutExpired:
+            if after is not None:
+                run_for(job.pid, after)
                 job.kill()
-                code = job.wait()
+            code = job.wait()
             return {0: "finished", -9: "killed"}.get(code, f"exit code {code}")
         config = configuration(self.place, setting, folder)
 
@@ -275,11 +280,11 @@ class Experiment:
                 die_at(operation)
             live(config)
 
-        begun = time.monotonic()
-        end = ended(fork(work), kill_after=after)
-        if end == "finished":
-            self.durations[setting].append(time.monotonic() - begun)
-        return end
+        pid = fork(work)
+        if after is not None:
+            run_for(pid, after)
+            os.kill(pid, signal.SIGKILL)
+        return ended(pid)
 
     def disturbed(self, setting: str, folder: Path, deaths: list[dict[str, float]]) -> int:
         """Run through these deaths and then to the end, compare; returns how many of the deaths it died."""
@@ -301,7 +306,7 @@ class Experiment:
         source = random.Random(seed)
         while self.kills < kills:
             setting = source.choice(self.settings)
-            span = self.seconds(setting)
+            span = self.seconds[setting]
             deaths = [{"after": source.uniform(0, span)} for _ in range(source.randint(1, 5))]
             self.disturbed(setting, self.place / f"run-{self.runs}", deaths)
             print(f"so far: {self.report()}", flush=True)
@@ -317,18 +322,18 @@ class Experiment:
     def by_signals(self, count: int, seed: int) -> None:
         """Runs of `pertoken train` that get a signal at a random moment, or two, and then live to their end."""
         source, self.as_cli = random.Random(seed), True
-        begun = time.monotonic()
+        before = computed_by_children()
         assert self.life(self.settings[0], self.place / "by-cli") == "finished"
-        span = time.monotonic() - begun
+        span = computed_by_children() - before
         for number in range(count):
             setting, folder = source.choice(self.settings), self.place / f"signalled-{number}"
             ask = source.choice([[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGINT]])
             job = self._cli(setting, folder)
-            time.sleep(source.uniform(0, span))
+            run_for(job.pid, source.uniform(0, span))
             for asked in ask:
                 job.send_signal(asked)
                 time.sleep(source.uniform(0, 0.3))
-            code = job.wait(120)
+            code = job.wait(1200)
             self.ends[f"{' '.join(a.name for a in ask)} -> {code}"] += 1
             self._last_life(setting, folder)
             print(f"so far: {self.report()}", flush=True)
@@ -347,10 +352,10 @@ class Experiment:
             print(f"so far: {self.report()}", flush=True)
 
     def _on_disk(self, source: random.Random, setting: str, disk: Path) -> None:
-        folder, after = disk / "run", source.uniform(0, self.seconds(setting))
+        folder, after = disk / "run", source.uniform(0, self.seconds[setting])
         if source.random() < 0.7:
             pid = fork(lambda: live(configuration(self.place, setting, folder)))
-            time.sleep(after)
+            run_for(pid, after)
             free, left = shutil.disk_usage(disk).free, source.choice(LEFT)
             (disk / "ballast").write_bytes(b"x" * max(0, free - left))
             end = ended(pid)

@@ -317,8 +317,8 @@ def test_a_reward_that_raises_ends_the_run_with_its_name(model_folder, data, tmp
 
 
 def failing(tmp_path, how):
-    """A reward that counts the letter e, off by what it draws from each global source of random numbers; it fails at its
-    fourth step, on the second sample, if a file tells it to."""
+    """A reward that counts the letter e, off by what it draws from each global source of random numbers; it fails in
+    its fourth step, on the second sample, if a file tells it to."""
     asked = []
 
     @episode_reward
