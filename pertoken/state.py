@@ -17,7 +17,7 @@ from pertoken.evaluation import Evaluator
 from pertoken.examples import Examples
 from pertoken.guards import Guards
 from pertoken.objectives import AdaptiveKL, FixedKL
-from pertoken.policy.checkpoint import RandomStates
+from pertoken.policy.checkpoint import RandomStates, moved
 from pertoken.policy.model import Policy, Reference
 from pertoken.portions import Portion, set_states, states
 from pertoken.replay import Buffer
@@ -190,6 +190,8 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
         self.progress = TypeAdapter(Progress).validate_python(state["progress"])
+        if (note := moved(state.get("machine"))) is not None:
+            self.notes.append(note)
         if state["kl"].keys() == self.kl.state_dict().keys():
             self.kl.load_state_dict(state["kl"])
         else:

@@ -15,6 +15,7 @@ import torch
 from pertoken import build, run
 from pertoken.config import RunConfig
 from pertoken.errors import RewardError, RunFolderError
+from pertoken.policy import checkpoint
 from pertoken.policy.checkpoint import load_state, save_state
 from pertoken.rewards import Weighted, episode_reward
 from pertoken.tracking import RunReader
@@ -242,6 +243,20 @@ def test_other_controllers_and_rewards_begin_anew_and_say_so(place, tmp_path):
     run.train(changed, resume=tmp_path / "run", on_note=notes.append, interrupted=lambda: True)
     assert any("its coefficient starts anew" in note for note in notes)
     assert any("no state of 'new'" in note for note in notes)
+
+
+def test_on_another_machine_it_says_that_the_last_bits_may_differ(place, tmp_path, monkeypatch):
+    config = configuration(place, tmp_path / "run")
+    interrupted_after(config, 1)
+    here = checkpoint.machine()
+    for changed, said in (
+        ({}, []),
+        ({"threads": "99"}, [f"threads {here['threads']} there, 99 here: from here on the"]),
+    ):
+        monkeypatch.setattr(checkpoint, "machine", lambda changed=changed: here | changed)
+        notes = []
+        run.train(config, resume=tmp_path / "run", on_note=notes.append, interrupted=lambda: True)
+        assert [note.partition(" last")[0] for note in notes if "last bits" in note] == said
 
 
 def test_a_trained_model_is_replaced_whole(place, tmp_path):

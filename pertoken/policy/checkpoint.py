@@ -2,12 +2,13 @@
 
     state.safetensors   weight/<name>, optimizer/<name>/<field>, random/torch, random/cuda/<device>, and what else a
                         run keeps: average/<name>, reference/<name>, mask/<name>, reward/<part>/<name>
-    state.json          counters and controllers of the trainer, random states of Python and NumPy
+    state.json          counters and controllers of the trainer, random states of Python and NumPy, and on what machine
 
 When such a folder is written, kept and trusted is the business of `tracking/checkpoints.py`. Weights that are not
 trained (a LoRA base, say) are not in it: they come from `policy.model`.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping
@@ -17,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pertoken import native
 from pertoken.errors import RunFolderError
 from pertoken.policy.model import Policy
 
@@ -56,8 +59,32 @@ def save_state(
         save_file(_tensors(policy, optimizer, also) | drawn.tensors, folder / "state.safetensors")
     except SafetensorError as error:  # a full disk, for one; it inherits nothing that says so
         raise OSError(f"state.safetensors: {error}") from error
-    content = {**state, "random": {"python": drawn.python, "numpy": drawn.numpy}}
+    content = {**state, "machine": machine(), "random": {"python": drawn.python, "numpy": drawn.numpy}}
     (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def machine() -> dict[str, str]:
+    """What the last bits of a result depend on beside the run: where all of it is equal, results are."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": str(torch.get_num_threads()),
+        "compiled code": "used" if native.available() else "not used",
+        "processor": hashlib.sha256(native.processor().encode()).hexdigest()[:8],
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def moved(before: Any) -> str | None:
+    """What is another here than where a checkpoint was made, in a sentence; `before` is its `machine()`."""
+    now = machine()
+    known = before if isinstance(before, dict) else {}
+    others = [
+        f"{name} {known[name]} there, {now[name]} here" for name in now if known.get(name, now[name]) != now[name]
+    ]
+    if not others:
+        return None
+    return f"{'; '.join(others)}: from here on the last bits may be others than in a run that was never interrupted"
 
 
 def state_size(policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor] = {}) -> int:
