@@ -2,14 +2,14 @@
 
     python benchmarks/life.py --hours 24             # 96 sessions
 
-A session stands for a slot of a quarter of an hour on a machine that is shared: 96 of them are a day. What is simulated
-is the coming and going, not the waiting: nothing in a run looks at the time of day. A session makes one to five steps
-with its own numbers of prompts, samples and tokens per micro-batch, its own retention of checkpoints, now and then with a
-reward in processes of its own, and ends as asked, by SIGKILL, or where its time is up. Between sessions nothing may be
-left that a run folder does not hold: no draft, no temporary file, no process, no checkpoint beyond the retention; the log
-has each step once. Each session ends with as many open files and threads as the one before, and the memory of sessions
-has no slope. The last session makes many steps: open files and memory at its end are those of its beginning. Exits with
-1, and names the folder, if anything is otherwise.
+A session stands for a slot of a quarter of an hour on a machine that is shared: 96 of them are a day. What is
+simulated is the coming and going, not the waiting: nothing in a run looks at the time of day. A session makes one to
+five steps with its own numbers of prompts, samples and tokens per micro-batch, its own retention of checkpoints, now
+and then with a reward in processes of its own, and ends as asked, by SIGKILL, or where its time is up. Between
+sessions nothing may be left that a run folder does not hold: no draft, no temporary file, no process, no checkpoint
+beyond the retention; the log has each step once. Each session ends with as many open files and threads as the one
+before, and the memory of sessions has no slope. The last session makes many steps: open files and memory at its end
+are those of its beginning. Exits with 1, and names the folder, if anything is otherwise.
 """
 
 import argparse

@@ -190,8 +190,7 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
         self.progress = TypeAdapter(Progress).validate_python(state["progress"])
-        if (note := moved(state.get("machine"))) is not None:
-            self.notes.append(note)
+        self.notes += moved(state.get("machine"))
         if state["kl"].keys() == self.kl.state_dict().keys():
             self.kl.load_state_dict(state["kl"])
         else:

@@ -75,16 +75,15 @@ def machine() -> dict[str, str]:
     }
 
 
-def moved(before: Any) -> str | None:
-    """What is another here than where a checkpoint was made, in a sentence; `before` is its `machine()`."""
+def moved(before: Any) -> list[str]:
+    """A sentence on what is another here than where a checkpoint was made; `before` is its `machine()`."""
     now = machine()
     known = before if isinstance(before, dict) else {}
     others = [
         f"{name} {known[name]} there, {now[name]} here" for name in now if known.get(name, now[name]) != now[name]
     ]
-    if not others:
-        return None
-    return f"{'; '.join(others)}: from here on the last bits may be others than in a run that was never interrupted"
+    words = "from here on the last bits may be others than in a run that was never interrupted"
+    return [f"{'; '.join(others)}: {words}"] if others else []
 
 
 def state_size(policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor] = {}) -> int:
