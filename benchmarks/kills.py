@@ -13,7 +13,9 @@ with 1 if any run ended in another way, and names its folder.
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib
 import json
 import mmap
 import os
@@ -38,11 +40,13 @@ from pertoken.tracking.runs import verify_run
 from pertoken.training import trainer
 
 STEPS = 6
+LOOK = 0.003
+"""Seconds between looks at how far a process has come."""
 NAMED = 3
 """Exit code of a process that ended by a named error."""
 LEFT = (0, 5_000, 20_000, 100_000, 300_000, 1_200_000)
 """Bytes that stay free on a disk that is filled up: for no row, for half a row, for half a checkpoint, for no model."""
-STAGES = ("building", "evaluate", "generate", "update", "record", "checkpoint", "finishing")
+STAGES = ("building", "between", "evaluate", "generate", "update", "record", "checkpoint", "finishing")
 SETTINGS = {
     "gae": {"credit": {"type": "gae"}, "policy": {"value_head": {}}, "objective": {"entropy_coefficient": 0.01}},
     "lora": {"policy": {"lora": {"rank": 2}, "dropout": True}, "credit": {"type": "leave_one_out_process"}},
@@ -158,6 +162,43 @@ def ended(pid: int) -> str:
     return {0: "finished", NAMED: "a named error"}.get(code, f"exit code {code}")
 
 
+def run_for(pid: int, seconds: float) -> None:
+    """Return when a child has computed for so many seconds, or has ended (it is not waited for, and keeps its number).
+
+    Seconds of its own: how much of a clock's it gets depends on what else the machine does.
+    """
+    clock = (~pid << 3) | 2  # of the processor time of a process, as Linux numbers them
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.clock_gettime(clock) >= seconds:
+            break
+        time.sleep(LOOK)
+
+
+def computed_by_children() -> float:
+    """Seconds that the children which were waited for have computed."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
+def import_what_lives_do(work: Callable[[], None]) -> None:
+    """Do `work` in a process, and import here what that has imported: no process that is forked then needs to."""
+    reading, writing = os.pipe()
+
+    def told() -> None:
+        work()
+        os.write(writing, json.dumps(sorted(sys.modules)).encode())
+
+    pid = fork(told)
+    os.close(writing)
+    with open(reading, "rb") as names:
+        modules = json.loads(names.read() or b"[]")
+    assert ended(pid) == "finished"
+    for name in modules:
+        if name not in sys.modules and name not in ("__mp_main__", "moody"):
+            with contextlib.suppress(Exception):  # some cannot be imported by their name
+                importlib.import_module(name)
+
+
 def die_at(operation: int) -> None:
     """SIGKILL for this process right before its n-th file operation: what Python reports to auditors, and fsync."""
     left = operation
@@ -184,7 +225,7 @@ def mark_stages(place: mmap.mmap) -> None:
             try:
                 return function(*arguments, **named)
             finally:
-                place[0] = before
+                place[0] = before or STAGES.index("between")
 
         return call
 
@@ -214,23 +255,23 @@ class Experiment:
         self.stage = mmap.mmap(-1, 1)
         assert ended(fork(lambda: prepare(place))) == "finished"
         sys.path.insert(0, str(place))
+        import_what_lives_do(lambda: live(configuration(place, settings[0], place / "first")))
         self.expected, self.seconds = dict[str, object](), dict[str, float]()
         for setting in settings:
-            folder = place / f"whole-{setting}"
-            begun = time.monotonic()
+            folder, before = place / f"whole-{setting}", computed_by_children()
             assert self.life(setting, folder) == "finished", f"the undisturbed run in {folder} failed"
-            self.seconds[setting] = time.monotonic() - begun
+            self.seconds[setting] = computed_by_children() - before
             self.expected[setting] = outcome(folder)
 
     def life(self, setting: str, folder: Path, *, after: float | None = None, operation: int | None = None) -> str:
-        """One process on the run in `folder`, killed after so many seconds, or at that operation, or never."""
+        """One process on the run in `folder`, killed when it has computed for so many seconds, or at that operation, or
+        never."""
         if self.as_cli:
             job = self._cli(setting, folder)
-            try:
-                code = job.wait(after)
-            except subprocess.TimeoutExpired:
+            if after is not None:
+                run_for(job.pid, after)
                 job.kill()
-                code = job.wait()
+            code = job.wait()
             return {0: "finished", -9: "killed"}.get(code, f"exit code {code}")
         config = configuration(self.place, setting, folder)
 
@@ -242,8 +283,8 @@ class Experiment:
 
         pid = fork(work)
         if after is not None:
-            time.sleep(after)
-            os.kill(pid, signal.SIGKILL)  # one that has ended is not yet waited for: the number is still its own
+            run_for(pid, after)
+            os.kill(pid, signal.SIGKILL)
         return ended(pid)
 
     def disturbed(self, setting: str, folder: Path, deaths: list[dict[str, float]]) -> int:
@@ -282,18 +323,18 @@ class Experiment:
     def by_signals(self, count: int, seed: int) -> None:
         """Runs of `pertoken train` that get a signal at a random moment, or two, and then live to their end."""
         source, self.as_cli = random.Random(seed), True
-        begun = time.monotonic()
+        before = computed_by_children()
         assert self.life(self.settings[0], self.place / "by-cli") == "finished"
-        span = time.monotonic() - begun
+        span = computed_by_children() - before
         for number in range(count):
             setting, folder = source.choice(self.settings), self.place / f"signalled-{number}"
             ask = source.choice([[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGINT]])
             job = self._cli(setting, folder)
-            time.sleep(source.uniform(0, span))
+            run_for(job.pid, source.uniform(0, span))
             for asked in ask:
                 job.send_signal(asked)
                 time.sleep(source.uniform(0, 0.3))
-            code = job.wait(120)
+            code = job.wait(1200)
             self.ends[f"{' '.join(a.name for a in ask)} -> {code}"] += 1
             self._last_life(setting, folder)
             print(f"so far: {self.report()}", flush=True)
@@ -315,7 +356,7 @@ class Experiment:
         folder, after = disk / "run", source.uniform(0, self.seconds[setting])
         if source.random() < 0.7:
             pid = fork(lambda: live(configuration(self.place, setting, folder)))
-            time.sleep(after)
+            run_for(pid, after)
             free, left = shutil.disk_usage(disk).free, source.choice(LEFT)
             (disk / "ballast").write_bytes(b"x" * max(0, free - left))
             end = ended(pid)

@@ -1,17 +1,21 @@
 """A long life in a short time: one run in many sessions, each resumed by a process of its own with other batch sizes.
 
-    python benchmarks/life.py --sessions 300         # about as many seconds, or a few times as many
+    python benchmarks/life.py --hours 24             # 96 sessions
 
-A session makes one to five steps with its own numbers of prompts, samples and tokens per micro-batch, its own retention
-of checkpoints, now and then with a reward in processes of its own, and ends as asked, by SIGKILL, or where its time is
-up. Between sessions nothing may be left that a run folder does not hold: no draft, no temporary file, no process, no
-checkpoint beyond the retention; the log has each step once. The last session makes many steps: open files and memory at
-its end are those of its beginning. Exits with 1, and names the folder, if anything is otherwise.
+A session stands for a slot of a quarter of an hour on a machine that is shared: 96 of them are a day. What is
+simulated is the coming and going, not the waiting: nothing in a run looks at the time of day. A session makes one to
+five steps with its own numbers of prompts, samples and tokens per micro-batch, its own retention of checkpoints, now
+and then with a reward in processes of its own, and ends as asked, by SIGKILL, or where its time is up. Between
+sessions nothing may be left that a run folder does not hold: no draft, no temporary file, no process, no checkpoint
+beyond the retention; the log has each step once. Each session ends with as many open files and threads as the one
+before, and the memory of sessions has no slope. The last session makes many steps: open files and memory at its end
+are those of its beginning. Exits with 1, and names the folder, if anything is otherwise.
 """
 
 import argparse
 import gc
 import json
+import math
 import os
 import random
 import re
@@ -20,12 +24,12 @@ import signal
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kills import configuration, ended, fork, prepare
+from kills import configuration, ended, fork, import_what_lives_do, prepare, run_for
 
 from pertoken.config import RunConfig
 from pertoken.jobs import run
@@ -34,8 +38,12 @@ from pertoken.tracking.runs import verify_run
 
 MARK = "PERTOKEN_LIFE"
 """In the environment of all that a session starts: what outlives it is found by this."""
+SLOT = 0.25
+"""Hours that a session stands for."""
 GROWTH = 1.15
 """How much more memory the last session may have at its end than at a third of its way."""
+DRIFT = 0.05
+"""By how much of their median the memory of sessions may rise from the first to the last, if that is no chance."""
 KNOWN = re.compile(
     r"run\.json|config\.yaml|metrics\.jsonl|evaluations\.jsonl|certificate\.json|rewards\.log|report\.html|\.lock|"
     r"episodes/\d{6}\.jsonl|evaluations/\d{6}-validation\.jsonl|model/[\w.-]+|"
@@ -123,7 +131,11 @@ class Life:
         tempfile.tempdir = None
         assert ended(fork(lambda: prepare(place))) == "finished"
         sys.path.insert(0, str(place))
-        self.faults, self.ends, self.peaks = list[str](), Counter[str](), list[int]()
+        import_what_lives_do(lambda: run.train(configuration(place, "full", place / "first")))
+        self.faults, self.ends = list[str](), Counter[str]()
+        self.peaks, self.last = list[tuple[int, int]](), Counter[tuple[int, int]]()
+        """Of sessions without processes of rewards: (number of the session, most memory), and how often one ended with
+        so many open files and threads."""
 
     def session(self, steps: int, *, way: str) -> list[dict[str, int]]:
         """One session that ends in some `way`; what it held after each step."""
@@ -132,7 +144,7 @@ class Life:
         self.told.unlink(missing_ok=True)
         pid = fork(lambda: live(config, steps, self.told, seconds))
         if way == "killed":
-            time.sleep(self.source.uniform(0.5, 6.0))
+            run_for(pid, self.source.uniform(0.1, 3.0))
             os.kill(pid, signal.SIGKILL)
         end = ended(pid)
         self.ends[f"{way}: {end}"] += 1
@@ -141,8 +153,9 @@ class Life:
         if end == "finished":  # what a kill leaves is seen to by the next session
             self.faults += left_behind(self.folder, self.temporary) + inconsistent(self.folder, config.checkpoint.keep)
         seen: list[dict[str, int]] = json.loads(self.told.read_text(encoding="utf-8")) if self.told.exists() else []
-        if seen and end == "finished":
-            self.peaks.append(max(each["memory"] for each in seen))
+        if seen and end == "finished" and not any(reward.processes for reward in config.rewards):
+            self.peaks.append((sum(self.ends.values()), max(each["memory"] for each in seen)))
+            self.last[seen[-1]["files"], seen[-1]["threads"]] += 1
         return seen
 
     def many(self, sessions: int) -> None:
@@ -164,28 +177,50 @@ class Life:
         if late["memory"] > GROWTH * early["memory"]:
             self.faults.append(f"memory grew: {early} -> {late}")
 
+    def trends(self) -> None:
+        """Find a fault in what rises from session to session."""
+        if len(self.last) > 1:
+            self.faults.append(f"sessions end with different numbers of (open files, threads): {dict(self.last)}")
+        if len(self.peaks) > 2:
+            numbers, memory = zip(*self.peaks, strict=True)
+            (slope, _), error = statistics.linear_regression(numbers, memory), error_of_slope(numbers, memory)
+            rise = slope * (numbers[-1] - numbers[0])
+            print(f"memory rises by {slope / 1e3:.1f} kB a session, standard error {error / 1e3:.1f} kB", flush=True)
+            if slope > 3 * error and rise > DRIFT * statistics.median(memory):
+                self.faults.append(f"memory of sessions rose by {rise / 1e6:.0f} MB")
+
     def report(self) -> str:
         metrics = RunReader(self.folder).metrics()
         resumed = len(RunReader(self.folder).run()["resumed"])
         size = sum(path.stat().st_size for path in (self.folder / "checkpoints").rglob("*") if path.is_file())
         ends = ", ".join(f"{end} {count}" for end, count in sorted(self.ends.items()))
-        peaks = [each / 1e9 for each in self.peaks] or [0.0]
+        peaks = [memory / 1e9 for _, memory in self.peaks] or [0.0]
+        files = ", ".join(f"{files} open files and {threads} threads" for files, threads in self.last)
+        count, steps = sum(self.ends.values()), len(metrics.get("step", []))
         return (
-            f"{sum(self.ends.values())} sessions ({ends}), {resumed} resumed, {len(metrics.get('step', []))} steps, "
-            f"memory of a session {statistics.median(peaks):.2f} GB (at most {max(peaks):.2f}), checkpoints "
+            f"{SLOT * count:g} hours in {count} sessions ({ends}), {resumed} resumed, {steps} steps, "
+            f"memory of a session {statistics.median(peaks):.2f} GB (at most {max(peaks):.2f}), {files}, checkpoints "
             f"{size / 1e6:.1f} MB, {len(self.faults)} faults" + "".join(f"\n  {fault}" for fault in self.faults)
         )
 
 
+def error_of_slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Standard error of the slope of a least-squares line."""
+    slope, intercept = statistics.linear_regression(x, y)
+    rest = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
+    return math.sqrt(rest / (len(x) - 2) / sum((a - statistics.mean(x)) ** 2 for a in x))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sessions", type=int, default=50)
+    parser.add_argument("--hours", type=float, default=12.0, help="of simulated life")
     parser.add_argument("--last", type=int, default=60, help="steps of the last session")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="life-"))
     life = Life(place, options.seed)
-    life.many(options.sessions)
+    life.many(round(options.hours / SLOT))
+    life.trends()
     if not life.faults:
         life.long(options.last)
     print(life.report())

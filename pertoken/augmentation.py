@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pertoken.config import AugmentConfig, BackTranslationConfig
-from pertoken.machine.cache import cache_folder
+from pertoken.machine.cache import cache_folder, keep
 from pertoken.policy.model import Policy, load_model
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards.align import align, sentence_spans
@@ -42,19 +42,28 @@ def back_translation(config: BackTranslationConfig) -> Rewrite:
     """
 
     def rewrite(texts: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        known = {text: _place(config, text) for text in texts}
-        missing = [text for text, place in known.items() if not place.is_file()]
+        known = {text: _known(_place(config, text)) for text in texts}
+        missing = [text for text, rewritten in known.items() if rewritten is None]
         sentences = {text: [text[start:stop] for start, stop in sentence_spans(text)] for text in missing}
         said = [sentence for parts in sentences.values() for sentence in parts]
         for model in (config.there, config.back) if said else ():
             said = translate(model, config.prompt, said)
         remaining = iter(said)
         for text, parts in sentences.items():
-            known[text].parent.mkdir(parents=True, exist_ok=True)
-            known[text].write_text(json.dumps(" ".join(next(remaining) for _ in parts)), encoding="utf-8")
-        return [str(json.loads(known[text].read_text(encoding="utf-8"))) for text in texts]
+            known[text] = " ".join(next(remaining) for _ in parts)
+            keep(_place(config, text), json.dumps(known[text]))
+        return [str(known[text]) for text in texts]
 
     return rewrite
+
+
+def _known(place: Path) -> str | None:
+    """What was kept there; None if nothing was, or nothing that can be read."""
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def translate(model: str, prompt: str, sentences: Sequence[str]) -> list[str]:

@@ -6,16 +6,19 @@ Everything behind the rollout (scoring, rewards, credit, losses) steps over it.
     prompt  action action  observation observation  action action action
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from pertoken.machine.background import Background, StillRunningError
 from pertoken.errors import ConfigError, ModelError, RewardError
 from pertoken.prompts import prompt_ids
 from pertoken.rewards import ScoredSpan
 from pertoken.rewards.align import align, spread
+from pertoken.rewards.base import reason
 from pertoken.rollout.collect import sample_seed
 from pertoken.rollout.engine import RolloutEngine
 from pertoken.sampling import Controls
@@ -53,6 +56,7 @@ def converse(
     max_turns: int,
     context_length: int,
     go_on_when_cut: bool = False,
+    time_limit: float | None = None,
     samples_per_prompt: int = 1,
     run_seed: int = 0,
     step: int = 0,
@@ -66,8 +70,9 @@ def converse(
     `context_length` tokens. It always ends with an action. What the environment pays is `Episode.env_rewards`, the part
     `env` of the reward.
 
-    Raises ConfigError for sampling.min_new_tokens, which would be counted over all turns, and ModelError for
-    encoder-decoder models, which cannot go on from what they have written.
+    Raises ConfigError for sampling.min_new_tokens, which would be counted over all turns, ModelError for
+    encoder-decoder models, which cannot go on from what they have written, and RewardError, which names item and turn,
+    for an environment that raises, answers what is no reply, or takes longer than `time_limit` seconds for it.
     """
     if max_turns < 1:
         raise ConfigError(f"max_turns is {max_turns}: expected at least 1")
@@ -85,7 +90,9 @@ def converse(
         seeds = [talk.seed(run_seed, step) for talk in live]
         completions = engine.generate([talk.tokens for talk in live], controls, seeds=seeds)
         for talk, completion in zip(live, completions, strict=True):
-            talk.turn(completion, environment, tokenizer, last=max_turns, room=context_length, go_on=go_on_when_cut)
+            talk.says(completion, tokenizer)
+            reply = talk.asks(environment, time_limit)
+            talk.hears(reply, completion, tokenizer, last=max_turns, room=context_length, go_on=go_on_when_cut)
         live = [talk for talk in live if talk.stop is None]
     return [talk.episode(step, engine.version) for talk in talks]
 
@@ -100,6 +107,8 @@ class _Talk:
     tokens: list[int]
     stop: StopReason | None = None
     turns: int = 0
+    text: Any = None
+    """What the policy said last, aligned with its tokens."""
     messages: list[Message] = field(default_factory=list)
     action_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -119,18 +128,36 @@ class _Talk:
         name = f"{self.item.id}/turn {self.turns + 1}" if self.turns else self.item.id
         return sample_seed(run_seed, step, name, self.sample)
 
-    def turn(
-        self, said: Completion, environment: Environment, tokenizer: Any, *, last: int, room: int, go_on: bool
-    ) -> None:
-        """Write down what the policy said, and what the environment makes of it."""
-        start = len(self.tokens)
+    def says(self, said: Completion, tokenizer: Any) -> None:
+        """Write down what the policy said."""
         self.turns += 1
         self._chosen(said)
-        text = align(said.tokens, tokenizer)
-        self.messages.append({"role": "assistant", "content": text.text})
-        reply = environment.reply(self.item, tuple(self.messages))
-        reply = reply if isinstance(reply, Reply) else Reply(reply)
-        self._pay(reply.reward, start, text)
+        self.text = align(said.tokens, tokenizer)
+        self.messages.append({"role": "assistant", "content": self.text.text})
+
+    def asks(self, environment: Environment, time_limit: float | None) -> Reply:
+        """What the environment makes of that."""
+        told = tuple(self.messages)
+        try:
+            if time_limit is None:
+                reply: Any = environment.reply(self.item, told)
+            else:
+                work = Background(lambda: environment.reply(self.item, told), "pertoken-environment")
+                reply = work.result(time_limit)
+        except StillRunningError as error:
+            raise RewardError(f"{self._where}: no answer within {time_limit:g} s. {error}") from error
+        except (Exception, SystemExit) as error:
+            raise RewardError(f"{self._where}: {reason(error)}") from error
+        text, role = (reply.text, reply.role) if isinstance(reply, Reply) else (reply, "user")
+        if text is not None and not (_is_text(text) and _is_text(role)):
+            raise RewardError(
+                f"{self._where}: it said {text!r} as {role!r}, expected texts, or None to end the episode"
+            )
+        return reply if isinstance(reply, Reply) else Reply(text)
+
+    def hears(self, reply: Reply, said: Completion, tokenizer: Any, *, last: int, room: int, go_on: bool) -> None:
+        """Write down what the environment makes of what was said."""
+        self._pay(reply.reward, len(self.tokens) - len(said.tokens))
         if reply.text is None or said.stop == "context" or (said.stop == "length" and not go_on):
             self.stop = said.stop
         elif self.turns == last:
@@ -175,19 +202,32 @@ class _Talk:
         self.rewards += [0.0] * len(ids)
         self.entropies = None if entropies is None or self.entropies is None else [*self.entropies, *entropies]
 
-    def _pay(self, reward: float | Sequence[ScoredSpan], start: int, text: Any) -> None:
+    def _pay(self, reward: Any, start: int) -> None:
         """Put what the turn that begins at token `start` has earned on its tokens."""
-        if not isinstance(reward, Sequence):
-            self.rewards[-1] += float(reward)
+        if not isinstance(reward, Sequence) or isinstance(reward, str):
+            self.rewards[-1] += self._number(reward)
             return
         for span in reward:
-            if not 0 <= span.start <= span.stop <= len(text.text):
+            if not isinstance(span, ScoredSpan) or not 0 <= span.start <= span.stop <= len(self.text.text):
                 raise RewardError(
-                    f"the environment, item {self.item.id!r}, turn {self.turns}: {span} lies outside the "
-                    f"{len(text.text)} characters of what the policy said; expected 0 <= start <= stop <= that"
+                    f"{self._where}: {span} lies outside the {len(self.text.text)} characters of what the policy said; "
+                    "expected a ScoredSpan with 0 <= start <= stop <= that"
                 )
-            for token, share in spread(text, span.start, span.stop, span.value):
+            for token, share in spread(self.text, span.start, span.stop, self._number(span.value)):
                 self.rewards[start + token] += share
+
+    def _number(self, paid: Any) -> float:
+        try:
+            number = math.nan if isinstance(paid, str) else float(paid)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise RewardError(f"{self._where}: it paid {paid!r}, expected a finite number, or a list of ScoredSpan")
+        return number
+
+    @property
+    def _where(self) -> str:
+        return f"the environment, item {self.item.id!r}, turn {self.turns}"
 
     def _between(self, message: Message, said: Completion, tokenizer: Any) -> list[int]:
         """The ids that stand between this turn and the next: the message, and what the chat template puts around it.
@@ -212,6 +252,14 @@ class _Talk:
             raise ModelError(f"item {self.item.id}: the chat template leaves out what the assistant said before")
         ids = list(tokenizer.encode(behind, add_special_tokens=False))
         return ids[1:] if said.stop == "eos" and ids[:1] == said.tokens[-1:] else ids
+
+
+def _is_text(text: Any) -> bool:
+    """Whether `text` is one that a tokenizer takes: half a character, as broken tools write it, is none."""
+    try:
+        return isinstance(text, str) and text.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 _MARK = "(what the assistant said: 5f0b7c)"

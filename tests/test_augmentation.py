@@ -45,6 +45,22 @@ def test_texts_go_there_and_back_sentence_by_sentence_and_are_asked_for_once(ask
     assert len(asked) == 4, "what is known is kept"
 
 
+def test_what_a_kill_left_half_written_is_asked_for_again(asked, killed_at):
+    """Before each file operation of keeping a text; and a file that was cut at any byte, as older versions left it."""
+    operation = 1
+    while killed_at(operation, lambda: back_translation(MODELS)(["Stop."], [0])):
+        assert back_translation(MODELS)(["Stop."], [0]) == ["Stop g e."]
+        augmentation._place(MODELS, "Stop.").unlink()
+        operation += 1
+    assert operation > 2
+    place = augmentation._place(MODELS, "Stop.")
+    whole = place.read_bytes()
+    for content in (*(whole[:cut] for cut in range(len(whole))), b"3", b"[" * 2000, b"\xff"):
+        place.write_bytes(content)
+        assert back_translation(MODELS)(["Stop."], [0]) == ["Stop g e."]
+        assert place.read_bytes() == whole
+
+
 def test_a_model_translates_and_batches_change_nothing(tmp_path):
     tiny_encoder_decoder("marian").save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")

@@ -38,6 +38,20 @@ def test_two_seconds_of_more(targets, name):
     assert not found, "\n".join(f"{fault}: {case}\n{words}" for fault, (case, words) in found.items())
 
 
+def test_what_is_drawn_stays_as_it_was():
+    """Values of the list of odd ones are put into others and have parts exchanged: in the list nothing changes."""
+    before = repr(fuzz.ODD)
+
+    @fuzz.seed(3)
+    @fuzz.settings(max_examples=300, deadline=None, database=None)
+    @fuzz.given(fuzz.exchanged([{"a": fuzz.ODD}]))
+    def draw(value):
+        repr(value)
+
+    draw()
+    assert repr(fuzz.ODD) == before
+
+
 def test_a_fault_is_found_and_made_small(monkeypatch, tmp_path):
     """A planted one: rows that mention a cat end in a KeyError."""
     whole = fuzz.load_file_task

@@ -171,8 +171,8 @@ MAY["reward_models"] = {
     "text_metrics",
     "tracking",
 }
-MAY["turns"] = {"errors", "sampling", "types", "prompts", "rewards", "rollout"}
-MAY["integrations"] = MAY["turns"] | {"machine.background", "batching", "config", "tasks", "assembly"}
+MAY["turns"] = {"machine.background", "errors", "sampling", "types", "prompts", "rewards", "rollout"}
+MAY["integrations"] = MAY["turns"] | {"batching", "config", "tasks", "assembly"}
 MAY["validation"] = MAY["jobs.run"] | {"jobs.run"}
 MAY["jobs.generation"] = MAY["jobs.run"] | {"jobs.run"}
 MAY["jobs.many"] = {"config", "jobs.run", "tracking"}

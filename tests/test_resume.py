@@ -16,6 +16,7 @@ from pertoken import assembly
 from pertoken.config import RunConfig
 from pertoken.errors import RewardError, RunFolderError
 from pertoken.jobs import run
+from pertoken.policy import checkpoint
 from pertoken.policy.checkpoint import load_state, save_state
 from pertoken.rewards import Weighted, episode_reward
 from pertoken.tracking import RunReader
@@ -80,6 +81,7 @@ def finished(config):
     return kills.outcome(config.run_folder)
 
 
+BY_SEGMENTS = {"max_new_tokens": 6, "top_p": 0.95, "segment": {"tokens": 2, "context": 3}}
 CREDITS = {
     "leave_one_out_process": {"credit": {"type": "leave_one_out_process"}},
     "per_part": {"credit": {"type": "per_part", "parts": {"moody": {"gamma": 0.9, "by": "episode"}}}},
@@ -90,6 +92,15 @@ CREDITS = {
     "gae": {"credit": {"type": "gae"}, "policy": {"value_head": {}}},
     "lora and dropout": {"credit": {"type": "leave_one_out"}, "policy": {"lora": {"rank": 2}, "dropout": True}},
     "drawn ahead": {"credit": {"type": "leave_one_out"}, "rollout": {"ahead": True}},
+    "by segments": {
+        "credit": {"type": "gae"},
+        "policy": {"value_head": {}},
+        "rollout": {"sampling": BY_SEGMENTS},
+    },
+    "by segments, drawn ahead": {
+        "credit": {"type": "leave_one_out"},
+        "rollout": {"sampling": BY_SEGMENTS, "ahead": True},
+    },
     "bfloat16": {"credit": {"type": "leave_one_out"}, "policy": {"precision": "bfloat16"}},
 }
 
@@ -235,6 +246,20 @@ def test_other_controllers_and_rewards_begin_anew_and_say_so(place, tmp_path):
     assert any("no state of 'new'" in note for note in notes)
 
 
+def test_on_another_machine_it_says_that_the_last_bits_may_differ(place, tmp_path, monkeypatch):
+    config = configuration(place, tmp_path / "run")
+    interrupted_after(config, 1)
+    here = checkpoint.machine()
+    for changed, said in (
+        ({}, []),
+        ({"threads": "99"}, [f"threads {here['threads']} there, 99 here: from here on the"]),
+    ):
+        monkeypatch.setattr(checkpoint, "machine", lambda changed=changed: here | changed)
+        notes = []
+        run.train(config, resume=tmp_path / "run", on_note=notes.append, interrupted=lambda: True)
+        assert [note.partition(" last")[0] for note in notes if "last bits" in note] == said
+
+
 def test_a_trained_model_is_replaced_whole(place, tmp_path):
     config = configuration(place, tmp_path / "run", stop={"steps": 1})
     finished(config)
@@ -259,3 +284,59 @@ def test_killed_processes_leave_runs_that_end_as_if_they_never_were():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr + str(arguments)
     assert ", 0 of them ended otherwise" in done.stdout
+
+
+# --- power cuts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What a power cut would leave: it looks at each rename of a sound file or folder, and at what was promised."""
+
+    class Disk:
+        """Content that was brought to the disk, and folders whose names were not yet."""
+
+        def __init__(self):
+            self.brought, self.open_names, self.renames = set(), set(), 0
+
+        def has(self, path):
+            return all(self._mark(os.stat(each)) in self.brought for each in (path, *path.rglob("*")))
+
+        def sync(self, descriptor):
+            found = os.fstat(descriptor)
+            self.brought.add(self._mark(found))
+            self.open_names = {folder for folder in self.open_names if os.stat(folder).st_ino != found.st_ino}
+
+        def rename(self, source, target):
+            source, target = Path(source), Path(target)
+            if not target.name.startswith(".removed-"):  # a cut that undoes a removal harms nobody
+                assert self.has(source), f"{source} became {target} before its content was brought to the disk"
+                self.open_names.add(target.parent)
+                self.renames += 1
+
+        @staticmethod
+        def _mark(found):
+            return found.st_ino, found.st_size, found.st_mtime_ns
+
+    disk = Disk()
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), disk.sync(descriptor)))
+    monkeypatch.setattr(os, "rename", lambda source, target: (disk.rename(source, target), rename(source, target)))
+    monkeypatch.setattr(os, "replace", lambda source, target: (disk.rename(source, target), replace(source, target)))
+    return disk
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are not synced there")
+def test_a_power_cut_finds_all_that_was_promised_on_the_disk(place, tmp_path, disk):
+    """Nothing gets its name before its content is on the disk, and no step is told before its row and name are."""
+    config = configuration(place, tmp_path / "run", stop={"steps": 2}, checkpoint={"every": 1, "keep": 1})
+
+    def told(report, seconds):
+        assert disk.has(tmp_path / "run" / "metrics.jsonl")
+        assert not disk.open_names, f"names in {disk.open_names} can be lost"
+        assert disk.has(tmp_path / "run" / "checkpoints" / f"step-{report.step:06d}")
+
+    run.train(config, on_step=told)
+    assert disk.has(tmp_path / "run" / "model")
+    assert not disk.open_names
+    assert disk.renames > 10

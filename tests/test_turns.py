@@ -1,6 +1,9 @@
 """Several turns in one episode: what is given between them has no log-prob, gets no credit, and takes no time."""
 
+import json
+import math
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -176,6 +179,41 @@ def test_a_range_beyond_the_turn_is_refused():
         episode_of([("one", "eos")], [Reply(None, reward=[ScoredSpan(0, 4, 1.0)])])
 
 
+def paid(reward):
+    """A reply as it comes from a person: nobody has looked at its types."""
+    reply = Reply("b")
+    object.__setattr__(reply, "reward", reward)
+    return reply
+
+
+FAULTS = {
+    "raises": (lambda: {}["key"], r"raised KeyError: 'key'"),
+    "exits": (lambda: sys.exit(3), "raised SystemExit"),
+    "nan": (lambda: paid(math.nan), "it paid nan, expected a finite number"),
+    "infinite": (lambda: paid([ScoredSpan(0, 1, math.inf)]), "it paid inf, expected a finite number"),
+    "too large": (lambda: paid(10**400), "it paid 1000*, expected a finite number"),
+    "no number": (lambda: paid("1"), "it paid '1', expected a finite number"),
+    "no span": (lambda: paid([(0, 1, 2.0)]), "expected a ScoredSpan"),
+    "no text": (lambda: 5, "it said 5 as 'user', expected texts"),
+    "half a character": (lambda: "a\ud83d", r"it said 'a\\ud83d' as 'user', expected texts"),
+    "hangs": (lambda: threading.Event().wait(60), r"no answer within 0\.3 s\. It is at .*threading\.py"),
+}
+
+
+@pytest.mark.parametrize(("answer", "words"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_of_the_environment_names_item_and_turn(answer, words):
+    class Faulty:
+        def reply(self, item, messages):
+            return "go on" if len(messages) < 4 else answer()
+
+    engine = Scripted(("one", "eos"), ("two", "eos"))
+    with pytest.raises(RewardError, match=r"the environment, item 'a', turn 2: .*" + words):
+        converse(
+            engine, [ITEMS[0]], tokenizer_with(), Controls(), environment=Faulty(), max_turns=5, context_length=200,
+            time_limit=0.3,
+        )  # fmt: skip
+
+
 def test_rewards_of_texts_see_all_of_it_and_pay_actions_alone():
     episode, _ = episode_of([("one", "eos"), ("two", "eos")], [" said "])
     seen = []
@@ -309,6 +347,8 @@ def test_what_has_no_meaning_in_turns_is_refused():
 # --- in a run -----------------------------------------------------------------------------------------------
 
 TOOLS = """
+from pathlib import Path
+
 from pertoken.turns import Reply
 
 class Counter:
@@ -316,6 +356,8 @@ class Counter:
         self.letter = letter
 
     def reply(self, item, messages):
+        if item.prompt and Path("broken").exists():
+            raise ValueError("no connection")
         found = messages[-1]["content"].count(self.letter)
         turns = sum(message["role"] == "assistant" for message in messages)
         return Reply(f" {found} more: " if turns < 2 else None, reward=float(found))
@@ -401,3 +443,22 @@ def test_what_is_for_one_turn_is_refused(run_of, overrides, words):
 def test_an_environment_that_cannot_be_made_is_named(run_of, overrides, words):
     with pytest.raises(ConfigError, match=words):
         train(run_of("folder=run", *overrides))
+
+
+def test_an_environment_that_fails_costs_the_step_that_it_fails_in(run_of, tmp_path):
+    whole = train(run_of("folder=whole", "stop.steps=4"))
+
+    def break_it(report, seconds):
+        if report.step == 2:
+            (tmp_path / "broken").touch()
+
+    config = run_of("folder=run", "stop.steps=4")
+    with pytest.raises(RewardError, match=r"turn 1: raised ValueError: no connection \(step 2 is saved: `--resume`"):
+        train(config, on_step=break_it)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    (tmp_path / "broken").unlink()
+    train(config, resume=tmp_path / "run")
+    found, wanted = (
+        (folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", whole.folder)
+    )
+    assert found == wanted

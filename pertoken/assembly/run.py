@@ -167,6 +167,7 @@ def build_turns(config: RunConfig, policy: Policy) -> Callable[..., list[Episode
         max_turns=turns.max_turns,
         context_length=policy.context_length,
         go_on_when_cut=turns.go_on_when_cut,
+        time_limit=turns.time_limit,
     )
 
 

@@ -18,7 +18,7 @@ from pertoken.config import (
     TaskConfig,
 )
 from pertoken.config.refusals import OF_FAMILIES
-from pertoken.errors import ModelError, TaskError
+from pertoken.errors import ModelError, PertokenError, TaskError
 from pertoken.forward import decoder_start
 from pertoken.policy.model import Policy
 from pertoken.prompts import prompt_ids
@@ -66,7 +66,18 @@ def _made_task(config: FunctionTask) -> ItemTask:
     made = make_with(config.fn, config.parameters, "task")
     if not isinstance(made, Task):
         raise TaskError(f"task.fn {config.fn}: expected a task (name, items), got {type(made).__name__}")
-    return ItemTask(made.name, {split: tuple(made.items(split))[: config.limit] for split in SPLITS})
+    splits = dict[Split, Sequence[Item]]()
+    for split in SPLITS:
+        try:
+            splits[split] = tuple(made.items(split))[: config.limit]
+        except PertokenError:
+            raise
+        except Exception as error:
+            raise TaskError(f"task.fn {config.fn}: items({split!r}) raised {type(error).__name__}: {error}") from error
+        for place, item in enumerate(splits[split]):
+            if not isinstance(item, Item):
+                raise TaskError(f"task.fn {config.fn}: {split} item {place} is {type(item).__name__}, expected an Item")
+    return ItemTask(made.name, splits)
 
 
 def build_course(config: RunConfig, items: Sequence[Item], size: int, policy: Policy) -> Course | None:

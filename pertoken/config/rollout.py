@@ -46,6 +46,8 @@ class TurnsConfig(Section):
     bounds each turn."""
     go_on_when_cut: bool = False
     """Go on behind a turn that its budget of tokens has cut off."""
+    time_limit: float | None = Field(default=None, gt=0)
+    """Seconds that it may take for an answer, after which the run ends, saved; null waits for ever."""
 
 
 class RolloutConfig(Section):

@@ -29,6 +29,7 @@ from pertoken.sampling import Controls
 from pertoken.tracking.certificate import read_certificate, write_certificate
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.comparison import Comparison, compare
+from pertoken.tracking.files import sync_folder, sync_whole
 from pertoken.tracking.lock import RunLock
 from pertoken.tracking.reader import RunReader
 from pertoken.tracking.report import write_report
@@ -393,15 +394,18 @@ def _refuse_occupied(folder: Path) -> None:
 
 
 def _save_model(policy: Policy, folder: Path) -> None:
-    """Write the trained model so that a kill leaves the folder of before, the new one, or none: never a part."""
+    """Write the trained model so that a kill or a power cut leaves the folder of before, the new one, or none: never a
+    part."""
     draft, old = folder.with_name(f".partial-{folder.name}"), folder.with_name(f".removed-{folder.name}")
     try:
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
         policy.save(draft)
+        sync_whole(draft)
         if folder.exists():
             folder.rename(old)
         draft.rename(folder)
+        sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)

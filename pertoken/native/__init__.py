@@ -13,9 +13,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from pertoken.machine.cache import cache_folder
 
+BUILD_LIMIT = 600.0
+"""Seconds that compiling may take, or waiting for another process that is at it."""
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-ffast-math", "-fno-finite-math-only")
 
 
@@ -31,7 +34,10 @@ def available() -> bool:
     target = cache_folder() / "native" / f"pertoken-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     try:
         if not target.is_file():
-            _build(compiler, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(target.with_suffix(".lock"), timeout=BUILD_LIMIT):  # processes that begin together build once
+                if not target.is_file():
+                    _build(compiler, target)
         torch.ops.load_library(str(target))
     except (OSError, subprocess.SubprocessError):
         return False
@@ -68,7 +74,6 @@ def _build(compiler: str, target: Path) -> None:
 
     includes = [f"-I{path}" for path in include_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as place:
         parts = {source: f"{place}/{source.stem}.o" for source in Path(__file__).parent.glob("*.cpp")}
         _run(*([compiler, *FLAGS, abi, *includes, "-c", str(source), "-o", part] for source, part in parts.items()))
@@ -82,7 +87,7 @@ def _run(*commands: list[str]) -> None:
     """Run commands side by side; raises CalledProcessError if one fails."""
     running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands]
     try:
-        codes = [process.wait(timeout=600) for process in running]
+        codes = [process.wait(timeout=BUILD_LIMIT) for process in running]
     finally:
         for process in running:
             process.kill()

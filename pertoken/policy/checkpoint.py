@@ -2,25 +2,46 @@
 
     state.safetensors   weight/<name>, optimizer/<name>/<field>, random/torch, random/cuda/<device>, and what else a
                         run keeps: average/<name>, reference/<name>, mask/<name>, reward/<part>/<name>
-    state.json          counters and controllers of the trainer, random states of Python and NumPy
+    state.json          counters and controllers of the trainer, random states of Python and NumPy, and on what machine
 
 When such a folder is written, kept and trusted is the business of `tracking/checkpoints.py`. Weights that are not
 trained (a LoRA base, say) are not in it: they come from `policy.model`.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pertoken import native
 from pertoken.errors import RunFolderError
 from pertoken.policy.model import Policy
+
+
+@dataclass(frozen=True)
+class RandomStates:
+    """All global random states at one moment."""
+
+    tensors: dict[str, torch.Tensor]
+    """Of torch: random/torch, and random/cuda/<device>."""
+    python: Any
+    numpy: dict[str, Any]
+
+    @classmethod
+    def of_now(cls) -> "RandomStates":
+        tensors = {"random/torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors |= {f"random/cuda/{k}": state for k, state in enumerate(torch.cuda.get_rng_state_all())}
+        return cls(tensors, random.getstate(), _numpy_state())
 
 
 def save_state(
@@ -29,14 +50,40 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     also: Mapping[str, torch.Tensor] = {},
+    drawn: RandomStates | None = None,
 ) -> None:
-    """Write weights, optimiser and random states of now into `folder`, and with them `state` and the tensors `also`."""
+    """Write weights and optimiser of now into `folder`, and with them `state`, the tensors `also` and the random states
+    `drawn`, or else those of now."""
+    drawn = RandomStates.of_now() if drawn is None else drawn
     try:
-        save_file(_tensors(policy, optimizer, also), folder / "state.safetensors")
+        save_file(_tensors(policy, optimizer, also) | drawn.tensors, folder / "state.safetensors")
     except SafetensorError as error:  # a full disk, for one; it inherits nothing that says so
         raise OSError(f"state.safetensors: {error}") from error
-    content = {**state, "random": {"python": random.getstate(), "numpy": _numpy_state()}}
+    content = {**state, "machine": machine(), "random": {"python": drawn.python, "numpy": drawn.numpy}}
     (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def machine() -> dict[str, str]:
+    """What the last bits of a result depend on beside the run: where all of it is equal, results are."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": str(torch.get_num_threads()),
+        "compiled code": "used" if native.available() else "not used",
+        "processor": hashlib.sha256(native.processor().encode()).hexdigest()[:8],
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def moved(before: Any) -> list[str]:
+    """A sentence on what is another here than where a checkpoint was made; `before` is its `machine()`."""
+    now = machine()
+    known = before if isinstance(before, dict) else {}
+    others = [
+        f"{name} {known[name]} there, {now[name]} here" for name in now if known.get(name, now[name]) != now[name]
+    ]
+    words = "from here on the last bits may be others than in a run that was never interrupted"
+    return [f"{'; '.join(others)}: {words}"] if others else []
 
 
 def state_size(policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor] = {}) -> int:
@@ -127,9 +174,7 @@ def _put(policy: Policy, stored: Mapping[str, torch.Tensor]) -> None:
 def _tensors(
     policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    tensors = {"random/torch": torch.get_rng_state()} | {name: cell.contiguous() for name, cell in also.items()}
-    if torch.cuda.is_available():
-        tensors |= {f"random/cuda/{k}": state for k, state in enumerate(torch.cuda.get_rng_state_all())}
+    tensors = {name: cell.contiguous() for name, cell in also.items()}
     for name, parameter in policy.trainable().items():
         tensors[f"weight/{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():

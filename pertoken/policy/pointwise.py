@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pertoken import native
 from pertoken.forward import own_logits
-from pertoken.machine.cache import cache_folder
+from pertoken.machine.cache import cache_folder, keep
 from pertoken.policy.layers import FusedGatedMLP, FusedNorm
 
 LEAST_WIDTH = 512
@@ -139,8 +139,7 @@ def _remembered(module: nn.Module, use: _Use) -> Trial:
     if trial.compiled is None:  # a compiler may come
         return trial
     with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(asdict(trial)), encoding="utf-8")
+        keep(place, json.dumps(asdict(trial)))
     return trial
 
 

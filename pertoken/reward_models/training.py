@@ -5,7 +5,6 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +43,7 @@ from pertoken.rewards.semantics import EMBEDDED, SequenceClassifier, minilm_fold
 from pertoken.rewards.token_model import Piece, TokenScorer, load_trunk, scored
 from pertoken.rows import READERS
 from pertoken.tasks.base import Split
+from pertoken.tracking.files import sync_folder, sync_whole
 
 Note = Callable[[str], None]
 
@@ -443,13 +443,11 @@ def _write(folder: Path, learner: Learner, about: dict[str, Any]) -> None:
         draft.mkdir()
         learner.save(draft, about)
         (draft / "README.md").write_text(_card(folder.name, about), encoding="utf-8")
-        for path in draft.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
+        sync_whole(draft)
         if folder.exists():
             folder.rmdir()  # an empty one
         draft.rename(folder)
+        sync_folder(folder.parent)
     except OSError as error:
         raise RunFolderError(
             f"cannot write the model to {folder}: {error.strerror or error}; free some space or give another folder"

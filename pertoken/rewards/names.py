@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
 from typing import Any, cast
 
-from pertoken.errors import ConfigError, closest
+from pertoken.errors import ConfigError, PertokenError, closest
 from pertoken.rewards.base import DecoratedReward, Reward
 from pertoken.rewards.functions import CompletionsReward, takes_completions
 
@@ -88,6 +88,10 @@ def make(name: str, parameters: Mapping[str, Any], where: str) -> Reward:
         return cast("Reward", factory(**parameters))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where} ({name}): {error}") from error
+    except PertokenError:
+        raise
+    except Exception as error:  # whatever a class of one's own does when it is made
+        raise ConfigError(f"{where} ({name}): raised {type(error).__name__}: {error}") from error
 
 
 def load_attribute(path: str, name: str, kind: str = "reward") -> Any:
@@ -115,7 +119,12 @@ def make_with(path: str, parameters: Mapping[str, Any], kind: str) -> Any:
         inspect.signature(maker).bind(**parameters)
     except TypeError as error:
         raise ConfigError(f"{kind} {path!r}: {error}; its signature is {inspect.signature(maker)}") from error
-    return maker(**parameters)
+    try:
+        return maker(**parameters)
+    except PertokenError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{kind} {path!r}: raised {type(error).__name__}: {error}") from error
 
 
 def _bind(name: str, reward: Any, /, **parameters: Any) -> Reward:

@@ -10,7 +10,6 @@ old ones as they were. Removing one is a rename first too, so that nothing half 
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pertoken.errors import RunFolderError
-from pertoken.tracking.files import read_bytes, sync_folder, writing
+from pertoken.tracking.files import read_bytes, sync_folder, sync_whole, writing
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -68,9 +67,7 @@ class CheckpointStore:
                 write(draft)
                 known = metric if metric is not None and math.isfinite(metric) else None
                 (draft / MANIFEST).write_bytes(_manifest(draft, step, known))
-                for path in draft.iterdir():
-                    _sync(path)
-                sync_folder(draft)
+                sync_whole(draft)
                 if target.exists():  # damaged, or it would have been left
                     self._remove(target)
                 draft.rename(target)
@@ -203,11 +200,6 @@ def _digest(content: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _step_of(path: Path) -> int:

@@ -115,6 +115,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_whole(folder: Path) -> None:
+    """Waits until the disk has all that is in `folder`, so that a rename can put it in the place of something older."""
+    inside = [folder, *folder.rglob("*")]
+    for path in inside:
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    for path in inside:
+        if path.is_dir():
+            sync_folder(path)
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], what: str) -> None:
     """Replaces a JSONL file in one step."""
     write_whole(path, b"".join(encode(row) for row in rows), what)

@@ -16,6 +16,7 @@ from pertoken.config import RunConfig
 from pertoken.evaluation import Evaluator
 from pertoken.machine.portions import Portion, set_states, states
 from pertoken.objectives import AdaptiveKL, FixedKL
+from pertoken.policy.checkpoint import RandomStates, moved
 from pertoken.policy.model import Policy, Reference
 from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
@@ -104,8 +105,8 @@ class Run:
     """Where the weights began, if something pulls them back there (`update.l2_to_initial`)."""
     before_update: Reference | None = None
     """A copy of the policy that stays where the update of a step began (`update.trust_region`)."""
-    before_step: dict[str, Any] | None = None
-    """`state_dict()` from before the step that is being made, until its update begins: what can still be saved."""
+    before_step: tuple[dict[str, Any], RandomStates] | None = None
+    """`moment()` from before the step that is being made, until its update begins: what can still be saved."""
     _micro_batch: Portion | None = field(default=None, repr=False)
 
     @property
@@ -167,6 +168,10 @@ class Run:
             "portions": states(self.portions()),
         }
 
+    def moment(self) -> tuple[dict[str, Any], RandomStates]:
+        """All that a checkpoint of now holds beside tensors."""
+        return self.state_dict(), RandomStates.of_now()
+
     def tensors(self) -> dict[str, Tensor]:
         """What else of this run is trained or moves, by name: a checkpoint holds it beside weights and optimiser."""
         found: dict[str, Tensor] = {}
@@ -185,6 +190,7 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. A controller or reward that it does not speak of starts anew, and a note says so."""
         self.progress = TypeAdapter(Progress).validate_python(state["progress"])
+        self.notes += moved(state.get("machine"))
         if state["kl"].keys() == self.kl.state_dict().keys():
             self.kl.load_state_dict(state["kl"])
         else:

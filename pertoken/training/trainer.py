@@ -45,7 +45,7 @@ def loop(
     evaluate(run, log)
     while not (reason := run.stop_reason()) and not interrupted():
         begun, step = time.monotonic(), run.progress.step + 1
-        run.before_step = run.state_dict()
+        run.before_step = run.moment()
         clock = Clock()
         episodes, controls = generate(run, step), run.controls_at(step)
         clock.lap("rollout")
@@ -304,10 +304,10 @@ def checkpoint(run: Run, log: RunLog) -> Path:
     A step whose update has not begun is forgotten: what goes on makes it again.
     """
     now, config, metric = run.progress, run.config.checkpoint, run.config.evaluation.metric
-    state = run.before_step or run.state_dict()
+    state, drawn = run.before_step or run.moment()
     return CheckpointStore(log.folder / "checkpoints").save(
         now.step,
-        lambda folder: save_state(folder, run.policy, run.optimizer, state, run.tensors()),
+        lambda folder: save_state(folder, run.policy, run.optimizer, state, run.tensors(), drawn),
         size=state_size(run.policy, run.optimizer, run.tensors()),
         metric=None if now.metric is None or now.evaluated != now.step else goodness(metric, now.metric),
         keep=config.keep,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pertoken.rewards as public
-from pertoken.errors import ConfigError, RewardError
+from pertoken.errors import ConfigError, MissingExtraError, RewardError
 from pertoken.rewards import (
     AnswerF1,
     Banned,
@@ -53,7 +53,7 @@ from pertoken.rewards import (
     span_reward,
     token_reward,
 )
-from pertoken.rewards.names import BUILT_IN
+from pertoken.rewards.names import BUILT_IN, make
 from pertoken.types import PolicyOutput
 
 # ---- what an author sees ---------------------------------------------------------------------------------------
@@ -437,6 +437,11 @@ def raw_with_parameter(scene: Scene, *, value: float = 1.0) -> torch.Tensor:
 NOT_CALLABLE = 3
 
 
+class WithoutItsFile:
+    def __init__(self, *, missing=False) -> None:
+        raise MissingExtraError("words", "words", "this reward") if missing else FileNotFoundError("no words.txt")
+
+
 @pytest.fixture
 def here(monkeypatch):
     """This file as an importable module."""
@@ -462,6 +467,15 @@ def test_a_function_is_named_by_its_path_and_takes_parameters(name, here, make_e
     assert resolve(f"{here}:{name}")(value=0.5)(scene)[0, 2:].tolist() == [0.5, 0.5]
     with pytest.raises(ConfigError, match=f"{name}.*'valve'.*value: float"):
         resolve(f"{here}:{name}")(valve=0.5)
+
+
+def test_what_raises_when_it_is_made_is_named(here):
+    with pytest.raises(
+        ConfigError, match=r"rewards\.1 \(my_rewards:WithoutItsFile\): raised FileNotFoundError: no words"
+    ):
+        make(f"{here}:WithoutItsFile", {}, "rewards.1")
+    with pytest.raises(MissingExtraError, match="pip install"):
+        make(f"{here}:WithoutItsFile", {"missing": True}, "rewards.1")
 
 
 def test_installed_packages_offer_rewards(here, monkeypatch):

@@ -13,6 +13,22 @@ SOURCE = """
 from pertoken.tasks.base import ItemTask
 from pertoken.types import Item
 
+class Failing:
+    name = "failing"
+
+    def __init__(self, items):
+        self._items = items
+
+    def items(self, split):
+        return iter(self._items) if split == "train" else []
+
+
+def fails(*, how):
+    if how == "at once":
+        raise FileNotFoundError("no sums.csv")
+    return Failing([{"prompt": "1 + 1 ="}] if how == "dicts" else (1 / 0 for _ in "a"))
+
+
 def sums(*, highest=4, wrong=False):
     items = [Item(f"{a}+{b}", f"{a} + {b} =", str(a + b)) for a in range(highest) for b in range(highest)]
     return 3 if wrong else ItemTask("sums", {"train": items[2:], "validation": items[:2]})
@@ -54,6 +70,9 @@ def test_folds_and_mixtures_take_it(place):
         ({"fn": "no_module:x"}, ConfigError, "task 'no_module:x': cannot import"),
         ({"fn": "my_tasks:sums", "hihgest": 3}, ConfigError, "hihgest"),
         ({"fn": "my_tasks:sums", "wrong": True}, TaskError, "expected a task"),
+        ({"fn": "my_tasks:fails", "how": "at once"}, ConfigError, "raised FileNotFoundError: no sums.csv"),
+        ({"fn": "my_tasks:fails", "how": "dicts"}, TaskError, "train item 0 is dict, expected an Item"),
+        ({"fn": "my_tasks:fails", "how": "late"}, TaskError, r"items\('train'\) raised ZeroDivisionError"),
     ],
 )
 def test_what_is_wrong_is_said(place, task, error, words):
