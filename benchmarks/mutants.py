@@ -18,8 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "build" / "mutants"
-FILES = ("pertoken/credit.py", "pertoken/objectives.py")
-TESTS = ("tests/test_credit.py", "tests/test_objectives.py", "tests/test_fixtures.py", "tests/test_exact_gradient.py")
+FILES = ("pertoken/credit.py", "pertoken/objectives.py", "pertoken/segments.py")
+TESTS = (
+    "tests/test_credit.py",
+    "tests/test_objectives.py",
+    "tests/test_fixtures.py",
+    "tests/test_exact_gradient.py",
+    "tests/test_segments.py",
+)
 ENOUGH = 0.95
 
 SETTINGS = f"""
