@@ -54,14 +54,18 @@ SAME: dict[str, str] = {
 """Part of `function: changed line` -> why no test can tell."""
 
 
-def copy() -> None:
-    """The checkout as it stands, committed or not, without what was built from it."""
-    shutil.rmtree(PLACE, ignore_errors=True)
+def copy_checkout(place: Path) -> None:
+    """The checkout as it stands, committed or not, without what was built from it, in `place`."""
+    shutil.rmtree(place, ignore_errors=True)
     list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(list_files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         if (ROOT / name).is_file():
-            (PLACE / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, PLACE / name)
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+
+
+def configure() -> None:
+    """Tell the copy what to change, and which tests to ask."""
     with (PLACE / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(SETTINGS)
 
@@ -86,7 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="names of mutants, with wildcards")
     only = parser.parse_args().only
-    copy()
+    copy_checkout(PLACE)
+    configure()
     mutmut("run", "--max-children", "1", *only)
     outcomes = re.findall(r"^\s*(\S+): ([\w ]+)$", mutmut("results", "--all", "true"), flags=re.MULTILINE)
     asked = [(name, outcome) for name, outcome in outcomes if outcome != "not checked"]
