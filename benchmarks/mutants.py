@@ -23,6 +23,7 @@ PLACE = ROOT / "build" / "mutants"
 MATHS = ("tests/test_credit.py", "tests/test_objectives.py", "tests/test_fixtures.py", "tests/test_exact_gradient.py")
 SEGMENTS = (
     "test_segments_by_hand",
+    "test_all_that_is_known_of_a_token_goes_with_it",
     "test_what_is_taken_and_put_back_is_the_same_and_each_action_once",
     "test_the_value_behind_a_text_is_that_behind_its_last_segment",
     "test_without_a_critic_later_segments_pay_earlier_ones_and_nothing_is_lost",

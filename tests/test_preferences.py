@@ -166,11 +166,12 @@ def test_the_best_and_the_worst_of_a_prompt_learn_and_equal_ones_do_not():
     """h of the best (4) is 0.5, of the worst (1) -0.3; the third (3) is between them; the other prompt has 7 twice."""
     ref = torch.zeros(5, 4, dtype=torch.float64)
     lp = ref.clone()
-    lp[1, 1:], lp[2, 1:3] = torch.tensor([0.2, 0.2, 0.1]), torch.tensor([-0.4, 0.1])
+    lp[1, 1:] = torch.tensor([0.2, 0.2, 0.1], dtype=torch.float64)
+    lp[2, 1:3] = torch.tensor([-0.4, 0.1], dtype=torch.float64)
     garbage = torch.where(ACTS, 0.0, math.nan).double()
     got = online_dpo(PAID + garbage, lp + garbage, ref + garbage, ACTS, GROUPS, beta=2.0)
     push = 2.0 / (1.0 + math.exp(2.0 * 0.8))
-    wanted = torch.tensor([0.0, push, -push, 0.0, 0.0]).double()[:, None] * ACTS
+    wanted = torch.tensor([0.0, push, -push, 0.0, 0.0], dtype=torch.float64)[:, None] * ACTS
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     order = torch.tensor([4, 1, 3, 2, 0])
     turned = online_dpo(PAID[order], lp[order], ref[order], ACTS[order], GROUPS[order], beta=2.0)
