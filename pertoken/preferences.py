@@ -121,8 +121,8 @@ def online_dpo(
         A = +-beta sigmoid(-beta (h_best - h_worst)) at each action of the two          h = sum_t (lp - lp_ref)
 
     The loss `-lp A` has the gradient of DPO's loss of the pair, beta pulling back to the reference included, while the
-    policy is the one that `logprobs` are of: in the first optimiser step on the samples. What tokens earn is added up;
-    totals that are equal prefer nothing, and of several that are the best or the worst the first is taken.
+    policy is the one that `logprobs` are of: in the first optimiser step on the samples. What tokens earn is added up.
+    Where several are the best, or the worst, it is the mean over all of their pairs; where all earn the same, 0.
     Guo et al. 2024, https://arxiv.org/abs/2402.04792, with a reward in the place of the judge.
 
     >>> lp, one = torch.full((2, 1), -1.0), torch.ones(2, 1)
@@ -134,10 +134,11 @@ def online_dpo(
     ratios = log_ratios(logprobs.detach(), ref_logprobs, action_mask).sum(1)
     weights = torch.zeros_like(ratios)
     for rows in (torch.nonzero(group == g)[:, 0] for g in group.unique()):
-        best, worst = rows[totals[rows].argmax()], rows[totals[rows].argmin()]
-        if totals[best] > totals[worst]:
-            weights[best] = beta * torch.sigmoid(beta * (ratios[worst] - ratios[best]))
-            weights[worst] = -weights[best]
+        paid = totals[rows]
+        if paid.max() > paid.min():
+            best, worst = rows[paid == paid.max()], rows[paid == paid.min()]
+            push = beta * torch.sigmoid(beta * (ratios[worst] - ratios[best, None])) / (len(best) * len(worst))
+            weights[best], weights[worst] = push.sum(1), -push.sum(0)
     return torch.where(action_mask, weights[:, None], 0.0)
 
 

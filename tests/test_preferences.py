@@ -178,6 +178,13 @@ def test_the_best_and_the_worst_of_a_prompt_learn_and_equal_ones_do_not():
     assert torch.equal(turned, got[order])
 
 
+def test_several_that_are_the_best_share_what_is_preferred():
+    lp = torch.full((4, 1), -1.0)
+    paid, together = torch.tensor([[3.0], [1.0], [3.0], [2.0]]), torch.zeros(4, dtype=torch.long)
+    got = online_dpo(paid, lp, lp, torch.ones(4, 1).bool(), together, beta=0.4)
+    torch.testing.assert_close(got, torch.tensor([[0.1], [-0.2], [0.1], [0.0]]))
+
+
 def test_its_policy_gradient_is_the_gradient_of_dpo_on_the_pair():
     g = torch.Generator().manual_seed(0)
     lp = torch.randn(5, 4, generator=g, dtype=torch.float64).requires_grad_(True)
