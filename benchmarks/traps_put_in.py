@@ -234,11 +234,9 @@ MISTAKES = (
         (f"{OF_CREDIT}::test_trap_33_equal_rewards_give_exactly_zero",),
     ),
     Mistake(
-        "34", CREDIT, "returns, index = reward_to_go(rewards, action_mask, gamma=gamma), _action_index(action_mask)",
-        "rewards = _earned(rewards, action_mask)\n"
-        "    last = action_mask & (_next_action(action_mask) == action_mask.shape[1])\n"
-        "    rewards = torch.where(last, rewards.sum(1, keepdim=True), 0.0)\n"
-        "    returns, index = reward_to_go(rewards, action_mask, gamma=gamma), _action_index(action_mask)",
+        "34", CREDIT, "    # scatter_add: masked cells share",
+        "    returns = torch.where(action_mask, _earned(rewards, action_mask).sum(1, keepdim=True), 0.0)\n"
+        "    # scatter_add: masked cells share",
         (f"{OF_CREDIT}::test_trap_34_process_estimators_tell_where_a_reward_fell",),
     ),
     Mistake(
@@ -250,8 +248,7 @@ MISTAKES = (
         (f"{OF_CREDIT}::test_trap_35_unscored_tokens_do_not_enter_group_statistics",),
     ),
     Mistake(
-        "36", "pertoken/build.py", "controls = Controls.resolve(config.evaluation.sampling",
-        "controls = Controls.resolve(config.rollout.sampling",
+        "36", "pertoken/build.py", "Controls.resolve(evaluation.sampling, ", "Controls.resolve(config.rollout.sampling, ",
         ("tests/test_evaluation.py::test_trap_36_how_training_samples_and_measures_is_not_how_held_out_texts_are",),
     ),
     Mistake(
