@@ -248,7 +248,8 @@ MISTAKES = (
         (f"{OF_CREDIT}::test_trap_35_unscored_tokens_do_not_enter_group_statistics",),
     ),
     Mistake(
-        "36", "pertoken/build.py", "Controls.resolve(evaluation.sampling, ", "Controls.resolve(config.rollout.sampling, ",
+        "36", "pertoken/build.py", "Controls.resolve(evaluation.sampling, ",
+        "Controls.resolve(config.rollout.sampling, ",
         ("tests/test_evaluation.py::test_trap_36_how_training_samples_and_measures_is_not_how_held_out_texts_are",),
     ),
     Mistake(
