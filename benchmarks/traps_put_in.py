@@ -36,7 +36,8 @@ class Mistake:
     tests: tuple[str, ...]
 
 
-CREDIT, OBJECTIVES, BASE = "pertoken/credit.py", "pertoken/objectives.py", "pertoken/rewards/base.py"
+CREDIT, OBJECTIVES = "pertoken/credit.py", "pertoken/objectives.py"
+BASE, PARTS = "pertoken/rewards/base.py", "pertoken/rewards/parts.py"
 SCORING, SAMPLING = "pertoken/policy/scoring.py", "pertoken/sampling.py"
 OF_CREDIT, OF_OBJECTIVES, OF_BASE = "tests/test_credit.py", "tests/test_objectives.py", "tests/rewards/test_base.py"
 RATIO = "tests/rollout/test_ratio.py::test_ratio_is_one_before_the_first_update"
@@ -47,7 +48,7 @@ MISTAKES = (
         (f"{OF_CREDIT}::test_trap_r1_reward_on_masked_cell_raises",),
     ),
     Mistake(
-        "R1", BASE, "scatter_add(1, target, values) * action_mask", "add(values) * action_mask",
+        "R1", PARTS, "scatter_add(1, target, values) * action_mask", "add(values) * action_mask",
         (f"{OF_BASE}::test_trap_r1_reward_on_masked_tail",),
     ),
     Mistake(
@@ -72,7 +73,7 @@ MISTAKES = (
         (f"{OF_BASE}::test_trap_r6_order_and_size_of_the_batch_do_not_matter",),
     ),
     Mistake(
-        "R7", BASE, "if values.shape != scene.batch.tokens.shape or", "if",
+        "R7", PARTS, "if values.shape != scene.batch.tokens.shape or", "if",
         (f"{OF_BASE}::test_trap_r7_a_short_list_never_reaches_the_wrong_rows",),
     ),
     Mistake(
@@ -157,12 +158,11 @@ MISTAKES = (
         (f"{OF_CREDIT}::test_trap_21_whitening_ignores_padding_and_keeps_its_sense",),
     ),
     Mistake(
-        "21", CREDIT, "squares / (count - 1 if unbiased else count).clamp_min(1)",
-        "squares / (count - 1 if unbiased else count)",
+        "21", CREDIT, "return torch.where(variance > 0, x / scale, 0.0)", "return x / scale",
         (f"{OF_CREDIT}::test_trap_21_whitening_none_or_one_action_gives_zero",),
     ),
     Mistake(
-        "22", BASE, "        raw = _credited(part.name, said, scene)\n",
+        "22", PARTS, "        raw = _credited(part.name, said, scene)\n",
         "        raw = sum((_credited(other.name, _of_its_tasks(other, scene)[0], scene) for other in rewards))\n",
         ("tests/rewards/test_composition.py::test_trap_22_a_part_is_normalised_before_the_others_are_added",),
     ),
@@ -248,7 +248,7 @@ MISTAKES = (
         (f"{OF_CREDIT}::test_trap_35_unscored_tokens_do_not_enter_group_statistics",),
     ),
     Mistake(
-        "36", "pertoken/build.py", "Controls.resolve(evaluation.sampling, ",
+        "36", "pertoken/assembly/run.py", "Controls.resolve(evaluation.sampling, ",
         "Controls.resolve(config.rollout.sampling, ",
         ("tests/test_evaluation.py::test_trap_36_how_training_samples_and_measures_is_not_how_held_out_texts_are",),
     ),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pertoken.build import build_run
+from pertoken.assembly import build_run
 from pertoken.errors import ConfigError
 from pertoken.evaluation import Evaluator
 from pertoken.policy.model import Policy
