@@ -2,19 +2,32 @@
 
     python benchmarks/known_answers.py presets --seeds 0 1 2 3 4
     python benchmarks/known_answers.py credit --seeds 0 1 2 3 4
-    python benchmarks/known_answers.py credit --seeds 0 1 2 --lure coin --length 24 --tune
+    python benchmarks/known_answers.py credit --right key --lure coin --length 24 --tune
     python benchmarks/known_answers.py presets --seeds 0 --only ppo grpo
 
-The model is a random two-layer Llama over bytes (`pertoken.testing`), everything on the CPU. `presets`: each token that
+The model is a random two-layer one over bytes (`pertoken.testing`), everything on the CPU. `presets`: each token that
 is a small letter earns 1, each other costs 0.25, so the best return of 8 tokens is 8. `credit`: `--length` tokens, each
-small letter earns 1, and the first token 8 more or 8 less, in which the later tokens have no part. Paid where it is
+right one earns 1, and the first token 8 more or 8 less, in which the later tokens have no part. Paid where it is
 earned (token), or all of it at the end (terminal), where it misleads them: same returns, same optimum, same update.
+Which tokens are right is said by `--right`:
+
+* `letters`: small letters, everywhere (a Llama). One thing is learnt from all tokens, so with the length of a text its
+  signal grows as well as the noise that tokens are to each other.
+* `key`: at each place the even ids or the odd ones, as a fixed random key has it (a GPT-2, whose places have weights of
+  their own). Each place learns from its own tokens alone, and all others are noise to it: see below.
+
 Which of the two the first token earns is said by `--lure`:
 
 * `token`: by whether its id is even. A policy learns that in a few steps, and is misled no longer; solved is 95% of
-  the best return, letters and lure.
+  the best return, lure and all.
 * `coin`: by a coin that is tossed for it anew in each step and prompt. That cannot be learnt, so the end misleads as
-  long as there is anything to learn; solved is 95% of the letters, which are all that can be earned.
+  long as there is anything to learn; solved is 95% of what the right tokens earn, which is all that can be earned.
+
+With a key and a coin theory says what to expect. The gradient of a place has the variance of what its tokens are
+credited with. With p the share of right tokens and L tokens that is 8^2 + L p (1 - p) for a text that is paid at its
+end, L p (1 - p) / 2 on average for rewards to go, and p (1 - p) where a right critic takes off all that follows. So the
+less is left to learn, the further terminal credit is behind; and without a lure rewards to go would have half of its
+variance.
 
 With `--tune` each kind of arm (what is before the colon) has the learning rate with which its first arm needs the
 fewest samples on a seed of its own, found by doubling or halving from the one that is otherwise taken by all. Prints
@@ -35,7 +48,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pertoken.assembly import build_run
 from pertoken.config import RunConfig
@@ -49,6 +62,7 @@ from pertoken.training.trainer import loop
 LENGTH = 8
 LETTERS, OTHERS = string.ascii_lowercase, string.digits + string.punctuation
 LURE = 8.0
+KEY = random.Random(0).choices((0, 1), k=96)
 ENOUGH = 0.95
 """Share of the best return that counts as solved."""
 TUNING_SEED, RATE = 100, 1e-2
@@ -64,39 +78,33 @@ def letters(sample):  # type: ignore[no-untyped-def]
     return [1.0 if _byte(piece) else -0.25 for piece in _pieces(sample)]
 
 
-@token_reward
-def by_token(sample):  # type: ignore[no-untyped-def]
-    """1 for each small letter; the first token earns 8 more if its id is even, 8 less if it is odd."""
-    return _lured(sample, sample.tokens[:1] and sample.tokens[0] % 2 == 0)
+def _right(sample: Any, right: str) -> list[bool]:
+    if right == "letters":
+        return [_byte(piece) for piece in _pieces(sample)]
+    return [token % 2 == bit for token, bit in zip(sample.tokens, KEY[: len(sample.tokens)], strict=True)]
 
 
 @token_reward
-def by_coin(sample):  # type: ignore[no-untyped-def]
-    """1 for each small letter; the first token earns 8 more or less by a coin of step, prompt and this token."""
-    return _lured(sample, zlib.crc32(f"{sample.step} {sample.item.id} {sample.tokens[:1]}".encode()) % 2 == 0)
+def lured(sample, *, right, lure):  # type: ignore[no-untyped-def]
+    """1 for each right token; the first one earns 8 more if its id is even, or a coin of step, prompt and token."""
+    values = [float(one) for one in _right(sample, right)]
+    if not values:
+        return values
+    coin = zlib.crc32(f"{sample.step} {sample.item.id} {sample.tokens[:1]}".encode())
+    drawn = sample.tokens[0] if lure == "token" else coin
+    return [values[0] + (LURE if drawn % 2 == 0 else -LURE), *values[1:]]
 
 
 @episode_reward
-def by_token_at_the_end(sample):  # type: ignore[no-untyped-def]
-    """What `by_token` pays, with the last token."""
-    return sum(by_token.fn(sample))
+def lured_at_the_end(sample, *, right, lure):  # type: ignore[no-untyped-def]
+    """What `lured` pays, with the last token."""
+    return sum(lured.fn(sample, right=right, lure=lure))
 
 
 @episode_reward
-def by_coin_at_the_end(sample):  # type: ignore[no-untyped-def]
-    """What `by_coin` pays, with the last token."""
-    return sum(by_coin.fn(sample))
-
-
-@episode_reward
-def number_of_letters(sample):  # type: ignore[no-untyped-def]
-    """How many tokens are small letters."""
-    return float(sum(map(_byte, _pieces(sample))))
-
-
-def _lured(sample: Any, lucky: bool) -> list[float]:
-    values = [1.0 if _byte(piece) else 0.0 for piece in _pieces(sample)]
-    return [values[0] + (LURE if lucky else -LURE), *values[1:]] if values else []
+def number_right(sample, *, right):  # type: ignore[no-untyped-def]
+    """How many tokens are right."""
+    return float(sum(_right(sample, right)))
 
 
 @episode_reward
@@ -163,13 +171,17 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def returns(
-    seed: int, changes: Mapping[str, Any], bound: float, metric: str = "reward/task"
+    seed: int,
+    changes: Mapping[str, Any],
+    bound: float,
+    metric: str = "reward/task",
+    kind: Literal["llama", "gpt2"] = "llama",
 ) -> tuple[list[float], float]:
     """Mean return of the samples of each step, until it is at least `bound`, and the seconds that the loop took."""
     curve: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tiny_model(seed=seed).save_pretrained(folder / "model")
+        tiny_model(kind, seed=seed).save_pretrained(folder / "model")
         byte_tokenizer().save_pretrained(folder / "model")
         rows = [{"prompt": f"say {k}"} for k in range(60)]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -264,21 +276,22 @@ SAMPLES_PER_PROMPT = 8
 
 
 class CreditTask:
-    """The task of `credit`: how long, lured by what, how many prompts a step, and how an arm is measured on it."""
+    """The task of `credit`: how long, what is right, lured by what, prompts and steps, and how an arm is measured."""
 
-    def __init__(self, length: int, lure: str, prompts: int) -> None:
-        self.length, self.lure, self.prompts = length, lure, prompts
+    def __init__(self, length: int, right: str, lure: str, prompts: int, most: int) -> None:
+        self.length, self.right, self.lure, self.prompts, self.most = length, right, lure, prompts, most
         best = {"token": length + LURE, "coin": length}[lure]
-        self.bound, self.metric = ENOUGH * best, {"token": "reward/task", "coin": "beside/letters"}[lure]
+        self.bound, self.metric = ENOUGH * best, {"token": "reward/task", "coin": "beside/right"}[lure]
+        self.kind: Literal["llama", "gpt2"] = "llama" if right == "letters" else "gpt2"
 
-    def steps(self, name: str, seed: int, rate: float, most: int = 150) -> int | None:
+    def steps(self, name: str, seed: int, rate: float, most: int | None = None) -> int | None:
         """Steps until an arm has solved it, with a learning rate; None if it has not after `most`."""
-        paid = f"by_{self.lure}" if name.startswith("token:") else f"by_{self.lure}_at_the_end"
+        paid = "lured" if name.startswith("token:") else "lured_at_the_end"
         arm = {
             "policy": {"value_head": {"learning_rate": rate} if ARMS[name]["type"] == "gae" else None},
             "credit": {"normalize": "whiten", **ARMS[name]},
-            "rewards": [{"fn": f"{__name__}:{paid}", "name": "task"}],
-            "guards": {"beside": [{"fn": f"{__name__}:number_of_letters", "name": "letters"}]},
+            "rewards": [{"fn": f"{__name__}:{paid}", "name": "task", "right": self.right, "lure": self.lure}],
+            "guards": {"beside": [{"fn": f"{__name__}:number_right", "name": "right", "right": self.right}]},
             "rollout": {
                 "prompts_per_step": self.prompts,
                 "samples_per_prompt": SAMPLES_PER_PROMPT,
@@ -287,13 +300,13 @@ class CreditTask:
             "objective": {"surrogate": "policy_gradient"},
             "update": {"learning_rate": rate},
             "kl": {"place": "none"},
-            "stop": {"steps": most},
+            "stop": {"steps": most or self.most},
         }
-        return steps_until(returns(seed, arm, self.bound, self.metric)[0], self.bound)
+        return steps_until(returns(seed, arm, self.bound, self.metric, self.kind)[0], self.bound)
 
     def best_rate(self, name: str) -> float:
         """By doubling, else by halving, as long as fewer steps are needed on a seed of its own."""
-        rate, fewest = RATE, self.steps(name, TUNING_SEED, RATE) or 150
+        rate, fewest = RATE, self.steps(name, TUNING_SEED, RATE) or self.most
         for factor in (2.0, 0.5):
             while (steps := self.steps(name, TUNING_SEED, rate * factor, fewest - 1)) is not None:
                 rate, fewest = rate * factor, steps
@@ -304,7 +317,7 @@ class CreditTask:
 
 def credit(seeds: list[int], only: Iterable[str], task: CreditTask, *, tune: bool) -> None:
     """One row for each estimator: samples to 95% of the best return, and their share of what the first arm needs."""
-    print("| credit | learning rate | solved | samples to 95%: median, most | share of terminal leave_one_out |")
+    print("| credit | learning rate | solved | samples to 95%: median, least, most | share of terminal leave_one_out |")
     print("|---|---|---|---|---|")
     yardstick: float | None = None
     rates: dict[str, float] = {}
@@ -318,7 +331,7 @@ def credit(seeds: list[int], only: Iterable[str], task: CreditTask, *, tune: boo
         # one that is not solved counts as more than any: with a majority of them there is no median
         middle = statistics.median([math.inf if step is None else step * rows_per_step for step in steps])
         yardstick = middle if yardstick is None else yardstick
-        reached = f"{middle:,.0f}, {max(solved):,}" if middle < math.inf else "not reached"
+        reached = f"{middle:,.0f}, {min(solved):,}, {max(solved):,}" if middle < math.inf else "not reached"
         share = f"{middle / yardstick:.2f}" if max(middle, yardstick) < math.inf else ""
         print(f"| {name} | {rates[kind]:g} | {len(solved)} of {len(steps)} | {reached} | {share} |", flush=True)
 
@@ -329,17 +342,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="*", default=[], help="Rows of the table; all unless given.")
     parser.add_argument("--length", type=int, default=12, help="Of credit: tokens of a completion.")
+    parser.add_argument("--right", choices=["letters", "key"], default="letters", help="Of credit: which tokens.")
     parser.add_argument("--lure", choices=["token", "coin"], default="token", help="Of credit: what misleads.")
     parser.add_argument("--prompts", type=int, default=4, help="Of credit: in a step, with 8 samples each.")
+    parser.add_argument("--most", type=int, default=150, help="Of credit: steps after which an arm is given up.")
     parser.add_argument("--tune", action="store_true", help="Of credit: a learning rate for each kind of arm.")
     options = parser.parse_args()
     print(f"{date.today()}, {platform.platform()}: {' '.join(sys.argv)}\n")
     if options.what == "presets":
         presets(options.seeds, options.only)
     else:
-        credit(
-            options.seeds, options.only, CreditTask(options.length, options.lure, options.prompts), tune=options.tune
-        )
+        task = CreditTask(options.length, options.right, options.lure, options.prompts, options.most)
+        credit(options.seeds, options.only, task, tune=options.tune)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     pip install "mutmut>=3.8"
     python benchmarks/mutants.py                       # some 15 minutes on one core; or: make mutants
+    python benchmarks/mutants.py --files pertoken/segments.py
     python benchmarks/mutants.py --only 'pertoken.credit.x_gae*' 'pertoken.objectives.x_ratio*'
 
 mutmut runs in a copy of this checkout, build/mutants, with the tests of the maths alone; each mutant meets the tests
@@ -14,22 +15,28 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "build" / "mutants"
-FILES = ("pertoken/credit.py", "pertoken/objectives.py")
-TESTS = ("tests/test_credit.py", "tests/test_objectives.py", "tests/test_fixtures.py", "tests/test_exact_gradient.py")
+MATHS = ("tests/test_credit.py", "tests/test_objectives.py", "tests/test_fixtures.py", "tests/test_exact_gradient.py")
+SEGMENTS = (
+    "test_segments_by_hand",
+    "test_all_that_is_known_of_a_token_goes_with_it",
+    "test_what_is_taken_and_put_back_is_the_same_and_each_action_once",
+    "test_the_value_behind_a_text_is_that_behind_its_last_segment",
+    "test_without_a_critic_later_segments_pay_earlier_ones_and_nothing_is_lost",
+    "test_baselines_are_of_texts_however_many_segments_they_have",
+    "test_the_segments_of_a_text_are_learnt_in_one_optimiser_step",
+)
+FILES = {
+    "pertoken/credit.py": MATHS,
+    "pertoken/objectives.py": MATHS,
+    "pertoken/segments.py": tuple(f"tests/test_segments.py::{name}" for name in SEGMENTS),  # those without a model
+}
+"""What is changed -> the tests that have to see it."""
 ENOUGH = 0.95
-
-SETTINGS = f"""
-[tool.mutmut]
-source_paths = ["pertoken"]
-only_mutate = {list(FILES)}
-also_copy = ["tests", "docs", "pyproject.toml"]
-pytest_add_cli_args_test_selection = {list(TESTS)}
-pytest_add_cli_args = ["-p", "no:cacheprovider"]
-"""
 
 SAME: dict[str, str] = {
     "torch.where(advantages <= 0, torch.minimum(loss, -advantages * dual_clip), loss)": "an advantage of 0 has loss 0",
@@ -48,16 +55,27 @@ SAME: dict[str, str] = {
 """Part of `function: changed line` -> why no test can tell."""
 
 
-def copy() -> None:
-    """The checkout as it stands, committed or not, without what was built from it."""
-    shutil.rmtree(PLACE, ignore_errors=True)
+def copy_checkout(place: Path) -> None:
+    """The checkout as it stands, committed or not, without what was built from it, in `place`."""
+    shutil.rmtree(place, ignore_errors=True)
     list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(list_files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         if (ROOT / name).is_file():
-            (PLACE / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, PLACE / name)
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+
+
+def configure(files: Sequence[str]) -> None:
+    """Tell the copy what to change, and which tests to ask."""
+    settings = {
+        "source_paths": ["pertoken"],
+        "only_mutate": list(files),
+        "also_copy": ["tests", "docs", "pyproject.toml"],
+        "pytest_add_cli_args_test_selection": list(dict.fromkeys(test for file in files for test in FILES[file])),
+        "pytest_add_cli_args": ["-p", "no:cacheprovider"],
+    }
     with (PLACE / "pyproject.toml").open("a", encoding="utf-8") as file:
-        file.write(SETTINGS)
+        file.write("\n[tool.mutmut]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
 
 
 def mutmut(*arguments: str) -> str:
@@ -79,9 +97,11 @@ def main() -> None:
     """Make the copy, run, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="names of mutants, with wildcards")
-    only = parser.parse_args().only
-    copy()
-    mutmut("run", "--max-children", "1", *only)
+    parser.add_argument("--files", nargs="+", choices=FILES, default=list(FILES), help="files that are changed")
+    options = parser.parse_args()
+    copy_checkout(PLACE)
+    configure(options.files)
+    mutmut("run", "--max-children", "1", *options.only)
     outcomes = re.findall(r"^\s*(\S+): ([\w ]+)$", mutmut("results", "--all", "true"), flags=re.MULTILINE)
     asked = [(name, outcome) for name, outcome in outcomes if outcome != "not checked"]
     alive = [name for name, outcome in asked if outcome not in ("killed", "timeout", "segfault")]

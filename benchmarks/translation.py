@@ -50,7 +50,9 @@ def trained_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFas
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     backend.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False))
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    )
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
@@ -64,7 +66,8 @@ def prepare(arguments: argparse.Namespace) -> None:
     if (folder / "model" / "config.json").is_file():
         return
     splits = {
-        split: rows_of(arguments.data / f"{split}.jsonl", arguments.longest) for split in ("train", "validation", "test")
+        split: rows_of(arguments.data / f"{split}.jsonl", arguments.longest)
+        for split in ("train", "validation", "test")
     }
     splits["train"] = splits["train"][: arguments.rows]
     print("rows:", {split: len(rows) for split, rows in splits.items()})

@@ -9,6 +9,8 @@ A preference method is a *score* of every token and a *link* from sums of scores
     IPO      lp - lp_ref                                  (s_chosen - s_rejected - 1 / (2 beta))^2
     KTO      beta (lp - lp_ref)                           1 - sigmoid(+-(s - beta z))
 
+Where the pairs are samples of the policy itself, DPO is a policy gradient, and its advantages are `online_dpo`.
+
 The score is what a method learns to pay each token: after training it is a reward (`rewards/implicit.py`).
 `lp` is the log-prob of a token under the policy that is trained, `lp_ref` under the frozen reference. Per-token
 tensors are `[B, T]` and 0 where `action_mask` is False; what lies in masked cells, NaN included, reaches neither
@@ -16,7 +18,7 @@ results nor gradients. Reference log-probs are constants to the gradient. N pair
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
@@ -103,6 +105,41 @@ def bradley_terry(
     """
     difference = chosen - rejected - margin
     return -(1 - label_smoothing) * logsigmoid(difference) - label_smoothing * logsigmoid(-difference)
+
+
+def online_dpo(
+    rewards: Float[Tensor, "B T"],
+    logprobs: Float[Tensor, "B T"],
+    ref_logprobs: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    group: Int[Tensor, " B"],
+    *,
+    beta: float,
+) -> Float[Tensor, "B T"]:
+    """Advantages that prefer, of each prompt's samples, the best paid one to the worst; the others learn nothing.
+
+        A = +-beta sigmoid(-beta (h_best - h_worst)) at each action of the two          h = sum_t (lp - lp_ref)
+
+    The loss `-lp A` has the gradient of DPO's loss of the pair, beta pulling back to the reference included, while the
+    policy is the one that `logprobs` are of: in the first optimiser step on the samples. What tokens earn is added up.
+    Where several are the best, or the worst, it is the mean over all of their pairs; where all earn the same, 0.
+    Guo et al. 2024, https://arxiv.org/abs/2402.04792, with a reward in the place of the judge.
+
+    >>> lp, one = torch.full((2, 1), -1.0), torch.ones(2, 1)
+    >>> online_dpo(torch.tensor([[0.0], [2.0]]), lp, lp, one.bool(), torch.tensor([7, 7]), beta=0.1)
+    tensor([[-0.0500],
+            [ 0.0500]])
+    """
+    totals = torch.where(action_mask, rewards, 0.0).sum(1)
+    ratios = log_ratios(logprobs.detach(), ref_logprobs, action_mask).sum(1)
+    weights = torch.zeros_like(ratios)
+    for rows in (torch.nonzero(group == g)[:, 0] for g in group.unique()):
+        paid = totals[rows]
+        if paid.max() > paid.min():
+            best, worst = rows[paid == paid.max()], rows[paid == paid.min()]
+            push = beta * torch.sigmoid(beta * (ratios[worst] - ratios[best, None])) / (len(best) * len(worst))
+            weights[best], weights[worst] = push.sum(1), -push.sum(0)
+    return torch.where(action_mask, weights[:, None], 0.0)
 
 
 def ipo_loss(chosen: Float[Tensor, " N"], rejected: Float[Tensor, " N"], *, beta: float) -> Float[Tensor, " N"]:

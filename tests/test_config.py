@@ -92,6 +92,8 @@ def test_mistakes_are_named_with_their_place(override, words):
         (["task={path: x, layouts: [{answer: a}]}"], "a layout has either `prompt`, a template, or `messages`"),
         (["task={path: x, layouts: [{prompt: '{a}', answer: a, opening: 2}]}"], "opening divides the column"),
         (["algorithm=dppo", "objective.level=sequence"], "dppo bounds each token by itself: level token, not sequence"),
+        (["algorithm=online_dpo", "kl.measure=false"], "compares with the reference model: set kl.measure=true"),
+        (["algorithm=online_dpo", "rollout.samples_per_prompt=1"], "credit.type online_dpo compares the samples"),
     ],
 )
 def test_impossible_combinations_are_refused_with_what_to_change(overrides, words):

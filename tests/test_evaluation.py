@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pertoken.assembly import build_run
 from pertoken.errors import ConfigError
 from pertoken.evaluation import Evaluator
 from pertoken.policy.model import Policy
@@ -16,6 +17,7 @@ from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.text_metrics import FURTHER_CORPUS_METRICS, FURTHER_ITEM_METRICS, compression, item_metrics
 from pertoken.tracking.glossary import HELD_OUT, find
 from pertoken.types import Item
+from tests.test_trainer import data, importable, settings  # noqa: F401
 
 ITEMS = [
     Item("a", "one two", "a short answer"),
@@ -59,6 +61,25 @@ def test_metrics_are_those_of_the_texts(result):
         assert low <= evaluation.summary["metrics"][name] + 1e-9
         assert high >= evaluation.summary["metrics"][name] - 1e-9
     assert evaluation.summary["main"] == "rouge_l"
+
+
+def test_trap_36_how_training_samples_and_measures_is_not_how_held_out_texts_are(
+    model_folder,
+    data,  # noqa: F811
+    tmp_path,
+):
+    """Held-out answers and their rewards are the same whatever the controls and the normalisation of training."""
+
+    def measured(sampling, **part):
+        rewards = [{"fn": "tests.test_trainer:token_numbers", "name": "numbers", **part}]
+        made = build_run(settings(model_folder, data, tmp_path, rollout__sampling=sampling, rewards=rewards))
+        found = made.evaluator(made.engine, made.policy, made.reference, made.rewards)
+        return found.summary, [(row["output"], row["streams"]["reward/numbers"]) for row in found.rows]
+
+    plain = measured({"max_new_tokens": 8})
+    odd = {"max_new_tokens": 3, "temperature": 1.7, "top_k": 3, "repetition_penalty": 2.0, "banned_words": ["e"]}
+    assert measured(odd, normalise="batch") == plain
+    assert any(len(output) > 3 for output, _ in plain[1])
 
 
 def test_trivial_baselines_speak_of_the_source(result):

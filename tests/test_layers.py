@@ -97,7 +97,7 @@ MAY["rewards"] = MAY["rewards"] | {"answers"}
 MAY["training.weights"] = MAY["training.balance"] = MAY["training.trust_region"] = set()
 MAY["training.replay"] = {"types", "rollout"}
 MAY["training.trainer"] |= {"training.weights", "training.balance", "training.replay", "training.trust_region"}
-MAY["training.assignment"] = {"types", "config", "credit"}
+MAY["training.assignment"] = {"types", "config", "credit", "preferences"}
 MAY["training.state"] = MAY["training.trainer"] - {
     "errors",
     "machine.memory",

@@ -14,6 +14,7 @@ from pertoken.config import (
     Gae,
     GroupRelative,
     LeaveOneOutProcess,
+    OnlineDpo,
     OptimalTokenBaseline,
     RunConfig,
     SelfCritical,
@@ -169,6 +170,23 @@ def test_the_optimal_baseline_weighs_rows_by_how_unlikely_their_tokens_were():
     energies = 1 - old.logprobs.exp()
     expected = optimal_token_baseline(rewards.total, energies, batch.action_mask, batch.group, gamma=0.9)
     torch.testing.assert_close(advantages_of(OptimalTokenBaseline(gamma=0.9)), expected)
+
+
+def test_pairs_are_of_rows_that_every_part_speaks_about_and_need_the_reference():
+    rewards, batch, old = rows()
+    with pytest.raises(ValueError, match="reference"):
+        advantages_of(OnlineDpo())
+
+    def signs(rewards):
+        given = assign(OnlineDpo(beta=0.5), rewards, batch, old, ref=old).advantages
+        assert torch.equal(given != 0, batch.action_mask & (given != 0).any(1, keepdim=True))
+        return (given.sum(1) / batch.action_mask.sum(1)).tolist()
+
+    ranks = rewards.total.sum(1).argsort().argsort().tolist()
+    assert signs(rewards) == [{0: -0.25, 1: 0.0, 2: 0.25}[rank] for rank in ranks]
+    silent = torch.tensor([rank == 2 for rank in ranks])
+    told = TokenRewards(rewards.total, rewards.parts, {"r": silent})
+    assert signs(told) == [{0: -0.25, 1: 0.25, 2: 0.0}[rank] for rank in ranks]
 
 
 def test_self_critical_needs_the_greedy_answers():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pertoken.objectives import policy_gradient
 from pertoken.preferences import (
     bradley_terry,
     ipo_loss,
@@ -13,6 +14,7 @@ from pertoken.preferences import (
     kto_loss,
     log_ratios,
     negative_log_likelihood,
+    online_dpo,
     outcome_loss,
     simpo_scores,
     tdpo_scores,
@@ -151,3 +153,46 @@ def test_links_are_those_of_trl():
     torch.testing.assert_close(bradley_terry(*scored, label_smoothing=0.2), theirs("sigmoid", 0.2), rtol=0, atol=1e-12)
     torch.testing.assert_close(bradley_terry(*scored, margin=0.7), theirs("simpo"), rtol=0, atol=1e-12)
     torch.testing.assert_close(ipo_loss(chosen, rejected, beta=0.3), theirs("ipo"), rtol=0, atol=1e-12)
+
+
+# ---- pairs of the policy's own samples ---------------------------------------------------------------------------
+
+PAID = torch.tensor([[0, 1, 0, 2], [0, 4, 0, 0], [0, 0, 1, 0], [0, 7, 0, 0], [0, 7, 0, 0]], dtype=torch.float64)
+ACTS = torch.tensor([[0, 1, 0, 1], [0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 0, 0]]).bool()
+GROUPS = torch.tensor([5, 5, 5, -1, -1])
+
+
+def test_the_best_and_the_worst_of_a_prompt_learn_and_equal_ones_do_not():
+    """h of the best (4) is 0.5, of the worst (1) -0.3; the third (3) is between them; the other prompt has 7 twice."""
+    ref = torch.zeros(5, 4, dtype=torch.float64)
+    lp = ref.clone()
+    lp[1, 1:] = torch.tensor([0.2, 0.2, 0.1], dtype=torch.float64)
+    lp[2, 1:3] = torch.tensor([-0.4, 0.1], dtype=torch.float64)
+    garbage = torch.where(ACTS, 0.0, math.nan).double()
+    got = online_dpo(PAID + garbage, lp + garbage, ref + garbage, ACTS, GROUPS, beta=2.0)
+    push = 2.0 / (1.0 + math.exp(2.0 * 0.8))
+    wanted = torch.tensor([0.0, push, -push, 0.0, 0.0], dtype=torch.float64)[:, None] * ACTS
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    order = torch.tensor([4, 1, 3, 2, 0])
+    turned = online_dpo(PAID[order], lp[order], ref[order], ACTS[order], GROUPS[order], beta=2.0)
+    assert torch.equal(turned, got[order])
+
+
+def test_several_that_are_the_best_share_what_is_preferred():
+    lp = torch.full((4, 1), -1.0)
+    paid, together = torch.tensor([[3.0], [1.0], [3.0], [2.0]]), torch.zeros(4, dtype=torch.long)
+    got = online_dpo(paid, lp, lp, torch.ones(4, 1).bool(), together, beta=0.4)
+    torch.testing.assert_close(got, torch.tensor([[0.1], [-0.2], [0.1], [0.0]]))
+
+
+def test_its_policy_gradient_is_the_gradient_of_dpo_on_the_pair():
+    g = torch.Generator().manual_seed(0)
+    lp = torch.randn(5, 4, generator=g, dtype=torch.float64).requires_grad_(True)
+    ref = torch.randn(5, 4, generator=g, dtype=torch.float64)
+    scores = 0.7 * log_ratios(lp, ref, ACTS).sum(1)
+    (wanted,) = torch.autograd.grad(bradley_terry(scores[1:2], scores[2:3]).sum(), lp)
+    advantages = online_dpo(PAID, lp, ref, ACTS, GROUPS, beta=0.7)
+    assert not advantages.requires_grad
+    (got,) = torch.autograd.grad(policy_gradient(lp, advantages, ACTS).sum(), lp)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    assert wanted.any()

@@ -1,6 +1,7 @@
 """Published methods by name: what a name stands for, what wins over it, and that it learns."""
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -121,12 +122,25 @@ def test_what_the_benchmark_pays_at_the_end_is_what_it_pays_by_token(known_answe
     for text in ("", "a", "Bcd7", "cAbe"):
         tokens = byte_tokenizer().encode(text)
         sample = Sample(Item("i", "p"), tokens, [True] * len(tokens), align(tokens, byte_tokenizer()), "length", 3)
-        letters = known_answers.number_of_letters.fn(sample)
-        for lure in ("token", "coin"):
-            by_token = getattr(known_answers, f"by_{lure}").fn(sample)
+        for right, lure in itertools.product(("letters", "key"), ("token", "coin")):
+            number = known_answers.number_right.fn(sample, right=right)
+            by_token = known_answers.lured.fn(sample, right=right, lure=lure)
             assert len(by_token) == len(tokens)
-            assert getattr(known_answers, f"by_{lure}_at_the_end").fn(sample) == sum(by_token)
-            assert abs(sum(by_token) - letters) == (known_answers.LURE if text else 0.0)
+            assert known_answers.lured_at_the_end.fn(sample, right=right, lure=lure) == sum(by_token)
+            assert abs(sum(by_token) - number) == (known_answers.LURE if text else 0.0)
+
+
+def test_a_key_asks_another_thing_of_each_place(known_answers):
+    tokens = [2 * k + bit for k, bit in enumerate(known_answers.KEY[:48])]
+    assert {0, 1} == set(known_answers.KEY[:24])
+
+    def right(tokens):
+        text = align(tokens, byte_tokenizer())
+        return known_answers.number_right.fn(
+            Sample(Item("i", "p"), tokens, [True] * len(tokens), text, "length", 3), right="key"
+        )
+
+    assert (right(tokens), right([token ^ 1 for token in tokens]), right([*tokens[:40], *tokens[:8]])) == (48, 0, 41)
 
 
 @pytest.mark.parametrize("name", ["rloo", "cispo", "dppo"])

@@ -115,6 +115,37 @@ def test_segments_by_hand():
     assert rows.episode_ids[1] == "a, its part from token 4"
 
 
+def test_all_that_is_known_of_a_token_goes_with_it():
+    batch = batch_by_hand()
+    numbers = torch.arange(1.0, 22.0).view(3, 7)
+    acting = numbers * batch.action_mask
+    known = replace(
+        batch, sample_logprobs=-acting, env_rewards=acting / 2, sample_entropy=acting * 2,
+        turn=(numbers * batch.attention_mask).long(), support=torch.arange(14, dtype=torch.uint8).view(7, 2),
+    )  # fmt: skip
+    pieces = cut(known)
+    rows = pieces.batch
+    wanted = torch.tensor([
+        [0, 0, 3, 4, 0],
+        [0, 0, 0, 5, 6],
+        [0, 0, 0, 7, 0],
+        [0] * 5,
+        [0, 0, 17, 18, 0],
+    ])  # fmt: skip
+    assert torch.equal(rows.sample_logprobs, -wanted.float())
+    assert torch.equal(rows.env_rewards, wanted / 2)
+    assert torch.equal(rows.sample_entropy, wanted * 2.0)
+    assert rows.turn.tolist() == [
+        [1, 2, 3, 4, 0], [1, 2, 4, 5, 6], [1, 2, 6, 7, 0], [8, 9, 10, 0, 0], [15, 16, 17, 18, 0]
+    ]  # fmt: skip
+    assert torch.equal(rows.support, known.support)
+    assert pieces.shape == (3, 7)
+    assert cut(batch).batch.sample_entropy is cut(batch).batch.support is None
+    assert [name.partition(", ")[2] for name in rows.episode_ids] == [
+        f"its part from token {k}" for k in (2, 4, 6, 3, 2)
+    ]
+
+
 def test_what_is_taken_and_put_back_is_the_same_and_each_action_once():
     batch = batch_by_hand()
     pieces = cut(batch)

@@ -100,6 +100,7 @@ def metrics_of(folder, file="metrics.jsonl"):
         {"type": "group_process"},
         {"type": "reward_to_go"},
         {"type": "gae"},
+        {"type": "online_dpo"},
     ],
     ids=lambda credit: credit["type"],
 )

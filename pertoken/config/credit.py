@@ -95,6 +95,14 @@ class SelfCritical(CreditSection):
     type: Literal["self_critical"] = "self_critical"
 
 
+class OnlineDpo(CreditSection):
+    """The best paid sample of a prompt is preferred to the worst, as DPO prefers; the others learn nothing."""
+
+    type: Literal["online_dpo"] = "online_dpo"
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the reference holds: a pair that is told apart by some 1 / this nats already teaches little."""
+
+
 class MonteCarlo(CreditSection):
     """What each step of a text adds to the reward that is to be expected, by rollouts from before it (VinePPO)."""
 
@@ -194,6 +202,7 @@ CreditConfig = Annotated[
     | LeaveOneOutProcess
     | OptimalTokenBaseline
     | SelfCritical
+    | OnlineDpo
     | MonteCarlo
     | PerPart
     | Shapley

@@ -336,6 +336,22 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         needs="rewards: {name: prime, model: the policy's, outcome: a name} and the part of that name, which pays "
         "right answers 1 and wrong ones 0",
     ),
+    "online_dpo": Preset(
+        title="Online DPO",
+        paper="Guo et al. 2024, https://arxiv.org/abs/2402.04792",
+        formula="A_t = +-beta sigmoid(-beta (h_best - h_worst)) of the best and the worst paid sample of a prompt, h = "
+        "sum_t log(pi / pi_ref)(y_t);  l = -log pi(y_t) A_t;  sum over tokens / (rows * max_new_tokens)",
+        settings={
+            "policy": NO_CRITIC,
+            "credit": {"type": "online_dpo", "beta": 0.1, "normalize": "none"},
+            "objective": PLAIN | {"over": "constant"},
+            "kl": NO_KL | {"measure": True},
+            "update": ONCE,
+        },
+        published="2 samples per prompt, of which a language model chooses the better one; TRL: beta 0.1, lr 5e-7",
+        differs="The rewards choose. One optimiser step per rollout, in which this is the gradient of DPO's loss of "
+        "the pair; the sum over pairs is divided by a constant, which changes the step size only.",
+    ),
     "dr_grpo": Preset(
         title="Dr. GRPO, GRPO done right",
         paper="Liu et al. 2025, https://arxiv.org/abs/2503.20783",

@@ -147,6 +147,10 @@ def _credit(run: "RunConfig") -> Refusals:
         "credit.length_adaptive counts tokens, credit.macro_size makes actions of several: leave one of them out.",
     )
     yield (
+        credit.type == "online_dpo" and run.kl.place == "none" and not run.kl.measure,
+        "credit.type online_dpo compares with the reference model: set kl.measure=true.",
+    )
+    yield (
         bool(strangers),
         f"credit.parts.{''.join(strangers[:1])}: no reward has that name; there are {', '.join(named)}.",
     )

@@ -198,7 +198,8 @@ def changed(config: RunConfig, path: str, value: Any) -> RunConfig:
 
 
 def credited(config: CreditConfig, rewards: TokenRewards, batch: TokenBatch, old: PolicyOutput) -> Credit:
-    """`assign`; where credit compares with the greedy answer or rollouts from the prompt, those earn nothing."""
+    """`assign`; where credit compares with the greedy answer or rollouts from the prompt, those earn nothing; the
+    reference model is taken to be the policy."""
     begins = batch.action_mask & (batch.action_mask.cumsum(1) == 1)
     states = StateValues(torch.zeros_like(begins, dtype=torch.float64), begins)
-    return assign(config, rewards, batch, old, torch.zeros(len(batch.group)), states)
+    return assign(config, rewards, batch, old, torch.zeros(len(batch.group)), states, old)

@@ -272,7 +272,7 @@ def _with_noise(scene: Scene) -> tuple[Scene, PolicyOutput]:
 def _other_settings(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """Settings of credit and loss that act, each with another value to compare."""
     objective, critic = config.objective, config.policy.value_head
-    for name in ("gamma", "lam"):
+    for name in ("gamma", "lam", "beta"):
         value = getattr(config.credit, name, None)
         if value is not None and getattr(config.credit, "by", "token") == "token":
             yield f"credit.{name}", value - 0.5 if value > 0.5 else value + 0.25

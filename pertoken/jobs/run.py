@@ -288,7 +288,8 @@ class Speaker:
         return align(ids, self.policy.tokenizer).text
 
     def group(self, text: str, answer: str | None, *, seed: int = 0) -> Iterator[tuple[list[str], list[float], float]]:
-        """A group of samples, best first: pieces, advantages and total reward, by the configured rewards and credit."""
+        """A group of samples, best first: pieces, advantages and total reward, by the configured rewards and credit;
+        the policy stands for its reference model too, which is not loaded here."""
         config, policy = self.config, self.policy
         item = self.item(text, answer)
         episodes = collect(
@@ -300,7 +301,7 @@ class Speaker:
         parts, scene = assembly.build_rewards(config.rewards), Scene(batch, episodes, policy.tokenizer, old, None)
         rewards = score(parts, scene)
         drawn = beside(scene, config, self.engine, policy, self.controls, parts, rewards)
-        credit = assign(config.credit, drawn.rewards or rewards, batch, old, drawn.greedy, drawn.states)
+        credit = assign(config.credit, drawn.rewards or rewards, batch, old, drawn.greedy, drawn.states, ref=old)
         totals = rewards.total.sum(1)
         for row in totals.argsort(descending=True).tolist():
             start = episodes[row].prompt_length

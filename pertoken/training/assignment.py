@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pertoken import credit as estimators
+from pertoken import preferences
 from pertoken.config import CreditConfig, Gae, LeaveOneOutProcess, PerPart, Redistributed
 from pertoken.types import Credit, PolicyOutput, StateValues, TokenBatch, TokenRewards
 
@@ -16,12 +17,13 @@ def assign(
     old: PolicyOutput,
     greedy: Float[Tensor, " B"] | None = None,
     states: StateValues | None = None,
+    ref: PolicyOutput | None = None,
 ) -> Credit:
     """Advantages (and critic targets) of every action, by the estimator that the configuration names.
 
     `greedy`: what the greedy answer to each row's prompt earns, for credit.type self_critical. `states`: what
-    rollouts from prefixes earn, for credit.type monte_carlo. For the types that place rewards anew, `rewards` are those
-    that were (`redistribution.py`).
+    rollouts from prefixes earn, for credit.type monte_carlo. `ref`: the reference model's pass, for credit.type
+    online_dpo. For the types that place rewards anew, `rewards` are those that were (`redistribution.py`).
     """
     total, mask, group = rewards.total.to(old.logprobs.dtype), batch.action_mask, batch.group
     returns = None
@@ -38,6 +40,11 @@ def assign(
         if states is None:
             raise ValueError("credit.type monte_carlo needs what rollouts from prefixes earn")
         advantages = estimators.monte_carlo(total, states.values.to(total), states.starts, mask)
+    elif config.type == "online_dpo":
+        if ref is None:
+            raise ValueError("credit.type online_dpo needs what the reference model makes of the samples")
+        among = _apart_if_silent(rewards, group)
+        advantages = preferences.online_dpo(total, old.logprobs, ref.logprobs, mask, among, beta=config.beta)
     elif config.type == "optimal_token_baseline":
         energies = 1.0 - old.logprobs.exp()
         advantages = estimators.optimal_token_baseline(total, energies, mask, group, gamma=config.gamma)
@@ -108,6 +115,14 @@ def _estimate(config: CreditConfig, rewards: Tensor, mask: Tensor, group: Tensor
     if isinstance(config, LeaveOneOutProcess | Redistributed):
         return estimators.leave_one_out_process(rewards, mask, group, gamma=config.gamma)
     raise ValueError(f"credit.type {config.type} needs a critic")
+
+
+def _apart_if_silent(rewards: TokenRewards, group: Tensor) -> Tensor:
+    """The groups, with each row that a part of the reward abstains on in one of its own."""
+    alone = group.max() + 1 + torch.arange(len(group), device=group.device)
+    for abstained in rewards.abstained.values():
+        group = torch.where(abstained.to(group.device), alone, group)
+    return group
 
 
 def _among_speakers(config: CreditConfig, rewards: TokenRewards, mask: Tensor, group: Tensor) -> Tensor:

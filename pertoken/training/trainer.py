@@ -57,7 +57,8 @@ def loop(
         run.notes += failure_notes(scene, rewards)
         observe_tasks(run, scene, rewards)
         drawn = beside(scene, run.config, run.engine, run.policy, controls, run.rewards, rewards)
-        credit = assign(credit_of(run.config, step), drawn.rewards or rewards, batch, old, drawn.greedy, drawn.states)
+        how, paid = credit_of(run.config, step), drawn.rewards or rewards
+        credit = assign(how, paid, batch, old, drawn.greedy, drawn.states, ref)
         keep(run, episodes, credit, step)
         clock.lap("reward")
         run.before_step = None

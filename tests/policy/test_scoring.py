@@ -46,7 +46,7 @@ def oracle(model, batch):
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_logprobs_and_entropy_equal_the_plain_forward(kind, layout):
+def test_trap_11_logprobs_and_entropy_equal_the_plain_forward(kind, layout):
     model, batch = tiny_model(kind), ragged_batch()
     out = Policy(model, byte_tokenizer(), precision="float32", layout=layout).score(batch)
     logprobs, entropy = oracle(model, batch)

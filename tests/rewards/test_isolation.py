@@ -262,7 +262,7 @@ FAILING = {
 }
 
 
-def test_each_fault_is_that_of_its_completion(make_episode, make_scene, tmp_path, capfd):
+def test_trap_30_each_fault_is_that_of_its_completion(make_episode, make_scene, tmp_path, capfd):
     episodes = [make_episode(order, id=str(k)) for k, order in enumerate(ORDERS)]
     isolated = Isolated("their_rewards:does", time_limit=1.0)
     isolated.log_to(tmp_path / "rewards.log")
