@@ -21,6 +21,7 @@ STAGES = {"policy", "rollout", "rewards", "batching"}
 MAY: dict[str, set[str]] = {
     # what everyone may know
     "errors": set(),
+    "display": set(),
     "answers": set(),
     "machine.cache": set(),
     "native": {"machine.cache"},
@@ -32,11 +33,12 @@ MAY: dict[str, set[str]] = {
     "rows": {"errors"},
     "schedule": {"errors"},
     "sampling": {"errors"},
-    "types": {"errors", "sampling"},
+    "types": {"errors", "display", "sampling"},
     "segments": {"sampling", "types"},
     "prompts": {"errors", "types"},
     "forward": {"errors"},
     "hub": {"errors"},
+    "reading": {"errors"},
     # the stages of a step: each knows the types, none knows a sibling
     **{
         stage: {
@@ -54,6 +56,7 @@ MAY: dict[str, set[str]] = {
             "prompts",
             "forward",
             "hub",
+            "reading",
         }
         for stage in STAGES
     },
@@ -64,7 +67,7 @@ MAY: dict[str, set[str]] = {
     "config": {"errors", "schedule", "sampling", "config.presets", "config.families"},
     "text_metrics": {"errors", "types", "answers"},
     "tasks": {"errors", "answers", "sampling", "types", "rows"},
-    "tracking": {"errors", "types", "text_metrics"},
+    "tracking": {"errors", "display", "types", "text_metrics"},
     "testing": {"errors", "types"},
     # what joins them
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
@@ -218,6 +221,7 @@ OPTIONAL = {
     "trl",
     "starlette",
     "uvicorn",
+    "captum",
 }
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 
