@@ -1,6 +1,7 @@
 """Which tokens a score of a learned model depends on: integrated gradients over the embeddings that it reads.
 
-    a_t = (x_t - n_t) . integral over s in [0, 1] of  d score(n + s (x - n)) / d x_t          sum_t a_t = score(x) - score(n)
+    a_t = (x_t - n_t) . integral over s in [0, 1] of  d score(n + s (x - n)) / d x_t
+    sum_t a_t = score(x) - score(n)
 
 x is what the model reads, n the same with a neutral token in the place of each one that is asked about.
 Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365. The integral is Captum's (extra `attribution`).

@@ -6,6 +6,7 @@ Whatever a model wrote is escaped, and what cannot be seen is spelled out, so th
 """
 
 import html
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,19 +61,18 @@ def background(ink: Colour, strength: float) -> str:
 
 def signed_background(value: float, bound: float) -> str:
     """The background of a number that is neutral at 0."""
-    strength = min(1.0, abs(value) / bound) * FULL_STRENGTH if bound > 0 and value == value else 0.0
+    strength = min(1.0, abs(value) / bound) * FULL_STRENGTH if bound > 0 and math.isfinite(value) else 0.0
     return background(POSITIVE if value > 0 else NEGATIVE, strength)
 
 
 def grids_html(title: str, grids: Mapping[str, Tensor | None]) -> str:
-    """Tables of numbers `[B, T]` (or `[B]`) by name, a line a row of the batch; columns in which all is 0 are left out."""
+    """Tables of numbers `[B, T]` by name, a line a row of the batch; columns in which all is 0 are left out."""
     tables = "".join(_grid(name, cells) for name, cells in grids.items() if cells is not None)
     return f"<div><strong>{escaped(title)}</strong>{tables}</div>"
 
 
 def _grid(name: str, cells: Tensor) -> str:
     numbers = cells.detach().double().cpu()
-    numbers = numbers[:, None] if numbers.ndim == 1 else numbers
     columns = (numbers != 0).any(0).nonzero()[:, 0].tolist()
     shown = columns[:MOST_COLUMNS]
     bound = numbers.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item() if numbers.numel() else 0.0
@@ -111,16 +111,20 @@ def episode_html(episode: Any) -> str:
         f"{sum(acts)} of {len(acts)} tokens chosen by the policy, version {episode.policy_version[1]}; "
         f"stopped by {episode.stop}; group {episode.group}; log-prob {_short(sum(episode.logprobs))}"
     )
-    prompt = item.prompt if isinstance(item.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in item.prompt)
+    prompt = (
+        item.prompt if isinstance(item.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in item.prompt)
+    )
     answer = f"<p>Reference answer: {escaped(item.answer)}</p>" if item.answer else ""
     bound = max((-logprob for logprob, act in zip(episode.logprobs, acts, strict=True) if act), default=0.0)
     ids = "".join(_id(episode, k, bound) for k in range(min(len(acts), MOST_IDS)))
     more = f" … {len(acts) - MOST_IDS} more" if len(acts) > MOST_IDS else ""
     return (
-        f"<div><strong>Episode {escaped(episode.id)}</strong>, item {escaped(item.id)}<br><small>{escaped(facts)}</small>"
+        f"<div><strong>Episode {escaped(episode.id)}</strong>, item {escaped(item.id)}<br>"
+        f"<small>{escaped(facts)}</small>"
         f'<pre style="white-space:pre-wrap;margin:0.4em 0">{escaped(prompt)}</pre>{answer}'
         f'<div style="overflow-wrap:anywhere;line-height:1.9;font-variant-numeric:tabular-nums">{ids}{more}</div>'
-        "<small>ids of the tokens; violet: chosen by the policy, the less probable the stronger; pale: given</small></div>"
+        "<small>ids of the tokens; violet: chosen by the policy, the less probable the stronger; pale: given</small>"
+        "</div>"
     )
 
 
@@ -131,7 +135,8 @@ def _id(episode: Any, k: int, bound: float) -> str:
     if episode.entropies is not None:
         told += f", entropy {_short(episode.entropies[k])}"
     strength = 0.12 + (FULL_STRENGTH - 0.12) * (-episode.logprobs[k] / bound if bound > 0 else 0.0)
-    return f'<span style="{background(MAGNITUDE, strength)}border-radius:3px;padding:0 2px" title="{told}">{episode.tokens[k]}</span> '
+    style = f"{background(MAGNITUDE, strength)}border-radius:3px;padding:0 2px"
+    return f'<span style="{style}" title="{told}">{episode.tokens[k]}</span> '
 
 
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

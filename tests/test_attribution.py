@@ -4,7 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast, LlamaConfig, LlamaModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaModel,
+)
 
 from pertoken import questions
 from pertoken.attribution import OPEN_SHARE, attribute

@@ -27,7 +27,7 @@ def embedded(
     """
     if decoder_start(model):
         raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder model: the gradient of what it reads cannot be asked here yet"
+            f"{type(model).__name__} is an encoder-decoder model: gradients of what it reads cannot be asked here yet"
         )
     device, length = model.device, max(targets)
     ids, columns = torch.tensor(list(tokens), device=device), torch.tensor(list(targets), device=device)

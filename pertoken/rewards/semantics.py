@@ -286,8 +286,10 @@ class SequenceClassifier:
     def reading(
         self, aligned: AlignedText, start: int, part: str, before: str | None, number: Callable[[Tensor], Tensor]
     ) -> Reading:
-        """What it reads of `part`, which stands at character `start` of a text, behind another text or none; `number`
-        makes the score out of the raw outputs `[N, labels]` of N rows. ModelError if its tokenizer is not a fast one."""
+        """What it reads of `part`, which stands at character `start` of a text, behind another text or none.
+
+        `number` makes the score out of the raw outputs `[N, labels]`. ModelError if its tokenizer is not a fast one.
+        """
         if not getattr(self._tokenizer, "is_fast", False):
             raise ModelError(f"{type(self._tokenizer).__name__} cannot say which characters a token is of")
         texts = (part, None) if before is None else (before, part)
