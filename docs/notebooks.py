@@ -1,17 +1,19 @@
 """Runs the notebooks of examples/notebooks/ and keeps in them what they show.
 
-    python docs/notebooks.py
+    python docs/notebooks.py [NOTEBOOK ...]
 
 Outputs are kept because most readers meet a notebook on GitHub, where nothing runs. What is shown as HTML has no
 second form as plain text there, which would be the names of all its fields; progress bars and times are left out too.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 NOTEBOOKS = Path(__file__).parents[1] / "examples" / "notebooks"
-SECONDS_PER_CELL = 900
+SECONDS = 900
+"""That a kernel may take to start, and each cell to run, on a machine that has other things to do."""
 
 
 def executed(path: Path, place: Path) -> Any:
@@ -21,7 +23,7 @@ def executed(path: Path, place: Path) -> Any:
 
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
-        notebook, kernel_name="python3", timeout=SECONDS_PER_CELL, record_timing=False,
+        notebook, kernel_name="python3", timeout=SECONDS, startup_timeout=SECONDS, record_timing=False,
         resources={"metadata": {"path": str(place)}},
     ).execute()  # fmt: skip
     for cell in notebook.cells:
@@ -39,10 +41,10 @@ def _kept(output: Any) -> Any:
 
 
 def main() -> None:
-    """Run all and write them."""
+    """Run them and write them."""
     import nbformat
 
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+    for path in map(Path, sys.argv[1:]) if sys.argv[1:] else sorted(NOTEBOOKS.glob("*.ipynb")):
         with tempfile.TemporaryDirectory() as place:
             notebook = executed(path, Path(place))
         notebook.metadata = {

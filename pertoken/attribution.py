@@ -9,9 +9,16 @@ Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365. The integral is Capt
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pertoken.errors import MissingExtraError
-from pertoken.reading import Reading
+from pertoken.batching import to_batch
+from pertoken.errors import ConfigError, MissingExtraError
+from pertoken.policy.embedded import embedded
+from pertoken.policy.model import Policy
+from pertoken.reading import Reading, neutral_id
+from pertoken.rewards import Reads, Scene, Weighted
+from pertoken.sampling import Controls
+from pertoken.types import Episode
 
 POINTS, MOST_POINTS = 16, 256
 """Of the integral, at which the gradient is taken: twice as many until what it leaves open is small."""
@@ -74,3 +81,49 @@ def attribute(readings: Sequence[Reading], num_tokens: int, *, weight: float = 1
         score, neutral, left = score + weight * here, neutral + weight * there, left + weight * gap
         most = max(most, points)
     return Attribution(tuple(values), score, neutral, left, most)
+
+
+def policy_attribution(
+    policy: Policy, episode: Episode, *, column: int | None = None, temperature: float = 1.0
+) -> Attribution:
+    """What each token of the episode, prompt included, adds to the log-prob of the token in `column` (nats).
+
+    None asks about all that the model chose. What is written stays the same; what it is predicted from changes.
+    ConfigError for a column that the model did not choose; ModelError for encoder-decoder models.
+    """
+    chosen = [at for at, acts in enumerate(episode.action_mask) if acts]
+    if column is not None and column not in chosen:
+        raise ConfigError(f"{episode.id}: token {column} is none that the model chose")
+    columns = chosen if column is None else [column]
+    neutral = neutral_id(policy.tokenizer)
+    reading = embedded(policy.hf_model, episode.tokens, columns, neutral=neutral, temperature=temperature)
+    return attribute([reading], len(episode.tokens))
+
+
+def reward_attributions(
+    rewards: Sequence[Weighted], episode: Episode, tokenizer: Any, step: int
+) -> tuple[dict[str, Attribution], list[str]]:
+    """By part of the reward, what each token behind the prompt adds to what its learned model pays in `step`.
+
+    And a note for each part that has no gradient, or pays something else than the score of its model.
+    ConfigError if no part has a gradient.
+    """
+    (sample,) = Scene(to_batch([episode], Controls()), [episode], tokenizer, step=step).samples
+    found: dict[str, Attribution] = {}
+    notes = []
+    for part in rewards:
+        if not part.is_about(episode.item):
+            continue
+        if not isinstance(part.reward, Reads):
+            notes.append(f"reward {part.name!r} has no gradient here: it is not in these numbers")
+            continue
+        if part.clip is not None:
+            notes.append(f"reward {part.name!r} is clipped, which these numbers leave out")
+        weight = part.weight_at(step)
+        found[part.name] = attribute(part.reward.readings(sample), len(sample.tokens), weight=weight)
+    if not found:
+        raise ConfigError(
+            "no part of the reward is a learned model whose gradient can be taken (token_model, classifier); what any "
+            "reward pays for is asked by leaving tokens out"
+        )
+    return found, notes

@@ -86,7 +86,8 @@ def _grid(name: str, cells: Tensor) -> str:
         for what, count, most in (("rows", len(numbers), MOST_ROWS), ("columns", len(columns), MOST_COLUMNS))
         if count > most
     ]
-    about = f"{len(numbers)} rows, tokens by column; · is 0{'; ' + ' and '.join(left) if left else ''}"
+    count = f"{len(numbers)} row{'s' * (len(numbers) != 1)}"
+    about = f"{count}, tokens by column; · is 0{'; ' + ' and '.join(left) if left else ''}"
     return (
         f'<p style="margin:0.6em 0 0.2em">{escaped(name)} <small>{about}</small></p>'
         f'<div style="overflow-x:auto"><table style="{_FIGURES}"><tr><th></th>{head}</tr>{body}</table></div>'

@@ -14,12 +14,12 @@ from transformers import (
 )
 
 from pertoken import questions
-from pertoken.attribution import OPEN_SHARE, attribute
-from pertoken.errors import MissingExtraError, ModelError
+from pertoken.attribution import OPEN_SHARE, attribute, policy_attribution, reward_attributions
+from pertoken.errors import ConfigError, MissingExtraError, ModelError
 from pertoken.policy.embedded import embedded
 from pertoken.policy.model import Policy
 from pertoken.reading import Reading, neutral_id
-from pertoken.rewards import Classifier, Sample, TokenModel, classifier, token_model
+from pertoken.rewards import Classifier, Sample, TokenModel, Weighted, classifier, token_model, token_reward
 from pertoken.rewards.align import align
 from pertoken.rewards.token_model import TokenScorer
 from pertoken.sampling import Controls
@@ -289,3 +289,42 @@ def test_the_temperature_is_that_of_the_sampler():
 def test_an_encoder_decoder_model_is_refused_by_name():
     with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder-decoder model"):
         embedded(tiny_encoder_decoder(), [1, 2, 3], [2], neutral=0)
+
+
+# --- of a sample --------------------------------------------------------------------------------------------
+
+
+@token_reward
+def plain(sample):
+    return [1.0] * len(sample.tokens)
+
+
+def test_parts_of_the_reward_that_have_a_gradient_are_told_with_their_weight_and_the_others_named(monkeypatch, words):
+    captum()
+    reward, _ = use(monkeypatch, (Linear(4), words))
+    ids = byte_tokenizer().encode
+    text = episode(ids("?"), ids("a c b"), item=Item("i", "?"))
+    parts = [Weighted(plain, 1.0, "plain"), Weighted(reward, 0.5, "learned", clip=(-9.0, 9.0))]
+    found, notes = reward_attributions(parts, text, byte_tokenizer(), 1)
+    assert list(found) == ["learned"]
+    assert found["learned"].score == pytest.approx(0.5 * sum(reward.token_values(sample_of("a c b"))), abs=1e-5)
+    assert len(found["learned"].values) == 5
+    assert "'plain' has no gradient" in notes[0]
+    assert "'learned' is clipped" in notes[1]
+    with pytest.raises(ConfigError, match="no part of the reward is a learned model"):
+        reward_attributions(parts[:1], text, byte_tokenizer(), 1)
+
+
+def test_of_a_policy_one_token_or_all_can_be_asked(monkeypatch):
+    captum()
+    policy = Policy(tiny_model(seed=1), byte_tokenizer(), precision="float32", compile=False)
+    ids = byte_tokenizer().encode
+    text = episode(ids("say"), ids("abc"))
+    wanted = questions.logprobs_of(policy, [text], Controls())[0]
+    one, whole = (policy_attribution(policy, text, column=column) for column in (4, None))
+    assert one.score == pytest.approx(wanted[1], abs=1e-3)
+    assert whole.score == pytest.approx(sum(wanted), abs=1e-3)
+    assert all(one.values[:4])
+    assert not any(one.values[4:])
+    with pytest.raises(ConfigError, match="token 2 is none that the model chose"):
+        policy_attribution(policy, text, column=2)
