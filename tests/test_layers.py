@@ -138,18 +138,20 @@ MAY["jobs.profiling"] = MAY["assembly"] | {"assembly", "machine.stopwatch"}
 MAY["doctor"] = MAY["assembly"] | {"assembly", "reward_check"}
 MAY["jobs.run"] = MAY["assembly"] | {"assembly", "doctor"}
 MAY["inquiry.kept"] = MAY["assembly"] | {"assembly", "training.redistribution", "hub"}
+MAY["inquiry.attribution"] = {"errors", "reading", "types", "sampling", "batching", "policy", "rewards"}
 MAY["inquiry.questions"] = {
     "errors", "types", "sampling", "config", "text_metrics", "batching", "forward", "observe", "policy",
     "training.redistribution", "training.resampling", "rewards", "rollout",
 }  # fmt: skip
 MAY["inquiry.asking"] = MAY["inquiry.questions"] | {
     "inquiry.questions",
+    "inquiry.attribution",
     "assembly",
     "inquiry.kept",
     "jobs.run",
     "tracking",
 }
-MAY["inquiry.told"] = {"errors", "tracking", "inquiry.questions", "inquiry.asking"}
+MAY["inquiry.told"] = {"errors", "display", "tracking", "inquiry.questions", "inquiry.asking"}
 MAY["studio"] = {"errors", "config", "sampling", "tracking", "inquiry.asking"}
 MAY["jobs.crossval"] = {"errors", "config", "text_metrics", "tracking"}
 MAY["inquiry.credit_compare"] = {
@@ -182,6 +184,7 @@ MAY["jobs.many"] = {"config", "jobs.run", "tracking"}
 MAY["jobs.search"] = {"errors", "config", "jobs.many", "text_metrics", "tracking"}
 MAY["compare"] = MAY["jobs.run"] | {"jobs.run", "jobs.many", "hub"}
 MAY["cli"] = MAY["jobs.run"] | {
+    "display",
     "config.presets",
     "jobs.run",
     "doctor",

@@ -1,4 +1,4 @@
-"""Each notebook runs as a reader runs it, in a kernel of its own; what it says by hand is what it said when it was kept.
+"""Each notebook runs as a reader runs it, in a kernel of its own, and prints by hand what it printed when it was kept.
 
 Why outputs are kept in the files: docs/notebooks.py.
 """

@@ -13,9 +13,9 @@ from transformers import (
     LlamaModel,
 )
 
-from pertoken import questions
-from pertoken.attribution import OPEN_SHARE, attribute, policy_attribution, reward_attributions
 from pertoken.errors import ConfigError, MissingExtraError, ModelError
+from pertoken.inquiry import questions
+from pertoken.inquiry.attribution import OPEN_SHARE, attribute, policy_attribution, reward_attributions
 from pertoken.policy.embedded import embedded
 from pertoken.policy.model import Policy
 from pertoken.reading import Reading, neutral_id
