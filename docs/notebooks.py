@@ -28,16 +28,22 @@ def executed(path: Path, place: Path) -> Any:
     ).execute()  # fmt: skip
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [kept for output in cell.outputs if (kept := _kept(output)) is not None]
+            cell.outputs = _kept(cell.outputs)
     return notebook
 
 
-def _kept(output: Any) -> Any:
-    if output.get("name") == "stderr":
-        return None
-    if "text/html" in output.get("data", {}):
-        output.data.pop("text/plain", None)
-    return output
+def _kept(outputs: list[Any]) -> list[Any]:
+    kept: list[Any] = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            continue
+        if "text/html" in output.get("data", {}):
+            output.data.pop("text/plain", None)
+        if kept and output.output_type == kept[-1].output_type == "stream":
+            kept[-1].text += output.text  # how a text was cut on its way is chance
+        else:
+            kept.append(output)
+    return kept
 
 
 def main() -> None:

@@ -233,8 +233,8 @@ class Answers:
     ) -> Attributed:
         """Which tokens learned models see a score in: the learned parts of the reward, or the policy a log-prob.
 
-        Of the policy: the log-prob of `token`, or of all that was chosen; with `against` how much more it is under `model`
-        than under that one. Raises MissingExtraError without Captum, ConfigError if no part of the reward is learned.
+        Of the policy: the log-prob of `token`, or of all that was chosen; with `against` what it is more under `model`.
+        Raises MissingExtraError without Captum, ConfigError if no part of the reward is learned.
         """
         policy = self.policy(self._newest_loaded() if of == "reward" else model)
         asked = self._asked(sample, policy)
