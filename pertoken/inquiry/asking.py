@@ -236,6 +236,8 @@ class Answers:
         Of the policy: the log-prob of `token`, or of all that was chosen; with `against` what it is more under `model`.
         Raises MissingExtraError without Captum, ConfigError if no part of the reward is learned.
         """
+        if of == "reward" and (token is not None or against is not None):
+            raise ConfigError("a token, or another model, can be asked about of the policy; rewards score whole texts")
         policy = self.policy(self._newest_loaded() if of == "reward" else model)
         asked = self._asked(sample, policy)
         pieces, start = token_pieces(asked.episode.tokens, policy.tokenizer), asked.episode.prompt_length

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from pertoken.batching import to_batch
 from pertoken.errors import ConfigError, MissingExtraError
 from pertoken.policy.embedded import embedded
@@ -67,10 +69,11 @@ def attribute(readings: Sequence[Reading], num_tokens: int, *, weight: float = 1
         integral = IntegratedGradients(reading.score)
         text, none = reading.embeddings[None], reading.neutral[None]
         rows = max(1, TOKENS_PER_PASS // max(1, len(reading.embeddings)))
+        with torch.no_grad():
+            here, there = (reading.score(each).item() for each in (text, none))
         points = POINTS
         while True:
             found = integral.attribute(text, none, n_steps=points, internal_batch_size=rows)[0].double().sum(1)
-            here, there = (reading.score(each).item() for each in (text, none))
             gap = here - there - found.sum().item()
             if abs(gap) <= OPEN_SHARE * found.abs().sum().item() or points >= MOST_POINTS:
                 break

@@ -34,7 +34,9 @@ def told(
         return
     if gradients is not None:
         yield from _attributions(run, sample, gradients, token, model, against)
-        return
+        against = None  # is in these numbers
+        if not causes:
+            return
     if not causes and against is None:
         yield _alternatives(run.alternatives(sample, model=model), token)
         return

@@ -240,6 +240,8 @@ def test_the_difference_of_two_models_is_attributed_by_the_difference(run, captu
 def test_rewards_without_a_gradient_are_named_in_the_refusal(run, captum, asked_run, pertoken):
     with pytest.raises(ConfigError, match="no part of the reward is a learned model"):
         run.attributions("2.1", of="reward")
+    with pytest.raises(ConfigError, match="rewards score whole texts"):
+        run.attributions("2.1", of="reward", token=1)
     code, _, error = pertoken("ask", asked_run, "--sample", "2.1", "--gradients", "rewards")
     assert code
     assert "expected policy or reward" in " ".join(error.split())
