@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from pertoken.display import episode_html, grids_html
 from pertoken.sampling import Controls
 
 Message = Mapping[str, str]
@@ -112,6 +113,9 @@ class Episode:
     def prompt_length(self) -> int:
         """Number of tokens before the first action (all of them if there is no action)."""
         return self.action_mask.index(True) if any(self.action_mask) else len(self.tokens)
+
+    def _repr_html_(self) -> str:
+        return episode_html(self)
 
 
 @dataclass(frozen=True)
@@ -242,6 +246,9 @@ class TokenRewards:
     """What each row earns in units that stay the same from step to step: the parts as they were before they were
     clipped or normalised, by the weights that they end with."""
 
+    def _repr_html_(self) -> str:
+        return grids_html("Rewards", {"total": self.total, **self.parts})
+
 
 @dataclass(frozen=True)
 class PolicyOutput:
@@ -292,6 +299,9 @@ class Credit:
     def rows(self, index: Int[Tensor, " R"]) -> "Credit":
         """The credit of the rows `index`, in that order."""
         return Credit(self.advantages[index], None if self.returns is None else self.returns[index])
+
+    def _repr_html_(self) -> str:
+        return grids_html("Credit", vars(self))
 
 
 @dataclass(frozen=True)

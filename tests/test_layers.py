@@ -21,6 +21,7 @@ STAGES = {"policy", "rollout", "rewards", "batching"}
 MAY: dict[str, set[str]] = {
     # what everyone may know
     "errors": set(),
+    "display": set(),
     "answers": set(),
     "machine.cache": set(),
     "native": {"machine.cache"},
@@ -32,11 +33,12 @@ MAY: dict[str, set[str]] = {
     "rows": {"errors"},
     "schedule": {"errors"},
     "sampling": {"errors"},
-    "types": {"errors", "sampling"},
+    "types": {"errors", "display", "sampling"},
     "segments": {"sampling", "types"},
     "prompts": {"errors", "types"},
     "forward": {"errors"},
     "hub": {"errors"},
+    "reading": {"errors"},
     # the stages of a step: each knows the types, none knows a sibling
     **{
         stage: {
@@ -54,6 +56,7 @@ MAY: dict[str, set[str]] = {
             "prompts",
             "forward",
             "hub",
+            "reading",
         }
         for stage in STAGES
     },
@@ -64,7 +67,7 @@ MAY: dict[str, set[str]] = {
     "config": {"errors", "schedule", "sampling", "config.presets", "config.families"},
     "text_metrics": {"errors", "types", "answers"},
     "tasks": {"errors", "answers", "sampling", "types", "rows"},
-    "tracking": {"errors", "types", "text_metrics"},
+    "tracking": {"errors", "display", "types", "text_metrics"},
     "testing": {"errors", "types"},
     # what joins them
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
@@ -135,18 +138,20 @@ MAY["jobs.profiling"] = MAY["assembly"] | {"assembly", "machine.stopwatch"}
 MAY["doctor"] = MAY["assembly"] | {"assembly", "reward_check"}
 MAY["jobs.run"] = MAY["assembly"] | {"assembly", "doctor"}
 MAY["inquiry.kept"] = MAY["assembly"] | {"assembly", "training.redistribution", "hub"}
+MAY["inquiry.attribution"] = {"errors", "reading", "types", "sampling", "batching", "policy", "rewards"}
 MAY["inquiry.questions"] = {
     "errors", "types", "sampling", "config", "text_metrics", "batching", "forward", "observe", "policy",
     "training.redistribution", "training.resampling", "rewards", "rollout",
 }  # fmt: skip
 MAY["inquiry.asking"] = MAY["inquiry.questions"] | {
     "inquiry.questions",
+    "inquiry.attribution",
     "assembly",
     "inquiry.kept",
     "jobs.run",
     "tracking",
 }
-MAY["inquiry.told"] = {"errors", "tracking", "inquiry.questions", "inquiry.asking"}
+MAY["inquiry.told"] = {"errors", "display", "tracking", "inquiry.questions", "inquiry.asking"}
 MAY["studio"] = {"errors", "config", "sampling", "tracking", "inquiry.asking"}
 MAY["jobs.crossval"] = {"errors", "config", "text_metrics", "tracking"}
 MAY["inquiry.credit_compare"] = {
@@ -179,6 +184,7 @@ MAY["jobs.many"] = {"config", "jobs.run", "tracking"}
 MAY["jobs.search"] = {"errors", "config", "jobs.many", "text_metrics", "tracking"}
 MAY["compare"] = MAY["jobs.run"] | {"jobs.run", "jobs.many", "hub"}
 MAY["cli"] = MAY["jobs.run"] | {
+    "display",
     "config.presets",
     "jobs.run",
     "doctor",
@@ -218,6 +224,7 @@ OPTIONAL = {
     "trl",
     "starlette",
     "uvicorn",
+    "captum",
 }
 """Packages of the extras: imported where they are used, so that everything else works without them."""
 

@@ -53,6 +53,10 @@ def ask(
     model: Annotated[str | None, typer.Option(help="before, step-N or trained; default: the newest.")] = None,
     against: Annotated[str | None, typer.Option(help="Model that log-probs are compared with.")] = None,
     causes: Annotated[bool, typer.Option("--causes", help="Which tokens the text owes its reward to.")] = False,
+    gradients: Annotated[
+        str | None,
+        typer.Option(metavar="policy|reward", help="Which tokens a log-prob, or a learned reward, is seen in."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, help="With --swap: texts sampled on from there.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
@@ -63,8 +67,8 @@ def ask(
     if swap is not None and token is None:
         raise ConfigError(f"--swap {swap!r}: in the place of which token? Add --token")
     parts = told(
-        Answers(folder), sample, token=token, swap=swap, model=model, against=against, causes=causes, samples=samples,
-        seed=seed,
+        Answers(folder), sample, token=token, swap=swap, model=model, against=against, causes=causes,
+        gradients=gradients, samples=samples, seed=seed,
     )  # fmt: skip
     for part in parts:
         if isinstance(part, str):
@@ -124,8 +128,8 @@ def _chosen(
 
 def _print_samples(folder: Path, step: int | None) -> None:
     """The kept episodes, those of one step or of all, with the figures that they can be sorted by; held-out items."""
+    from pertoken.display import harmless
     from pertoken.tracking import RunReader
-    from pertoken.tracking.coloured import harmless
     from pertoken.tracking.comparison import compare
     from pertoken.tracking.samples import training_groups
 
@@ -145,7 +149,7 @@ def _print_samples(folder: Path, step: int | None) -> None:
 
 def _print_shown(shown: Any, numbers: bool) -> None:
     """The texts of a sample in colour, or all their numbers as tables."""
-    from pertoken.tracking.coloured import harmless
+    from pertoken.display import harmless
 
     out.print(Text(harmless(shown.title), "bold"))
     if shown.answer:

@@ -46,7 +46,7 @@ def print_evaluations(row: dict[str, Any], comparison: Any, names: tuple[str, st
 
 def coloured(pieces: Sequence[str], values: Sequence[float]) -> Text:
     """A text whose tokens are shaded by their values, the largest of them at full strength."""
-    from pertoken.tracking.coloured import harmless
+    from pertoken.display import harmless
 
     limit = max((abs(v) for v in values), default=0.0) or 1.0
     text = Text()

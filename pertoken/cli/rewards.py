@@ -33,9 +33,10 @@ def check_reward(
 ) -> None:
     """Try a reward on texts good and odd: does it keep its contract, what does it cost, whom does it pay?"""
     from pertoken import assembly
+    from pertoken.display import harmless
     from pertoken.reward_check import ITEMS, check_reward
     from pertoken.testing import byte_tokenizer
-    from pertoken.tracking.coloured import ColouredText, harmless
+    from pertoken.tracking.coloured import ColouredText
     from pertoken.types import Item
 
     one = json.dumps([{"fn" if ":" in name else "name": name}])

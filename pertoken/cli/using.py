@@ -105,8 +105,8 @@ def generate(
 ) -> None:
     """Generate text: one sample, token by token as it is drawn; several; the best of many by the rewards; long texts by
     segments; answers to a file of prompts."""
+    from pertoken.display import harmless
     from pertoken.jobs.run import Speaker
-    from pertoken.tracking.coloured import harmless
 
     if by not in ("none", "logprob", "entropy", "advantage"):
         raise ConfigError(f"--by {by}: expected none, logprob, entropy or advantage")
@@ -160,8 +160,8 @@ def _answer(
     show_all: bool,
 ) -> None:
     """Several samples or the best of them, for one prompt or for a file of them; onto the screen or into a file."""
+    from pertoken.display import harmless
     from pertoken.jobs.generation import Generator, generate_all, read_prompts
-    from pertoken.tracking.coloured import harmless
     from pertoken.tracking.files import append_row, encode
 
     if to is not None and to.exists():

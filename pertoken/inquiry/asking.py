@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pertoken.assembly import build_controls, build_engine, build_policy, build_task
 from pertoken.config import RunConfig, load_config
 from pertoken.errors import ConfigError, PertokenError, RunFolderError, closest
 from pertoken.inquiry import questions
+from pertoken.inquiry.attribution import OPEN_SHARE, Attribution, policy_attribution, reward_attributions
 from pertoken.inquiry.kept import episode_of, steady_rewards
 from pertoken.inquiry.questions import Place
 from pertoken.jobs.run import Speaker
@@ -97,6 +98,19 @@ class Causes:
 
     parts: Mapping[str, Sequence[float]]
     """By part and in `total`: what the text loses without each of its tokens."""
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Attributed:
+    """What each token adds to a score of a learned model, by the gradient of what the model reads."""
+
+    pieces: Sequence[str]
+    """Of the tokens that were asked about."""
+    prompt: int
+    """So many of them, the first ones, are the prompt."""
+    scores: Mapping[str, Attribution]
+    """By name; their values are of `pieces`."""
     notes: Sequence[str]
 
 
@@ -208,6 +222,41 @@ class Answers:
         notes = _changed(asked, questions.paid(rewards, [episode], tokenizer, asked.step)[0])
         return Causes(questions.causes(rewards, episode, tokenizer, asked.step, most=most), notes)
 
+    def attributions(
+        self,
+        sample: str,
+        *,
+        of: Literal["policy", "reward"] = "reward",
+        token: int | None = None,
+        model: str | None = None,
+        against: str | None = None,
+    ) -> Attributed:
+        """Which tokens learned models see a score in: the learned parts of the reward, or the policy a log-prob.
+
+        Of the policy: the log-prob of `token`, or of all that was chosen; with `against` what it is more under `model`.
+        Raises MissingExtraError without Captum, ConfigError if no part of the reward is learned.
+        """
+        if of == "reward" and (token is not None or against is not None):
+            raise ConfigError("a token, or another model, can be asked about of the policy; rewards score whole texts")
+        policy = self.policy(self._newest_loaded() if of == "reward" else model)
+        asked = self._asked(sample, policy)
+        pieces, start = token_pieces(asked.episode.tokens, policy.tokenizer), asked.episode.prompt_length
+        if of == "reward":
+            episode = self._with_item(asked.episode)
+            scores, notes = reward_attributions(self.rewards, episode, policy.tokenizer, asked.step)
+            return Attributed(pieces[start:], 0, scores, [*notes, *_left_open(scores)])
+        sampling = self.config.rollout.sampling
+        if sampling.segment is not None:
+            raise ConfigError("this text was written by segments: no pass of the model reads all of it")
+        column = None if token is None else asked.column(token)
+        found, *other = (
+            policy_attribution(self.policy(name), asked.episode, column=column, temperature=sampling.temperature or 1.0)
+            for name in (model, against)[: 1 if against is None else 2]
+        )
+        name = "log-prob of the text" if token is None else f"log-prob of token {token + 1}"
+        scores = {name: found} if not other else {f"{name}, difference to {against}": found.minus(other[0])}
+        return Attributed(pieces, start, scores, _left_open(scores))
+
     def speaker(self, sampling: Sampling, *, model: str | None = None, chat: bool = True) -> Speaker:
         """The model to talk to, with these sampling controls."""
         rollout = self.config.rollout.model_copy(update={"sampling": sampling})
@@ -302,4 +351,14 @@ def _changed(asked: Asked, now: Mapping[str, float]) -> list[str]:
         "too, or has changed"
         for name, was in asked.earned.items()
         if name in now and name != "total" and abs(now[name] - was) > 1e-3 * (1 + abs(was))
+    ]
+
+
+def _left_open(scores: Mapping[str, Attribution]) -> list[str]:
+    """A note for each score of which the integral has not found all."""
+    return [
+        f"{name}: the attributions sum to {sum(found.values):.4g} where the score differs by "
+        f"{found.score - found.neutral:.4g}: it bends more than {found.points} points of the integral can follow"
+        for name, found in scores.items()
+        if abs(found.open) > OPEN_SHARE * sum(map(abs, found.values))
     ]

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 from rich.text import Text as Words
 
+from pertoken.display import harmless
 from pertoken.errors import ConfigError
 from pertoken.inquiry.asking import Answers, Text, WhatIf
 from pertoken.inquiry.questions import Choice, Place
-from pertoken.tracking.coloured import ColouredText, harmless
+from pertoken.tracking.coloured import ColouredText
 
 Part = str | Words | Table
 
@@ -23,6 +24,7 @@ def told(
     model: str | None,
     against: str | None,
     causes: bool,
+    gradients: str | None,
     samples: int,
     seed: int,
 ) -> Iterator[Part]:
@@ -30,6 +32,11 @@ def told(
     if swap is not None and token is not None:
         yield from _what_if(run.what_if(sample, token - 1, text=swap, model=model, samples=samples, seed=seed), token)
         return
+    if gradients is not None:
+        yield from _attributions(run, sample, gradients, token, model, against)
+        against = None  # is in these numbers
+        if not causes:
+            return
     if not causes and against is None:
         yield _alternatives(run.alternatives(sample, model=model), token)
         return
@@ -84,8 +91,25 @@ def _what_if(found: WhatIf, token: int) -> Iterator[Part]:
             yield table
 
 
+def _attributions(
+    run: Answers, sample: str, of: str, token: int | None, model: str | None, against: str | None
+) -> Iterator[Part]:
+    if of not in ("policy", "reward"):
+        raise ConfigError(f"--gradients {of}: expected policy or reward")
+    asked = None if token is None else token - 1
+    found = run.attributions(sample, of=of, token=asked, model=model, against=against)  # type: ignore[arg-type]
+    yield from found.notes
+    for name, one in found.scores.items():
+        yield f"{name}: {one.score:.4g}; with neutral tokens in the place of these: {one.neutral:.4g}"
+        yield from _shown(found.pieces, f"adds to: {name}", one.values)
+
+
 def _coloured(run: Answers, sample: str, model: str | None, name: str, values: Sequence[float]) -> Iterator[Part]:
     pieces = [place.chosen.piece for place in run.alternatives(sample, model=model, count=1)]
+    yield from _shown(pieces, name, values)
+
+
+def _shown(pieces: Sequence[str], name: str, values: Sequence[float]) -> Iterator[Part]:
     text = ColouredText(pieces, list(values), name)
     yield Words(harmless(text.legend), "dim")
     yield text.terminal()

@@ -58,6 +58,9 @@ class RunResult:
     """Held-out quality before and after; None without evaluation or if the run was interrupted."""
     report: Path | None
 
+    def _repr_html_(self) -> str:
+        return RunReader(self.folder)._repr_html_()
+
 
 def train(
     config: RunConfig,

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pertoken.errors import ConfigError, RewardError
+from pertoken.reading import Reading
 from pertoken.rewards.align import AlignedText, align, spread
 from pertoken.types import Episode, Item, PolicyOutput, StopReason, TokenBatch
 
@@ -186,6 +187,15 @@ class Explains(Protocol):
 
     def findings(self, sample: Sample) -> "Sequence[ScoredSpan]":
         """What, where, and in words."""
+        ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """A reward by a learned model that can say how its score depends on what the model reads."""
+
+    def readings(self, sample: Sample) -> Sequence[Reading]:
+        """The passes of the model whose scores sum to what the reward pays the sample."""
         ...
 
 

@@ -1,13 +1,15 @@
 """Any sequence classifier or regressor as a reward, of the whole text or sentence by sentence."""
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from pertoken.errors import ConfigError, closest
+from pertoken.reading import Reading
 from pertoken.rewards.align import sentence_spans
 from pertoken.rewards.base import Place, Sample, SampleReward, ScoredSpan, place_number, place_spans
 from pertoken.rewards.metrics.base import check_choice
@@ -64,28 +66,51 @@ class Classifier(SampleReward):
     def _before(self, sample: Sample) -> str | None:
         return "\n\n".join(other_texts(sample, self.against, "classifier")) if self.against else None
 
+    def readings(self, sample: Sample) -> list[Reading]:
+        """One per part of the text that the model sees at once."""
+        model, before = classifier_of(self.model), self._before(sample)
+        units = sentence_spans(sample.text) if self.granularity == "sentence" else [(0, len(sample.text))]
+        found = []
+        for start, stop in units if sample.text.strip() else []:
+            at, parts = start, self._parts(model, sample.text[start:stop], before)
+            for part, share in parts:
+                at = sample.text.index(part, at)
+
+                def number(outputs: Tensor, share: float = share / len(units)) -> Tensor:
+                    return share * self._number(model, outputs)
+
+                found.append(model.reading(sample.aligned, at, part, before, number))
+                at += len(part)
+        return found
+
     def _value(self, text: str, before: str | None) -> float:
         """Of the parts of `text` that fit, the mean by length."""
         model = classifier_of(self.model)
+        return sum(share * self._of_part(model, part, before) for part, share in self._parts(model, text, before))
+
+    def _parts(self, model: SequenceClassifier, text: str, before: str | None) -> list[tuple[str, float]]:
+        """The text in parts that fit, and what share of its value each has."""
         room = model.room(pair=before is not None)
         if before is not None:
             room -= min(model.length(before), room // 2)
         parts = [text] if model.length(text) <= room else model.parts(text, room)
         sizes = [model.length(part) for part in parts]
-        values = [self._of_part(model, part, before) for part in parts]
-        return sum(size * value for size, value in zip(sizes, values, strict=True)) / max(sum(sizes), 1)
+        return [(part, size / max(sum(sizes), 1)) for part, size in zip(parts, sizes, strict=True)]
 
     def _of_part(self, model: SequenceClassifier, text: str, before: str | None) -> float:
         outputs = model.outputs(text, None) if before is None else model.outputs(before, text)
+        return self._number(model, torch.tensor([outputs], dtype=torch.float64)).item()
+
+    def _number(self, model: SequenceClassifier, outputs: Float[Tensor, "N labels"]) -> Float[Tensor, " N"]:
+        """The value of each of N rows of raw outputs."""
         column = self._column(model.labels)
-        if len(outputs) == 1:
-            return outputs[0]
-        if model.independent:
-            log_odds = outputs[column]
-        else:
-            others = torch.tensor([each for k, each in enumerate(outputs) if k != column], dtype=torch.float64)
-            log_odds = outputs[column] - others.logsumexp(0).item()
-        return log_odds if self.output == "log_odds" else _sigmoid(log_odds)
+        if outputs.shape[1] == 1:
+            return outputs[:, 0]
+        log_odds = outputs[:, column]
+        if not model.independent:
+            others = [k for k in range(outputs.shape[1]) if k != column]
+            log_odds = log_odds - outputs[:, others].logsumexp(1)
+        return log_odds if self.output == "log_odds" else log_odds.sigmoid()
 
     def _column(self, labels: list[str]) -> int:
         """The output that `label` names."""
@@ -102,10 +127,6 @@ class Classifier(SampleReward):
                 f"classifier.label: {self.model!r} has no label {self.label!r}; {closest(self.label, labels)}"
             )
         return column
-
-
-def _sigmoid(value: float) -> float:
-    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
 
 
 classifier_of = functools.cache(functools.partial(SequenceClassifier.load, where="classifier.model"))

@@ -16,10 +16,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from pertoken.errors import ConfigError, MissingExtraError, ModelError, RewardError
 from pertoken.hub import NO_CODE, SAFE
-from pertoken.rewards.align import CharSpan, sentence_spans, spread, word_spans
+from pertoken.reading import Reading, neutral_id
+from pertoken.rewards.align import AlignedText, CharSpan, sentence_spans, spread, word_spans
 from pertoken.rewards.base import Sample, SampleReward, ScoredSpan, place_spans
 from pertoken.rewards.metrics.base import check_choice, references
 
@@ -280,10 +283,56 @@ class SequenceClassifier:
             end = stop
         return [*parts, text[start:end]]
 
+    def reading(
+        self, aligned: AlignedText, start: int, part: str, before: str | None, number: Callable[[Tensor], Tensor]
+    ) -> Reading:
+        """What it reads of `part`, which stands at character `start` of a text, behind another text or none.
+
+        `number` makes the score out of the raw outputs `[N, labels]`. ModelError if its tokenizer is not a fast one.
+        """
+        if not getattr(self._tokenizer, "is_fast", False):
+            raise ModelError(f"{type(self._tokenizer).__name__} cannot say which characters a token is of")
+        texts = (part, None) if before is None else (before, part)
+        inputs = self._tokenizer(
+            *texts, truncation="longest_first", max_length=self._limit, return_tensors="pt", return_offsets_mapping=True
+        )
+        offsets = inputs.pop("offset_mapping")[0].tolist()
+        own = 0 if before is None else 1
+        columns = [column for column, which in enumerate(inputs.sequence_ids(0)) if which == own]
+        spans = [(start + offsets[column][0], start + offsets[column][1]) for column in columns]
+        inputs = inputs.to(self._device)
+        ids = inputs.pop("input_ids")[0]
+
+        def score(rows: Float[Tensor, "N L H"]) -> Float[Tensor, " N"]:
+            beside = {name: cells.expand(len(rows), -1) for name, cells in inputs.items()}
+            return number(self._model(inputs_embeds=rows, **beside).logits)
+
+        return reading_of(self._model, self._tokenizer, ids, columns, spans, aligned, score)
+
     @torch.no_grad()
     def _outputs(self, first: str, second: str | None) -> tuple[float, ...]:
         inputs = self._tokenizer(first, second, truncation="longest_first", max_length=self._limit, return_tensors="pt")
         return tuple(self._model(**inputs.to(self._device)).logits[0].double().tolist())
+
+
+@torch.no_grad()
+def reading_of(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    columns: Sequence[int],
+    spans: Sequence[CharSpan],
+    aligned: AlignedText,
+    score: Callable[[Float[Tensor, "N L H"]], Float[Tensor, " N"]],
+) -> Reading:
+    """The `ids` that a model reads, those in `columns` asked about: they have the characters `spans` of `aligned`."""
+    shares: list[list[tuple[int, float]]] = [[] for _ in ids]
+    for column, (start, stop) in zip(columns, spans, strict=True):
+        shares[column] = spread(aligned, start, stop, 1.0)
+    blank = ids.clone()
+    blank[list(columns)] = neutral_id(tokenizer)
+    table = model.get_input_embeddings()
+    return Reading(table(ids), table(blank), score, shares)
 
 
 @contextmanager

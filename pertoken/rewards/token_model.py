@@ -24,9 +24,18 @@ from torch.nn import functional
 
 from pertoken.errors import ModelError
 from pertoken.hub import NO_CODE, SAFE
-from pertoken.rewards.align import CharSpan, spread
+from pertoken.reading import Reading
+from pertoken.rewards.align import AlignedText, CharSpan, spread
 from pertoken.rewards.base import Sample, SampleReward
-from pertoken.rewards.semantics import EMBEDDED, REMEMBERED, minilm_folder, other_texts, window_of, without_bars
+from pertoken.rewards.semantics import (
+    EMBEDDED,
+    REMEMBERED,
+    minilm_folder,
+    other_texts,
+    reading_of,
+    window_of,
+    without_bars,
+)
 
 FORMAT = "pertoken-token-reward"
 FORMAT_VERSION = 1
@@ -123,9 +132,30 @@ class TokenScorer(nn.Module):
         }
         if pieces[0].types is not None:
             inputs["token_type_ids"] = rows([piece.types or [] for piece in pieces], 0)
-        outputs = self.head(self.trunk(**inputs).last_hidden_state)[..., 0]
-        scores = -functional.softplus(outputs) if self.sign == "cost" else outputs
-        return torch.where(scored(pieces, width).to(device), scores, 0.0)
+        return torch.where(scored(pieces, width).to(device), self._scores(**inputs), 0.0)
+
+    def _scores(self, **inputs: Tensor) -> Float[Tensor, "B T"]:
+        outputs: Tensor = self.head(self.trunk(**inputs).last_hidden_state)[..., 0]
+        return -functional.softplus(outputs) if self.sign == "cost" else outputs
+
+    def readings(self, text: str, context: str, aligned: AlignedText) -> list[Reading]:
+        """What is read to score `text`, which `aligned` has as tokens; each token is asked about in the piece that it
+        is scored in, and in no other."""
+        pieces = self.encode(text, context)
+        divisor = max(1, sum(len(piece.spans) for piece in pieces)) if self.total == "mean" else 1
+        return [self._reading(piece, aligned, divisor) for piece in pieces if piece.columns]
+
+    def _reading(self, piece: Piece, aligned: AlignedText, divisor: int) -> Reading:
+        ids = torch.tensor(piece.ids, device=self.head.weight.device)
+        beside = {"attention_mask": torch.ones_like(ids)}
+        if piece.types is not None:
+            beside["token_type_ids"] = torch.tensor(piece.types, device=ids.device)
+
+        def score(rows: Float[Tensor, "N L H"]) -> Float[Tensor, " N"]:
+            inputs = {name: cells.expand(len(rows), -1) for name, cells in beside.items()}
+            return self._scores(inputs_embeds=rows, **inputs)[:, piece.columns].sum(1) / divisor
+
+        return reading_of(self.trunk, self.tokenizer, ids, piece.columns, piece.spans, aligned, score)
 
     def values(self, text: str, context: str = "") -> list[tuple[CharSpan, float]]:
         """Characters and value of each of the model's tokens; the values add up to the score of the text.
@@ -258,9 +288,17 @@ class TokenModel(SampleReward):
         values = [0.0] * len(sample.tokens)
         if not values or not sample.text:
             return values
-        scorer = scorer_of(self.path)
-        context = "\n\n".join(other_texts(sample, self.against, "token_model")) if scorer.context else ""
-        for (start, stop), value in scorer.values(sample.text, context):
+        for (start, stop), value in scorer_of(self.path).values(sample.text, self._before(sample)):
             for token, share in spread(sample.aligned, start, stop, value):
                 values[token] += share
         return values
+
+    def readings(self, sample: Sample) -> list[Reading]:
+        """One per piece of the text that the model sees at once."""
+        if not sample.text:
+            return []
+        return scorer_of(self.path).readings(sample.text, self._before(sample), sample.aligned)
+
+    def _before(self, sample: Sample) -> str:
+        """What the model reads before the text."""
+        return "\n\n".join(other_texts(sample, self.against, "token_model")) if scorer_of(self.path).context else ""

@@ -173,6 +173,8 @@ function offerQuestions() {
     labelled("Model", ask.model),
     button("What else could stand here", askAlternatives),
     button("Which tokens caused the score", askCauses),
+    button("Gradients of the reward", askGradients("reward")),
+    button("Gradients of the log-prob", askGradients("policy")),
     element("span", {}, button("Difference to", askDifference), " ", ask.against),
   );
   const heading = element("h3", { textContent: "Ask the model" });
@@ -237,6 +239,38 @@ const askCauses = saying(async () => {
   ask.said.textContent = answer.notes.join(" ");
 });
 
+// Of a policy: the log-prob of the chosen token, or of the whole text; the prompt is read too, and shown below.
+function askGradients(of) {
+  return saying(async () => {
+    const token = of === "policy" && view.token !== null ? places(asked()).indexOf(view.token - 1) : -1;
+    const { panel, answer } = await question("attributions", { of, token: token < 0 ? null : token });
+    const told = [];
+    for (const [name, { values, score, neutral }] of Object.entries(answer.scores)) {
+      const text = values.slice(answer.prompt).filter((_, k) => acts(panel, k));
+      const stream = `adds to: ${name}`;
+      addStream(panel, stream, text, "By the gradient of what the model reads, against neutral tokens.", values);
+      told.push(
+        element("h4", { textContent: `${name}: ${short(score)}, and ${short(neutral)} with neutral tokens instead` }),
+        ...(answer.prompt ? [readText(answer.pieces.slice(0, answer.prompt), values, scaleOf(stream))] : []),
+      );
+    }
+    ask.answer.replaceChildren(...told);
+    choose(`adds to: ${Object.keys(answer.scores)[0]}`);
+    ask.said.textContent = answer.notes.join(" ");
+  });
+}
+
+// Tokens outside of the view of tokens, in its colours.
+function readText(pieces, values, scale) {
+  const nodes = pieces.map((piece, k) => {
+    const node = element("span", { className: "token", title: signed(values[k]), textContent: visible(piece) });
+    node.style.setProperty("--strength", `${strength(scale, values[k])}%`);
+    node.style.setProperty("--tone", tone(scale, values[k]));
+    return node;
+  });
+  return element("div", { className: "text read", dir: "auto" }, ...nodes);
+}
+
 const askDifference = saying(async () => {
   const { panel, answer } = await question("difference", { against: ask.against.value });
   const name = `log-prob, ${ask.model.value} − ${ask.against.value}`;
@@ -245,8 +279,8 @@ const askDifference = saying(async () => {
 });
 
 // Numbers that the run did not keep, shown as those that it did.
-function addStream(panel, name, values, meaning) {
-  const sizes = values.filter(known).map(Math.abs).sort((a, b) => a - b);
+function addStream(panel, name, values, meaning, measured = values) {
+  const sizes = measured.filter(known).map(Math.abs).sort((a, b) => a - b);
   const bound = Number((sizes[Math.floor(0.95 * (sizes.length - 1))] || 1).toPrecision(2));
   const scale = { name, label: name, meaning, kind: "signed", bound };
   const at = places(panel);

@@ -67,6 +67,19 @@ class AskCauses(_Question):
         return run.causes(self.sample)
 
 
+class AskAttributions(_Question):
+    """Which tokens do learned models see a score in?"""
+
+    question: Literal["attributions"]
+    of: Literal["policy", "reward"]
+    token: int | None = Field(default=None, ge=0)
+    against: str | None = None
+
+    def put(self, run: Answers) -> Any:
+        """The answer."""
+        return run.attributions(self.sample, of=self.of, token=self.token, model=self.model, against=self.against)
+
+
 class Speak(BaseModel):
     """A prompt of the playground."""
 
@@ -91,7 +104,9 @@ class Launch(BaseModel):
 
 
 QUESTIONS: TypeAdapter[Any] = TypeAdapter(
-    Annotated[AskAlternatives | AskWhatIf | AskDifference | AskCauses, Field(discriminator="question")]
+    Annotated[
+        AskAlternatives | AskWhatIf | AskDifference | AskCauses | AskAttributions, Field(discriminator="question")
+    ]
 )
 SPEAK: TypeAdapter[Any] = TypeAdapter(Speak)
 LAUNCH: TypeAdapter[Any] = TypeAdapter(Launch)

@@ -1,8 +1,7 @@
 """A text whose tokens are coloured by one stream: for the terminal, a notebook, a web page, a paper.
 
-The colours are those of the report: orange below the neutral value, blue above it, violet where only the size counts;
-pairs that colour-blind readers tell apart. Whatever a model wrote is escaped, and what cannot be seen is spelled out,
-so that no text can act in the place where it is shown.
+The colours are those of the report (`display.py`): orange below the neutral value, blue above it, violet where only the
+size counts. Whatever a model wrote is escaped, so that no text can act in the place where it is shown.
 """
 
 import html
@@ -17,35 +16,11 @@ from rich.style import Style
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from rich.text import Text
 
+from pertoken.display import FULL_STRENGTH, MAGNITUDE, NEGATIVE, POSITIVE, Colour, background, escaped, harmless
 from pertoken.tracking.files import Number, Row
 from pertoken.tracking.samples import neutral, stream_scales
 
-Colour = tuple[int, int, int]
-
-POSITIVE, NEGATIVE, MAGNITUDE = (47, 134, 209), (232, 130, 26), (125, 91, 196)
 WHITE, BLACK = (255, 255, 255), (24, 26, 30)
-FULL_STRENGTH = 0.62
-"""Share of the colour at the bound of the scale: the text on it stays readable."""
-
-_UNSEEN = re.compile(
-    "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
-
-
-def harmless(text: str) -> str:
-    """`text` with everything spelled out that could steer a terminal or turn the direction of what follows.
-
-    Line ends stay, and so do joiners, which scripts and emoji need.
-
-    >>> harmless("a\\x1b[31mb\\u202e")
-    'a␛[31mb⟨U+202E⟩'
-    """
-
-    def spelled(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
-
-    return _UNSEEN.sub(spelled, text)
 
 
 @dataclass(frozen=True)
@@ -99,14 +74,20 @@ class ColouredText:
         numbers = ends.replace("-", "−")  # in numbers alone: "log-prob" keeps its hyphen
         return harmless(f"{self.scale['label']}, {numbers}{meaning}").replace("\n", " ")
 
-    def colours(self, paper: Colour = WHITE) -> list[Colour | None]:
-        """The background of each piece on `paper`; None where it has no colour."""
+    def _inks(self) -> list[tuple[Colour, float]]:
+        """Of each piece, its colour and how much of it, 0 to `FULL_STRENGTH`."""
         assert self.scale is not None
-        zero, found = neutral(self.name), list[Colour | None]()
+        zero, found = neutral(self.name), []
         for value in self.values:
             distance = 0.0 if value is None else value - zero
-            strength = min(1.0, abs(distance) / self.scale["bound"]) * FULL_STRENGTH
             ink = MAGNITUDE if self.scale["kind"] == "magnitude" else POSITIVE if distance > 0 else NEGATIVE
+            found.append((ink, min(1.0, abs(distance) / self.scale["bound"]) * FULL_STRENGTH))
+        return found
+
+    def colours(self, paper: Colour = WHITE) -> list[Colour | None]:
+        """The background of each piece on `paper`; None where it has no colour."""
+        found = list[Colour | None]()
+        for ink, strength in self._inks():
             mixed = tuple(round(p + (i - p) * strength) for p, i in zip(paper, ink, strict=True))
             found.append((mixed[0], mixed[1], mixed[2]) if strength >= 0.01 else None)
         return found
@@ -121,19 +102,17 @@ class ColouredText:
         return text
 
     def html(self) -> str:
-        """A piece of HTML with all colours in it; pointing at a token shows its numbers."""
-        spans = []
-        for index, (piece, colour) in enumerate(zip(self.pieces, self.colours(), strict=True)):
-            style = f"background:{_hex(colour, '#')};color:#181a1e;" if colour else ""
-            spans.append(
-                f'<span style="{style}border-radius:3px" title="{html.escape(self._numbers(index))}">'
-                f"{html.escape(harmless(piece)) or '▯'}</span>"
-            )
-        head = f"<strong>{html.escape(harmless(self.title))}</strong>" if self.title else ""
+        """A piece of HTML with all colours in it, for light and dark paper; pointing at a token shows its numbers."""
+        spans = "".join(
+            f'<span style="{background(ink, strength)}border-radius:3px" title="{escaped(self._numbers(index))}">'
+            f"{escaped(piece) or '▯'}</span>"
+            for index, (piece, (ink, strength)) in enumerate(zip(self.pieces, self._inks(), strict=True))
+        )
+        head = f"<strong>{escaped(self.title)}</strong>" if self.title else ""
         return (
             f'<div style="margin:0.5em 0">{head}'
             '<div dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext;'
-            f'line-height:1.8">{"".join(spans)}</div><small>{html.escape(self.legend)}</small></div>'
+            f'line-height:1.8">{spans}</div><small>{escaped(self.legend)}</small></div>'
         )
 
     _repr_html_ = html
@@ -144,7 +123,7 @@ class ColouredText:
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f"<title>{html.escape(harmless(self.title))}</title></head>"
+            f"<title>{escaped(self.title)}</title></head>"
             '<body style="font:16px/1.6 system-ui,sans-serif;max-width:48em;margin:2em auto;padding:0 1em">'
             f"{self.html()}</body></html>\n"
         )

@@ -82,3 +82,8 @@ class RunReader:
     def episode_texts(self, step: int) -> Iterator[str]:
         """Item, prompt, answer and completion of each episode of a step, to be searched."""
         return read_texts(episodes_path(self.folder, step))
+
+    def _repr_html_(self) -> str:
+        from pertoken.tracking import show  # which reads run folders itself
+
+        return show.run(self.folder)._repr_html_()

@@ -6,7 +6,6 @@
 >>> show.item("runs/quickstart-0", "math.hypot", difference=True)   # doctest: +SKIP
 """
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from pertoken.display import escaped, table_html
 from pertoken.errors import ConfigError, RunFolderError, closest
-from pertoken.tracking.coloured import ColouredText, harmless
+from pertoken.tracking.coloured import ColouredText
 from pertoken.tracking.comparison import Comparison, compare
 from pertoken.tracking.files import Number, Row
 from pertoken.tracking.reader import RunReader
@@ -40,13 +40,13 @@ class Shown:
     """Per text: what rewards found in it, a line each."""
 
     def _repr_html_(self) -> str:
-        answer = f"<p>Reference answer: {html.escape(harmless(self.answer))}</p>" if self.answer else ""
-        prompt = f"<details><summary>Prompt</summary><pre>{html.escape(harmless(self.prompt))}</pre></details>"
+        answer = f"<p>Reference answer: {escaped(self.answer)}</p>" if self.answer else ""
+        prompt = f"<details><summary>Prompt</summary><pre>{escaped(self.prompt)}</pre></details>"
         texts = ""
         for text, facts, found in zip(self.texts, self.facts, self.findings, strict=True):
-            lines = (html.escape(harmless(line)) for line in (" · ".join(facts), *found))
+            lines = (escaped(line) for line in (" · ".join(facts), *found))
             texts += f"{text.html()}<small>{'<br>'.join(lines)}</small>"
-        return f"<h4>{html.escape(harmless(self.title))}</h4>{prompt}{answer}{texts}"
+        return f"<h4>{escaped(self.title)}</h4>{prompt}{answer}{texts}"
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class ShownRun:
     def _repr_html_(self) -> str:
         table = before_after_table(self.comparison) if self.comparison else ""
         return (
-            f"<h4>{html.escape(harmless(self.title))}</h4><p><strong>{self.judgement.capitalize()}.</strong> "
-            f"{html.escape(harmless(self.sentences))}</p>{table}"
+            f"<h4>{escaped(self.title)}</h4><p><strong>{self.judgement.capitalize()}.</strong> "
+            f"{escaped(self.sentences)}</p>{table}"
         )
 
 
@@ -82,9 +82,7 @@ class Sheet:
         return table
 
     def _repr_html_(self) -> str:
-        lines = [("th", self.head), *(("td", row) for row in self.rows)]
-        cells = ("".join(f"<{tag}>{html.escape(harmless(cell))}</{tag}>" for cell in row) for tag, row in lines)
-        return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
+        return table_html(self.head, self.rows)
 
 
 def run(folder: str | Path) -> ShownRun:

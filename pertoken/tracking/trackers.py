@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pertoken.display import harmless
 from pertoken.errors import MissingExtraError
 from pertoken.tracking.files import Number, Row
 from pertoken.tracking.index import total
@@ -36,8 +37,6 @@ class Table:
 def token_table(step: int, records: Sequence[Mapping[str, Any]]) -> Table | None:
     """The best and the worst of the samples of a step by their reward, a row for each token that the model chose;
     None if there is none. Numbers that are not finite are None."""
-    from pertoken.tracking.coloured import harmless  # it reads run folders, whose writer knows this module
-
     chosen = [sample for sample, record in enumerate(records) if any(record["tokens"]["action"])]
     if not chosen:
         return None

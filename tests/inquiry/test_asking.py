@@ -10,8 +10,9 @@ import torch
 
 from pertoken.batching import to_batch
 from pertoken.errors import ConfigError, RunFolderError
+from pertoken.inquiry import questions
 from pertoken.inquiry.asking import Answers
-from pertoken.sampling import Sampling
+from pertoken.sampling import Controls, Sampling
 from pertoken.tracking import RunReader
 
 
@@ -204,3 +205,52 @@ def test_ask_refuses_in_words(asked_run, pertoken):
     code, _, err = pertoken("ask", asked_run, "--sample", "2.1", "--token", 50)
     assert code == 2
     assert "this sample has 6" in err
+
+
+# --- gradients ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captum():
+    pytest.importorskip("captum", reason="needs captum, of the extra 'attribution'", exc_type=ImportError)
+
+
+def test_a_log_prob_is_attributed_to_the_prompt_and_the_text_before_the_token(run, captum):
+    found = run.attributions("2.1", of="policy", token=2, model="trained")
+    (one,) = found.scores.values()
+    episode = run._asked("2.1", run.policy()).episode
+    wanted = questions.logprobs_of(run.policy(), [episode], Controls())[0]
+    assert one.score == pytest.approx(wanted[2], abs=1e-4)
+    assert sum(one.values) + one.open == pytest.approx(one.score - one.neutral, abs=1e-6)
+    assert (len(found.pieces), found.prompt) == (len(episode.tokens), episode.prompt_length)
+    assert all(one.values[: episode.prompt_length + 2])
+    assert not any(one.values[episode.prompt_length + 2 :])
+
+
+def test_the_difference_of_two_models_is_attributed_by_the_difference(run, captum):
+    (found,) = run.attributions("2.1", of="policy", model="trained", against="before").scores.values()
+    episode = run._asked("2.1", run.policy()).episode
+    ours, theirs = (
+        sum(questions.logprobs_of(run.policy(name), [episode], Controls())[0]) for name in ("trained", "before")
+    )
+    assert found.score == pytest.approx(ours - theirs, abs=1e-3)
+    assert sum(found.values) + found.open == pytest.approx(found.score - found.neutral, abs=1e-6)
+
+
+def test_rewards_without_a_gradient_are_named_in_the_refusal(run, captum, asked_run, pertoken):
+    with pytest.raises(ConfigError, match="no part of the reward is a learned model"):
+        run.attributions("2.1", of="reward")
+    with pytest.raises(ConfigError, match="rewards score whole texts"):
+        run.attributions("2.1", of="reward", token=1)
+    code, _, error = pertoken("ask", asked_run, "--sample", "2.1", "--gradients", "rewards")
+    assert code
+    assert "expected policy or reward" in " ".join(error.split())
+
+
+def test_ask_shows_gradients(asked_run, pertoken, captum):
+    code, out, _ = pertoken("ask", asked_run, "--sample", "2.1", "--token", 3, "--gradients", "policy")
+    assert code == 0
+    assert "log-prob of token 3: -" in out
+    assert "with neutral tokens in the place of these: -" in out
+    assert "say " in out  # the prompt is shown, too
+    assert "largest: " in out

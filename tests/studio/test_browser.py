@@ -223,6 +223,24 @@ def test_answers_become_streams(load):
     assert max(strengths) > 0
 
 
+def test_gradients_become_a_stream_and_the_prompt_is_shown_in_its_colours(load, root):
+    pytest.importorskip("captum", reason="needs captum, of the extra 'attribution'", exc_type=ImportError)
+    page = load("/run/first#sample=2.1&token=4")
+    page.click("text=Gradients of the log-prob")
+    page.wait_for_function("() => byId('stream').value === 'adds to: log-prob of token 4'")
+    colours = "all => all.map((token) => parseFloat(token.style.getPropertyValue('--strength')))"
+    text = page.locator('[data-id="2.1"] .token').evaluate_all(colours)
+    assert all(text[:3])
+    assert not any(text[3:])
+    prompt = page.locator("#answer .read .token")
+    start = RunReader(root / "first").episodes(2)[1]["tokens"]["action"].index(1)
+    assert prompt.count() == start
+    assert max(prompt.evaluate_all(colours)) > 0
+    page.click("text=Gradients of the reward")
+    page.wait_for_function("() => document.querySelector('#asked').textContent.includes('no part of the reward')")
+    load.faults[:] = [fault for fault in load.faults if "status of 400" not in fault]
+
+
 def test_what_cannot_be_answered_is_said(load):
     page = load("/run/first#sample=2.1&token=2")
     page.click("#place >> text=What if")
