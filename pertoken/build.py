@@ -41,7 +41,7 @@ from pertoken.memory import GIGABYTE, installed_memory, used_memory
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import load_state
 from pertoken.policy.footprint import footprint
-from pertoken.policy.model import Lora, Policy, ValueHead, copy_of, load_model, set_languages
+from pertoken.policy.model import Lora, Policy, Reference, ValueHead, copy_of, load_model, set_languages
 from pertoken.policy.scoring import head_logits
 from pertoken.prompts import prompt_ids
 from pertoken.replay import Buffer
@@ -65,7 +65,7 @@ from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Mask, Sampling
 from pertoken.state import Run
-from pertoken.tasks.base import SPLITS, ItemTask, Split, Task, batch_of, folded
+from pertoken.tasks.base import SPLITS, ItemTask, LengthWindows, Split, Task, batch_of, folded
 from pertoken.tasks.course import Course, Limit, Pool
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import FileTask, load_file_task
@@ -134,6 +134,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         controls=build_controls(config.rollout, policy),
         items=items,
         course=course,
+        windows=build_windows(config.task, items, policy, examples),
         rewards=rewards,
         kl=build_kl(config),
         optimizer=optimizer,
@@ -429,6 +430,22 @@ def build_course(config: RunConfig, items: Sequence[Item], size: int, policy: Po
     return Course(pools, shares, size=size, seed=seed, progress=progress)
 
 
+def build_windows(
+    task: TaskConfig, items: Sequence[Item], policy: Policy, examples: Examples | None
+) -> LengthWindows | None:
+    """How several steps share their items out by length, if they do: that of prompts, or of the rows that are learnt
+    from."""
+    if isinstance(task, MixtureTask) or task.length_window is None:
+        return None
+
+    def length(item: Item) -> int:
+        if examples is None:
+            return len(prompt_ids(item, policy.tokenizer))
+        return max(len(row.tokens) for row in examples.episodes([item])[0])
+
+    return LengthWindows([length(item) for item in items], task.length_window)
+
+
 def _classes(items: Sequence[Item], column: str | None, answer: str | None) -> dict[str, list[Item]]:
     """The items by what a column says of them; all under "" without one. `answer` is the column of the answers."""
     classes: dict[str, list[Item]] = {}
@@ -569,7 +586,8 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
         )
     if config.offline is not None:
         examples = build_examples(config.offline, task, policy)
-        items, left_out = examples.fitting(items, config.offline.max_tokens)
+        # What is too long to be learnt from is answered all the same: all methods are measured on the same items.
+        items, left_out = examples.fitting(items, config.offline.max_tokens and examples.context_length)
         notes += [f"{evaluation.split}: {note}" for note in left_out]
         given = offline.HeldOutAnswers(config.offline, examples, evenly(items, evaluation.items))
     items, by_task = evenly(items, evaluation.items), dict[str, str]()
@@ -587,8 +605,23 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
     return Evaluator(
         items, controls, metric=evaluation.metric, given=given, by_task=by_task, further=evaluation.further,
         beside=[part.fixed() for part in build_rewards(evaluation.beside, "evaluation.beside")],
-        language=evaluation.language, gather=build_turns(config, policy) or collect,
+        language=evaluation.language, judge=build_judge(config, policy), gather=build_turns(config, policy) or collect,
     ), notes  # fmt: skip
+
+
+def build_judge(config: RunConfig, policy: Policy) -> Reference | None:
+    """The model of `evaluation.judge`; None where answers are judged by the model that the run began with."""
+    name = config.evaluation.judge
+    if name is None:
+        return None
+    settings = config.policy.model_copy(update={"model": name, "lora": None, "value_head": None})
+    judge = build_policy(config.model_copy(update={"policy": settings}))
+    if judge.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ConfigError(
+            f"evaluation.judge {name!r} has another vocabulary than {config.policy.model!r}, whose tokens it is to "
+            f"judge: measure by evaluation.beside=[{{name: perplexity, model: {name}}}], which reads texts"
+        )
+    return judge.reference()
 
 
 def fitting(task: ItemTask, split: Split, policy: Policy, rollout: RolloutConfig) -> tuple[Sequence[Item], list[str]]:

@@ -107,6 +107,8 @@ class _Talk:
     rewards: list[float] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     support: list[np.ndarray[Any, np.dtype[np.uint8]]] = field(default_factory=list)
+    stops: list[StopReason] = field(default_factory=list)
+    """Why each turn ended, whatever the environment made of it."""
 
     def __post_init__(self) -> None:
         prompt, ids = self.item.prompt, self.tokens
@@ -125,6 +127,7 @@ class _Talk:
         """Write down what the policy said, and what the environment makes of it."""
         start = len(self.tokens)
         self.turns += 1
+        self.stops.append(said.stop)
         self._chosen(said)
         text = align(said.tokens, tokenizer)
         self.messages.append({"role": "assistant", "content": text.text})
@@ -150,7 +153,8 @@ class _Talk:
             id=f"{step}/{self.item.id}/{self.sample}", item=self.item, group=self.group, tokens=self.tokens,
             action_mask=self.action_mask, logprobs=self.logprobs, env_rewards=self.rewards, spans=self.spans,
             stop=self.stop, policy_version=(version, version),
-            info={"turns": self.turns}, support=np.concatenate(self.support) if self.support else None,
+            info={"turns": self.turns, "messages": self.messages, "stops": self.stops},
+            support=np.concatenate(self.support) if self.support else None,
             entropies=self.entropies,
         )  # fmt: skip
 

@@ -164,6 +164,36 @@ def polyglot():
     return tokenizer
 
 
+@pytest.mark.parametrize("name", ["m2m_100", "mbart"])
+def test_a_translator_between_many_languages_writes_the_one_it_is_told(name):
+    """NLLB's and mBART's architectures: `generate` holds the first place to the language, here it is begun with."""
+    model, tokenizer = family_model(name), polyglot()
+    model.resize_token_embeddings(len(tokenizer))
+    set_languages(model, tokenizer, "eng_Latn", "deu_Latn")
+    german = tokenizer.convert_tokens_to_ids("deu_Latn")
+    assert decoder_start(model) == (2, german)
+    prompts = [tokenizer.encode(text) for text in ("a cat", "two more cats")]
+    engine = NativeEngine(model, tokenizer, head_logits=head_logits)
+    greedy = Controls(Sampling(temperature=0.0, max_new_tokens=8), eos_ids=(256,))
+    for prompt, completion in zip(prompts, engine.generate(prompts, greedy, seeds=range(2)), strict=True):
+        settings = GenerationConfig(
+            max_new_tokens=9, do_sample=False, eos_token_id=256, decoder_start_token_id=2, forced_bos_token_id=german
+        )
+        with own_settings_aside(model):
+            theirs = model.generate(torch.tensor([prompt]), generation_config=settings)
+        assert theirs[0, :2].tolist() == [2, german]
+        assert completion.tokens == theirs[0, 2:].tolist()
+    controls = Controls(Sampling(max_new_tokens=8), eos_ids=(256, 1))
+    drawn = engine.generate(prompts, controls, seeds=range(2))
+    rows = [
+        to_episode(str(k), Item(str(k), ""), k, p, c, 0) for k, (p, c) in enumerate(zip(prompts, drawn, strict=True))
+    ]
+    batch = to_batch(rows, controls)
+    policy = Policy(model, tokenizer, precision="float32", compile=False)
+    assert (policy.score(batch).logprobs - batch.sample_logprobs).abs().max() < 5e-4
+    assert all(german not in episode.tokens[: episode.prompt_length] for episode in rows), "nobody chose it"
+
+
 def test_a_language_is_begun_with_and_not_learnt():
     model, tokenizer = tiny_encoder_decoder("marian"), polyglot()
     model.resize_token_embeddings(len(tokenizer))

@@ -69,7 +69,8 @@ MAY: dict[str, set[str]] = {
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
     "guards": {"rewards"},
     "examples": {"errors", "types", "prompts", "rollout"},
-    "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
+    "mauve": {"errors", "rewards"},
+    "evaluation": {"errors", "sampling", "types", "text_metrics", "mauve", "tracking", "observe", *STAGES, "config"},
     "trainer": {
         *(
             "errors",

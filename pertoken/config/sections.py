@@ -130,6 +130,18 @@ class Data(Section):
     balance: str | None = None
     """Column whose values are classes: each step takes as many items of one as of another. Of your own data it joins
     `info`, unless it is that of `answer`. null takes items as they come."""
+    length_window: int | None = Field(default=None, ge=2)
+    """Steps that share their items out by length, so that those of one step are alike: by the tokens of their prompts,
+    and of their answers where those are learnt from. null takes items as they come."""
+
+    @model_validator(mode="after")
+    def _one_order(self) -> "Data":
+        if self.length_window is not None and (self.curriculum is not None or self.balance is not None):
+            raise ValueError(
+                "length_window shares out the items of whole passes, and curriculum and balance pass some over: leave "
+                "one of them out"
+            )
+        return self
 
 
 class DocstringsTask(Data):
@@ -284,8 +296,8 @@ class GivenAnswers(Section):
     batch: int = Field(default=8, ge=1)
     """Items per step; a step is one update."""
     max_tokens: int | None = Field(default=None, ge=2)
-    """Leave out items with longer rows, prompt and answer together (counted and told); null keeps all, and names the
-    first one that the context cannot hold."""
+    """Leave out training items with longer rows, prompt and answer together (counted and told), and held-out ones that
+    the context cannot hold; null keeps all, and names the first one that the context cannot hold."""
 
 
 class Sft(GivenAnswers):
@@ -797,6 +809,15 @@ class MixtureTask(Section):
     progress: ProgressConfig | None = None
     """Let shares follow what is learnt; null keeps them."""
 
+    @model_validator(mode="after")
+    def _no_windows(self) -> "MixtureTask":
+        for name, member in self.tasks.items():
+            if member.length_window is not None:
+                raise ValueError(
+                    f"tasks.{name}.length_window shares out the items of a task that is alone: leave it out"
+                )
+        return self
+
 
 TaskConfig = Annotated[
     Annotated[DocstringsTask, Tag("docstrings")]
@@ -949,10 +970,14 @@ class EvaluationConfig(Section):
     """The metric that stop conditions, the verdict and the best checkpoint go by."""
     further: tuple[str, ...] = ()
     """Metrics to measure beside the usual ones: rouge_lsum, ter, coverage, density, compression, abstained,
-    abstention_right, final_answer, right_steps; corpus_ter, self_bleu."""
+    abstention_right, final_answer, right_steps; corpus_ter, self_bleu, mauve."""
     beside: tuple[RewardConfig, ...] = ()
     """Rewards that held-out answers are measured by, as `beside/<name>`, and that need not be paid in training: a
     classifier, entailment by the source, perplexity under another model. Written as those in `rewards`."""
+    judge: str | None = None
+    """Model that `perplexity` and `nats_per_token` are measured under, a name or folder with the vocabulary of the
+    policy; null is the one that the run began with. For one with a vocabulary of its own there is the reward
+    `perplexity` in `beside`."""
     language: str | None = None
     """Code of the language of the answers: BLEU and TER cut Chinese, Japanese and Korean by their own rules; null cuts
     at spaces and marks."""
