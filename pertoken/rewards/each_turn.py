@@ -32,7 +32,7 @@ class EachTurn:
         if isinstance(asked, Stateful | Learns):
             name = self.reward.get("name") or self.reward.get("fn")
             raise ConfigError(
-                f"each_turn.reward: {name} remembers or learns, which each_turn does not hand on to checkpoints: use it "
+                f"each_turn.reward: {name} remembers or learns, which each_turn hands on to no checkpoint: use it "
                 "of whole conversations"
             )
 

@@ -31,7 +31,7 @@ def plan_of(tmp_path):
 def made(quick):
     """`made(run, [(tokens, seconds, {metric: values by item}), ...])`: the finished folder of a run."""
 
-    def make(run, points, *, metrics=None, outputs=None, ids=ITEMS, tokens=None):
+    def make(run, points, *, metrics=None, outputs=None, ids=ITEMS, lengths=None):
         outputs = outputs or {item: f"{run.name} says {item}" for item in ids}
         with RunLog.create(run.run_folder, config_text=run.to_yaml(), seed=run.seed) as log:
             before = (0.0, 0.0)
@@ -48,7 +48,7 @@ def made(quick):
                         "answer": f"answer {item}",
                         "output": outputs[item],
                         "metrics": {name: values[ITEMS.index(item)] for name, values in items.items()},
-                        **({"tokens": {"action": [0, *[1] * tokens[item]]}} if tokens else {}),
+                        **({"tokens": {"action": [0, *[1] * lengths[item]]}} if lengths else {}),
                     }
                     for item in ids
                 ]

@@ -203,7 +203,7 @@ def test_perplexity_on_resamples_counts_tokens_not_texts(plan_of, made):
     for arm, less in (("sft", 0.0), ("token", 0.5)):
         values = {"nats_per_token": [each - less for each in nats]}
         recorded = {"perplexity": math.exp(1.9 - less)}
-        made(plan.arms[arm].runs[0], [(0, 0, values)], metrics=recorded, tokens=tokens)
+        made(plan.arms[arm].runs[0], [(0, 0, values)], metrics=recorded, lengths=tokens)
     sft, token = of(plan).scores()[-1].lines
     assert sft.figure.value == pytest.approx(math.exp(1.9))
     assert token.change.value == pytest.approx(math.exp(1.4) - math.exp(1.9))
