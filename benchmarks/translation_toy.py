@@ -136,7 +136,7 @@ def prepare(folder: Path, kind: str, seed: int) -> None:
     tokenizer.save_pretrained(folder / "model")
 
 
-def stages(folder: Path, kind: str, seed: int) -> dict[str, object]:
+def stages(folder: Path, supervised: int, seed: int) -> dict[str, object]:
     """The chain as a configuration."""
     shared = {
         "seed": seed,
@@ -154,7 +154,7 @@ def stages(folder: Path, kind: str, seed: int) -> dict[str, object]:
         "policy": {"model": str(folder / "model"), "precision": "float32", "compile": False},
         "stages": [
             {
-                "name": "sft", "method": {"type": "sft", "batch": 64}, "stop": {"steps": SUPERVISED[kind]},
+                "name": "sft", "method": {"type": "sft", "batch": 64}, "stop": {"steps": supervised},
                 "update": {"learning_rate": 2e-3, "warmup_steps": 20},
             },
             {
@@ -171,13 +171,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("t5", "marian"), default="marian")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--supervised", type=int, help="steps of the first stage; default: 120 for Marian, 300 for T5")
     arguments = parser.parse_args()
+    supervised = arguments.supervised or SUPERVISED[arguments.kind]
     worst = 1.0
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             prepare(folder, arguments.kind, seed)
-            (folder / "chain.yaml").write_text(yaml.safe_dump(stages(folder, arguments.kind, seed)), encoding="utf-8")
+            (folder / "chain.yaml").write_text(yaml.safe_dump(stages(folder, supervised, seed)), encoding="utf-8")
             subprocess.run([sys.executable, "-m", "pertoken.cli", "train", "chain.yaml"], check=True, cwd=folder)
             figures = []
             for run in sorted((folder / "runs").rglob("run.json"), key=lambda path: path.stat().st_ctime):

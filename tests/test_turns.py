@@ -223,7 +223,7 @@ def test_each_turn_is_a_completion_of_what_was_said_before():
         return float(len(told))
 
     episode, _ = episode_of(
-        [("one", "length"), ("two", "eos")], [" said "], item=Item("a", [{"role": "user", "content": "hi"}], "x"),
+        [("one", "length"), ("two", "eos")], [" said "], item=Item("a", ({"role": "user", "content": "hi"},), "x"),
         max_turns=2, go_on_when_cut=True,
     )  # fmt: skip
     other, _ = episode_of([("no", "eos")], [None], item=Item("b", "hi", "x"))
@@ -255,7 +255,7 @@ def test_a_turn_without_an_opinion_leaves_those_of_the_others(monkeypatch):
 
 def test_what_remembers_is_no_reward_of_turns(monkeypatch):
     with pytest.raises(ConfigError, match=r"each_turn.reward: expected a mapping"):
-        EachTurn("length")
+        EachTurn({"max_words": 3})
 
     class Remembers:
         def get_state(self):

@@ -7,7 +7,7 @@ import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -81,6 +81,9 @@ class _Judge:
         except OSError as error:
             raise ConfigError(f"comet.python: {python!r} cannot be started: {error}. {INSTALL}") from error
         atexit.register(self._process.kill)
+        assert self._process.stdin is not None  # both were asked for
+        assert self._process.stdout is not None
+        self._questions, self._answers = self._process.stdin, self._process.stdout
         told = self._read()
         if "error" in told:
             raise ConfigError(f"{self._ask}: {told['error']}. {INSTALL}")
@@ -90,8 +93,8 @@ class _Judge:
         if not translations:
             return []
         try:
-            _pipe(self._process.stdin).write(json.dumps(translations) + "\n")
-            _pipe(self._process.stdin).flush()
+            self._questions.write(json.dumps(translations) + "\n")
+            self._questions.flush()
         except OSError as error:
             raise RewardError(f"{self._ask}: its process has ended ({error})") from error
         told = self._read()
@@ -103,7 +106,7 @@ class _Judge:
         return [float(score) for score in scores]
 
     def _read(self) -> dict[str, Any]:
-        line = _pipe(self._process.stdout).readline()
+        line = self._answers.readline()
         if not line:
             return {"error": f"its process ended with code {self._process.wait()}"}
         found: dict[str, Any] = json.loads(line)
@@ -111,8 +114,3 @@ class _Judge:
 
 
 INSTALL = "Make an environment for it: python -m venv comet-env; comet-env/bin/pip install 'unbabel-comet>=2.2,<3'"
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None  # both are asked for
-    return pipe
