@@ -10,6 +10,11 @@ from pertoken.tracking import RunLog, runlog
 ITEMS = ("a", "b", "c", "d")
 
 
+def tokens_of(count):
+    """A prompt of one token and an answer of so many."""
+    return {"id": [0] * (1 + count), "piece": ["."] * (1 + count), "action": [0, *[1] * count]}
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """No test waits for the disk."""
@@ -48,7 +53,7 @@ def made(quick):
                         "answer": f"answer {item}",
                         "output": outputs[item],
                         "metrics": {name: values[ITEMS.index(item)] for name, values in items.items()},
-                        **({"tokens": {"action": [0, *[1] * lengths[item]]}} if lengths else {}),
+                        **({"tokens": tokens_of(lengths[item])} if lengths else {}),
                     }
                     for item in ids
                 ]
