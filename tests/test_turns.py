@@ -258,6 +258,9 @@ def test_what_remembers_is_no_reward_of_turns(monkeypatch):
         EachTurn({"max_words": 3})
 
     class Remembers:
+        def __call__(self, scene):
+            return torch.zeros(scene.batch.tokens.shape)
+
         def get_state(self):
             return None
 
