@@ -4,7 +4,8 @@
 
 English number words to German ones, 1 to 999: "four hundred twenty three" is "vier hundert drei und zwanzig". A random
 two-layer model with a vocabulary of words learns from 600 numbers as a chain `sft -> rl`; the share of exact answers
-(greedy) is measured on 200 held-out numbers. The reward is chrF by tokens. Exits with 1 if a seed ends at 90% or less.
+(greedy) is measured on 200 held-out numbers. T5, which knows places by biases of attention alone that begin near 0, is
+given more supervised steps. The reward is chrF by tokens. Exits with 1 if a seed ends at 90% or less.
 """
 
 import argparse
@@ -75,6 +76,7 @@ TENS = {
     6: ("sixty", "sechzig"), 7: ("seventy", "siebzig"), 8: ("eighty", "achtzig"), 9: ("ninety", "neunzig"),
 }  # fmt: skip
 LEAST = 0.9
+SUPERVISED = {"marian": 120, "t5": 300}
 
 
 def in_words(number: int) -> tuple[str, str]:
@@ -134,7 +136,7 @@ def prepare(folder: Path, kind: str, seed: int) -> None:
     tokenizer.save_pretrained(folder / "model")
 
 
-def stages(folder: Path, seed: int) -> dict[str, object]:
+def stages(folder: Path, supervised: int, seed: int) -> dict[str, object]:
     """The chain as a configuration."""
     shared = {
         "seed": seed,
@@ -152,7 +154,7 @@ def stages(folder: Path, seed: int) -> dict[str, object]:
         "policy": {"model": str(folder / "model"), "precision": "float32", "compile": False},
         "stages": [
             {
-                "name": "sft", "method": {"type": "sft", "batch": 64}, "stop": {"steps": 120},
+                "name": "sft", "method": {"type": "sft", "batch": 64}, "stop": {"steps": supervised},
                 "update": {"learning_rate": 2e-3, "warmup_steps": 20},
             },
             {
@@ -169,13 +171,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("t5", "marian"), default="marian")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--supervised", type=int, help="steps of the first stage; default: 120 for Marian, 300 for T5")
     arguments = parser.parse_args()
+    supervised = arguments.supervised or SUPERVISED[arguments.kind]
     worst = 1.0
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             prepare(folder, arguments.kind, seed)
-            (folder / "chain.yaml").write_text(yaml.safe_dump(stages(folder, seed)), encoding="utf-8")
+            (folder / "chain.yaml").write_text(yaml.safe_dump(stages(folder, supervised, seed)), encoding="utf-8")
             subprocess.run([sys.executable, "-m", "pertoken.cli", "train", "chain.yaml"], check=True, cwd=folder)
             figures = []
             for run in sorted((folder / "runs").rglob("run.json"), key=lambda path: path.stat().st_ctime):

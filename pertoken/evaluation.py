@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pertoken.batching import to_batch
 from pertoken.errors import ConfigError, closest
+from pertoken.mauve import embedder, mauve
 from pertoken.observe import finding_columns, token_rows, token_streams
 from pertoken.policy.model import Policy, Reference
 from pertoken.rewards import Scene, Weighted, findings, score
@@ -29,7 +30,10 @@ from pertoken.tracking.runlog import prompt_text, six_digits, token_columns
 from pertoken.types import Episode, Item
 
 PERPLEXITY = "perplexity"
-"""exp of the mean negative log-prob per token of the answers under the reference: how natural they read to it."""
+"""exp of the mean negative log-prob per token of the answers under the judge or else the reference: how natural they
+read to it."""
+MAUVE = "mauve"
+"""Of all answers together, where it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,11 @@ class Evaluator:
     """Rewards that the answers are measured by, as `beside/<name>`."""
     language: str | None = None
     """Of the answers, by which some metrics cut words."""
+    judge: Reference | None = None
+    """Under which answers are judged as natural or not; None is the reference of the run."""
 
     def __post_init__(self) -> None:
-        further = (*FURTHER_ITEM_METRICS, *FURTHER_CORPUS_METRICS)
+        further = (*FURTHER_ITEM_METRICS, *FURTHER_CORPUS_METRICS, MAUVE)
         known = (*ITEM_METRICS, *CORPUS_METRICS, *further, PERPLEXITY, *(self.given.names if self.given else ()))
         known += tuple(f"beside/{part.name}" for part in self.beside)
         named = {"evaluation.metric": self.metric} | {f"task.tasks.{t}.metric": m for t, m in self.by_task.items()}
@@ -94,6 +100,8 @@ class Evaluator:
             if metric not in further:
                 raise ConfigError(f"evaluation.further: unknown {metric!r}; {closest(metric, further)}")
         item_metrics(["."], [["."]], language=self.language)  # the package that cuts its words is here
+        if MAUVE in self._asked:
+            embedder()
 
     @property
     def _asked(self) -> set[str]:
@@ -121,7 +129,8 @@ class Evaluator:
         for name, part in (score(self.beside, scene).parts if self.beside else {}).items():
             per_item[f"beside/{name}"] = sums = part.sum(1).tolist()
             summary["metrics"][f"beside/{name}"], summary["intervals"][f"beside/{name}"] = fmean(sums), _interval(sums)
-        nats, counts = -(ref or old).logprobs.sum(1), batch.action_mask.sum(1).clamp_min(1)
+        judged = self.judge.score(batch) if self.judge else ref or old
+        nats, counts = -judged.logprobs.sum(1), batch.action_mask.sum(1).clamp_min(1)
         per_item["nats_per_token"] = (nats / counts).tolist()
         summary["metrics"][PERPLEXITY] = float((nats.sum() / counts.sum()).exp())
         summary["main"] = self.metric
@@ -192,7 +201,10 @@ class Evaluator:
         }
 
     def _of_all(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        return corpus_metrics(texts, references, further=self._asked, language=self.language)
+        found = corpus_metrics(texts, references, further=self._asked, language=self.language)
+        if MAUVE in self._asked and references and all(references):
+            found[MAUVE] = mauve(texts, [known[0] for known in references])
+        return found
 
     def _own(self, item: Item, per_item: Mapping[str, Sequence[float]], k: int) -> dict[str, float]:
         """Of item `k`, the metric that its task is followed by, where it is one of single items."""

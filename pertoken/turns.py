@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from pertoken.machine.background import Background, StillRunningError
 from pertoken.errors import ConfigError, ModelError, RewardError
+from pertoken.machine.background import Background, StillRunningError
 from pertoken.prompts import prompt_ids
 from pertoken.rewards import ScoredSpan
 from pertoken.rewards.align import align, spread
@@ -116,6 +116,8 @@ class _Talk:
     rewards: list[float] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     support: list[np.ndarray[Any, np.dtype[np.uint8]]] = field(default_factory=list)
+    stops: list[StopReason] = field(default_factory=list)
+    """Why each turn ended, whatever the environment made of it."""
 
     def __post_init__(self) -> None:
         prompt, ids = self.item.prompt, self.tokens
@@ -131,6 +133,7 @@ class _Talk:
     def says(self, said: Completion, tokenizer: Any) -> None:
         """Write down what the policy said."""
         self.turns += 1
+        self.stops.append(said.stop)
         self._chosen(said)
         self.text = align(said.tokens, tokenizer)
         self.messages.append({"role": "assistant", "content": self.text.text})
@@ -177,7 +180,8 @@ class _Talk:
             id=f"{step}/{self.item.id}/{self.sample}", item=self.item, group=self.group, tokens=self.tokens,
             action_mask=self.action_mask, logprobs=self.logprobs, env_rewards=self.rewards, spans=self.spans,
             stop=self.stop, policy_version=(version, version),
-            info={"turns": self.turns}, support=np.concatenate(self.support) if self.support else None,
+            info={"turns": self.turns, "messages": self.messages, "stops": self.stops},
+            support=np.concatenate(self.support) if self.support else None,
             entropies=self.entropies,
         )  # fmt: skip
 

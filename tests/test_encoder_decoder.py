@@ -185,6 +185,36 @@ def polyglot():
     return tokenizer
 
 
+@pytest.mark.parametrize("name", ["m2m_100", "mbart"])
+def test_a_translator_between_many_languages_writes_the_one_it_is_told(name):
+    """NLLB's and mBART's architectures: `generate` holds the first place to the language, here it is begun with."""
+    model, tokenizer = family_model(name), polyglot()
+    model.resize_token_embeddings(len(tokenizer))
+    set_languages(model, tokenizer, "eng_Latn", "deu_Latn")
+    german = tokenizer.convert_tokens_to_ids("deu_Latn")
+    assert decoder_start(model) == (2, german)
+    prompts = [tokenizer.encode(text) for text in ("a cat", "two more cats")]
+    engine = NativeEngine(model, tokenizer, head_logits=head_logits)
+    greedy = Controls(Sampling(temperature=0.0, max_new_tokens=8), eos_ids=(256,))
+    for prompt, completion in zip(prompts, engine.generate(prompts, greedy, seeds=range(2)), strict=True):
+        settings = GenerationConfig(
+            max_new_tokens=9, do_sample=False, eos_token_id=256, decoder_start_token_id=2, forced_bos_token_id=german
+        )
+        with own_settings_aside(model):
+            theirs = model.generate(torch.tensor([prompt]), generation_config=settings)
+        assert theirs[0, :2].tolist() == [2, german]
+        assert completion.tokens == theirs[0, 2:].tolist()
+    controls = Controls(Sampling(max_new_tokens=8), eos_ids=(256, 1))
+    drawn = engine.generate(prompts, controls, seeds=range(2))
+    rows = [
+        to_episode(str(k), Item(str(k), ""), k, p, c, 0) for k, (p, c) in enumerate(zip(prompts, drawn, strict=True))
+    ]
+    batch = to_batch(rows, controls)
+    policy = Policy(model, tokenizer, precision="float32", compile=False)
+    assert (policy.score(batch).logprobs - batch.sample_logprobs).abs().max() < 5e-4
+    assert all(german not in episode.tokens[: episode.prompt_length] for episode in rows), "nobody chose it"
+
+
 def test_a_language_is_begun_with_and_not_learnt():
     model, tokenizer = tiny_encoder_decoder("marian"), polyglot()
     model.resize_token_embeddings(len(tokenizer))
@@ -276,15 +306,44 @@ def test_a_run_resumes_to_the_last_bit_and_its_model_is_transformers_own(folder,
         assert torch.equal(cell, weights["resumed"][key]), key
 
 
-def test_what_goes_on_from_the_middle_or_looks_into_attention_is_refused(folder, tmp_path):
-    for credit in ("monte_carlo", "attention"):
-        with pytest.raises(ConfigError, match=f"credit.type {credit}"):
-            assembly.build_run(configuration(folder, tmp_path, credit={"type": credit}, kl={"place": "none"}))
-    model = tiny_encoder_decoder("marian")
-    with pytest.raises(ValueError, match="from their beginning"):
-        NativeEngine(model, byte_tokenizer(), head_logits=head_logits).generate(
-            [[5, 6]], Controls(), seeds=[0], taken=[1]
-        )
+def test_what_looks_into_attention_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"credit.type attention"):
+        assembly.build_run(configuration(folder, tmp_path, credit={"type": "attention"}, kl={"place": "none"}))
+
+
+@pytest.mark.parametrize("name", ["t5", "marian"])
+def test_a_completion_is_gone_on_with_from_its_middle(name):
+    """From any place of its own greedy answer a model says the rest of it, in each row from another one.
+
+    Repetition is penalised, so that what was said before has to be known.
+    """
+    model, tokenizer = family_model(name), byte_tokenizer()
+    controls = Controls(Sampling(temperature=0.0, max_new_tokens=9, repetition_penalty=1.3), eos_ids=(63, 1))
+    native = NativeEngine(model, tokenizer, head_logits=head_logits, max_rows=2)
+    slow = NativeEngine(model, tokenizer, head_logits=head_logits)
+    slow.decoder = RecomputingDecoder(model, head_logits)
+    whole = native.generate(PROMPTS, controls, seeds=range(5))
+    cuts = [min(k, len(completion.tokens) - 1) for k, completion in enumerate(whole)]
+    assert len(set(cuts)) > 2
+    asked = [[*prompt, *c.tokens[:cut]] for prompt, c, cut in zip(PROMPTS, whole, cuts, strict=True)]
+    for engine in (native, slow, TransformersEngine(model, tokenizer, context_length=128)):
+        found = engine.generate(asked, controls, seeds=range(5), taken=cuts)
+        assert [c.tokens for c in found] == [c.tokens[cut:] for c, cut in zip(whole, cuts, strict=True)]
+        assert [c.stop for c in found] == [c.stop for c in whole]
+        for rest, completion, cut in zip(found, whole, cuts, strict=True):
+            assert rest.logprobs == pytest.approx(completion.logprobs[cut:], abs=1e-4)
+
+
+def test_states_on_the_way_are_worth_what_rollouts_from_them_earn(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_write_report", lambda folder, on_note: None)
+    credit = {"type": "monte_carlo", "every": 2, "rollouts": 2}
+    reports = []
+    run.train(
+        configuration(folder, tmp_path, credit=credit, kl={"place": "none"}, stop={"steps": 1}),
+        on_step=lambda report, _: reports.append(report),
+    )
+    assert reports[0].metrics["tokens/beside"] > 0
+    assert reports[0].streams["advantage"].any()
 
 
 @pytest.mark.parametrize("kind", ["t5", "marian"])

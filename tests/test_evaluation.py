@@ -7,7 +7,7 @@ import torch
 
 from pertoken.assembly import build_run
 from pertoken.errors import ConfigError
-from pertoken.evaluation import Evaluator
+from pertoken.evaluation import MAUVE, Evaluator
 from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
 from pertoken.rewards import Weighted, episode_reward
@@ -106,6 +106,20 @@ def test_trivial_baselines_are_measured_once(monkeypatch):
     assert sum(texts == ["", ""] for texts in measured) == 1
 
 
+def test_a_judge_stands_in_for_the_reference(result):
+    """The policy judges itself, and the reference is another model."""
+    policy, other, evaluation = result
+    tokenizer = policy.tokenizer
+    engine = NativeEngine(policy.model, tokenizer, head_logits=head_logits)
+    controls = Controls.resolve(Sampling(temperature=0.0, max_new_tokens=10, repetition_penalty=1.2), tokenizer, (256,))
+    evaluator = Evaluator(ITEMS, controls, "rouge_l", judge=policy.reference())
+    judged, alone = evaluator(engine, policy, other), Evaluator(ITEMS, controls, "rouge_l")(engine, policy, None)
+    for name in ("perplexity", "rouge_l"):
+        assert judged.summary["metrics"][name] == pytest.approx(alone.summary["metrics"][name], abs=1e-5)
+    assert judged.summary["metrics"]["perplexity"] < evaluation.summary["metrics"]["perplexity"] - 1
+    assert judged.rows[0]["streams"]["ref_logprob"] == evaluation.rows[0]["streams"]["ref_logprob"]
+
+
 def test_perplexity_is_that_of_the_reference_on_the_plain_distribution(result):
     _, other, evaluation = result
     total = count = 0
@@ -175,6 +189,6 @@ def test_an_unknown_further_metric_is_refused():
         Evaluator(ITEMS, Controls(), "rouge_l", further=("converage",))
 
 
-@pytest.mark.parametrize("name", [*FURTHER_ITEM_METRICS, *FURTHER_CORPUS_METRICS])
+@pytest.mark.parametrize("name", [*FURTHER_ITEM_METRICS, *FURTHER_CORPUS_METRICS, MAUVE])
 def test_every_further_metric_is_in_the_glossary(name):
     assert name in HELD_OUT

@@ -73,7 +73,8 @@ MAY: dict[str, set[str]] = {
     "observe": {"types", "credit", "objectives", "rewards", "tracking"},
     "training.guards": {"rewards"},
     "training.examples": {"errors", "types", "prompts", "rollout"},
-    "evaluation": {"errors", "sampling", "types", "text_metrics", "tracking", "observe", *STAGES, "config"},
+    "mauve": {"errors", "rewards"},
+    "evaluation": {"errors", "sampling", "types", "text_metrics", "mauve", "tracking", "observe", *STAGES, "config"},
     "training.trainer": {
         *(
             "errors",

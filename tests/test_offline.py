@@ -21,6 +21,7 @@ from pertoken.testing import byte_tokenizer, tiny_model
 from pertoken.tracking import RunReader
 from pertoken.training import offline
 from pertoken.training.examples import Examples
+from pertoken.training.state import items_of
 from pertoken.types import Item
 
 SPEC = importlib.util.spec_from_file_location("kills", Path(__file__).parents[1] / "benchmarks" / "kills.py")
@@ -121,6 +122,30 @@ def test_only_answers_have_a_gradient(place, model_folder, tmp_path):
     assert metrics["grad/norm"] == pytest.approx(norm, rel=1e-4)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_too_long_to_learn_from_is_answered_all_the_same(place, model_folder, tmp_path):
+    """So that supervised tuning is measured on the items that every other method is measured on."""
+    held_out = [{"id": str(k), "prompt": f"ask {k}", "good": "y" * length} for k, length in enumerate((90, 3, 200, 4))]
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, held_out)))
+    task = {"path": {"train": str(place / "pairs.jsonl"), "validation": str(tmp_path / "held.jsonl")}, "rejected": None}
+    it = built(place, model_folder, tmp_path / "run", "sft", task=task, method={"max_tokens": 20})
+    assert [item.id for item in it.evaluator.items] == ["0", "1", "3"]
+    assert "validation: left out 1 of 4 items: over 128 tokens" in it.notes, "the context has no room for its answer"
+
+
+def test_a_window_makes_the_rows_of_a_step_alike(place, model_folder, tmp_path):
+    rows = [{"id": str(k), "prompt": f"say {k}", "good": "y" * (7 * k % 60), "bad": "n"} for k in range(1, 60)]
+    (tmp_path / "lengths.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    held_out = str(place / "pairs.jsonl")
+    spreads = []
+    for window in (None, 6):
+        task = {"path": {"train": str(tmp_path / "lengths.jsonl"), "validation": held_out}, "rejected": None}
+        it = built(place, model_folder, tmp_path / "run", "sft", task=task | {"length_window": window})
+        steps = [[len(row.tokens) for row in it.examples.episodes(items_of(it, step))[0]] for step in range(1, 13)]
+        spreads.append(sum(max(step) - min(step) for step in steps) / len(steps))
+        assert len({item.id for step in range(1, 20) for item in items_of(it, step)}) == 57, "each comes up once"
+    assert spreads[1] < spreads[0] / 3
 
 
 def test_a_long_item_is_named_or_left_out_and_counted(place, model_folder, tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import threading
+import types
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,18 @@ from pertoken.errors import ConfigError, ModelError, RewardError
 from pertoken.jobs.run import train
 from pertoken.policy.model import Policy
 from pertoken.policy.scoring import head_logits
-from pertoken.rewards import Scene, ScoredSpan, Weighted, episode_reward, score
+from pertoken.rewards import (
+    NO_OPINION,
+    EachTurn,
+    Scene,
+    ScoredSpan,
+    Weighted,
+    episode_reward,
+    make,
+    score,
+    span_reward,
+)
+from pertoken.rewards.each_turn import apart
 from pertoken.rollout.collect import collect
 from pertoken.rollout.engine import NativeEngine
 from pertoken.sampling import Controls, Sampling
@@ -104,7 +116,7 @@ def test_turns_and_replies_alternate_and_only_turns_are_actions():
     ]
     assert episode.action_mask == [False] * 5 + [True] * 4 + [False] * 6 + [True] * 4
     assert [value for value, acts in zip(episode.logprobs, episode.action_mask, strict=True) if not acts] == [0.0] * 11
-    assert (episode.stop, episode.policy_version, episode.info) == ("eos", (3, 3), {"turns": 2})
+    assert (episode.stop, episode.policy_version, episode.info["turns"]) == ("eos", (3, 3), 2)
     assert engine.prompts[1] == [episode.tokens[:15]]  # ids go on from ids: nothing is tokenised again
 
 
@@ -227,6 +239,75 @@ def test_rewards_of_texts_see_all_of_it_and_pay_actions_alone():
     total = score([Weighted(all_of_it, 1.0, "all")], Scene(batch, [episode], byte_tokenizer())).total
     assert seen == ["one said two"]
     assert total[0].tolist() == [float(acts) for acts in episode.action_mask]
+
+
+def test_a_reward_of_each_turn_is_paid_on_its_turn():
+    """Five characters too many in the second of three turns; words are counted turn by turn, whatever was replied."""
+    episode, _ = episode_of([("one", "eos"), ("a b c d", "eos"), ("two", "eos")], [" and five more words ", " so? "])
+    reward = make("each_turn", {"reward": {"name": "length", "max_words": 2, "cost": 1.0, "weight": 0.5}}, "rewards.0")
+    batch = to_batch([episode], Controls())
+    total = score([Weighted(reward, 1.0, "turns")], Scene(batch, [episode], byte_tokenizer())).total[0]
+    spans = [span for span in episode.spans if span.role == "action"]
+    assert [total[span.start : span.stop].sum().item() for span in spans] == [0.0, -1.0, 0.0]
+    assert total[~batch.action_mask[0]].abs().sum() == 0
+
+
+def test_each_turn_is_a_completion_of_what_was_said_before():
+    told = []
+
+    @episode_reward
+    def told_of(sample):
+        told.append((sample.item.prompt, sample.text, sample.stop, len(sample.tokens)))
+        return float(len(told))
+
+    episode, _ = episode_of(
+        [("one", "length"), ("two", "eos")], [" said "], item=Item("a", ({"role": "user", "content": "hi"},), "x"),
+        max_turns=2, go_on_when_cut=True,
+    )  # fmt: skip
+    other, _ = episode_of([("no", "eos")], [None], item=Item("b", "hi", "x"))
+    other = replace(other, group=1)
+    batch = to_batch([episode, other], Controls())
+    scene, rows = apart(Scene(batch, [episode, other], byte_tokenizer()))
+    values = told_of(scene)
+    first = ({"role": "user", "content": "hi"},)
+    middle = (*first, {"role": "assistant", "content": "one"}, {"role": "user", "content": " said "})
+    assert [each[0] if isinstance(each[0], str) else tuple(each[0]) for each in told] == [first, middle, "hi"]
+    assert [each[1:] for each in told] == [("one", "length", 3), ("two", "eos", 4), ("no", "eos", 3)]
+    assert scene.batch.group.tolist() == [0, 1, 2], "first turns are compared with first turns"
+    assert (rows.tolist(), scene.batch.terminated.tolist()) == ([0, 0, 1], [False, True, True])
+    assert values.sum(1).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_turn_without_an_opinion_leaves_those_of_the_others(monkeypatch):
+    @span_reward
+    def of_short_ones(sample):
+        return NO_OPINION if len(sample.text) > 3 else [ScoredSpan(0, 1, 1.0)]
+
+    monkeypatch.setitem(sys.modules, "of_turns", types.SimpleNamespace(of_short_ones=of_short_ones))
+    both, _ = episode_of([("one", "eos"), ("three", "eos")], [" said "])
+    neither, _ = episode_of([("three", "eos"), ("seven", "eos")], [" said "], item=Item("b", "hi", "x"))
+    batch = to_batch([both, neither], Controls())
+    said = EachTurn({"fn": "of_turns:of_short_ones"})(Scene(batch, [both, neither], byte_tokenizer()))
+    assert (said.values.sum(1).tolist(), said.abstained.tolist()) == ([1.0, 0.0], [False, True])
+
+
+def test_what_remembers_is_no_reward_of_turns(monkeypatch):
+    with pytest.raises(ConfigError, match=r"each_turn.reward: expected a mapping"):
+        EachTurn({"max_words": 3})
+
+    class Remembers:
+        def __call__(self, scene):
+            return torch.zeros(scene.batch.tokens.shape)
+
+        def get_state(self):
+            return None
+
+        def set_state(self, state):
+            pass
+
+    monkeypatch.setitem(sys.modules, "of_turns", types.SimpleNamespace(Remembers=Remembers))
+    with pytest.raises(ConfigError, match="of_turns:Remembers remembers or learns"):
+        EachTurn({"fn": "of_turns:Remembers"})
 
 
 # --- the maths steps over what was given --------------------------------------------------------------------

@@ -128,11 +128,6 @@ def _refuse_credit(config: RunConfig, policy: Policy) -> None:
             f"credit.type attention: {name} attends in a way of its own, which cannot be looked into here. Let another "
             "model read the texts (credit.model: this one before training, say), or use credit.type shapley."
         )
-    if config.credit.type == "monte_carlo" and decoder_start(policy.hf_model):
-        raise ConfigError(
-            "credit.type monte_carlo goes on from the middle of completions, and rollouts of encoder-decoder models "
-            f"({name}) begin at their beginning: use another credit.type (gae, differences)."
-        )
 
 
 def refuse_segments(config: RunConfig, policy: Policy) -> None:

@@ -22,6 +22,7 @@ from pertoken.assembly.task import (
     build_course,
     build_examples,
     build_task,
+    build_windows,
     fitting,
     refuse_too_long,
     refuse_unknown_tokens,
@@ -32,7 +33,7 @@ from pertoken.evaluation import Evaluator
 from pertoken.forward import decoder_start
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import load_state
-from pertoken.policy.model import Policy
+from pertoken.policy.model import Policy, Reference
 from pertoken.rewards.names import make_with
 from pertoken.rollout.collect import collect
 from pertoken.rollout.decoder import RecomputingDecoder
@@ -107,6 +108,7 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         controls=build_controls(config.rollout, policy),
         items=items,
         course=course,
+        windows=build_windows(config.task, items, policy, examples),
         rewards=rewards,
         kl=build_kl(config),
         optimizer=optimizer,
@@ -190,7 +192,8 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
         )
     if config.offline is not None:
         examples = build_examples(config.offline, task, policy)
-        items, left_out = examples.fitting(items, config.offline.max_tokens)
+        # What is too long to be learnt from is answered all the same: all methods are measured on the same items.
+        items, left_out = examples.fitting(items, config.offline.max_tokens and examples.context_length)
         notes += [f"{evaluation.split}: {note}" for note in left_out]
         given = offline.HeldOutAnswers(config.offline, examples, evenly(items, evaluation.items))
     items, by_task = evenly(items, evaluation.items), dict[str, str]()
@@ -208,8 +211,23 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
     return Evaluator(
         items, controls, metric=evaluation.metric, given=given, by_task=by_task, further=evaluation.further,
         beside=[part.fixed() for part in build_rewards(evaluation.beside, "evaluation.beside")],
-        language=evaluation.language, gather=build_turns(config, policy) or collect,
+        language=evaluation.language, judge=build_judge(config, policy), gather=build_turns(config, policy) or collect,
     ), notes  # fmt: skip
+
+
+def build_judge(config: RunConfig, policy: Policy) -> Reference | None:
+    """The model of `evaluation.judge`; None where answers are judged by the model that the run began with."""
+    name = config.evaluation.judge
+    if name is None:
+        return None
+    settings = config.policy.model_copy(update={"model": name, "lora": None, "value_head": None})
+    judge = build_policy(config.model_copy(update={"policy": settings}))
+    if judge.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ConfigError(
+            f"evaluation.judge {name!r} has another vocabulary than {config.policy.model!r}, whose tokens it is to "
+            f"judge: measure by evaluation.beside=[{{name: perplexity, model: {name}}}], which reads texts"
+        )
+    return judge.reference()
 
 
 def _not_used(config: RunConfig) -> list[str]:

@@ -25,7 +25,7 @@ from pertoken.prompts import prompt_ids
 from pertoken.rewards import Schedule
 from pertoken.rewards.names import make_with
 from pertoken.sampling import Sampling
-from pertoken.tasks.base import SPLITS, ItemTask, Split, Task, folded
+from pertoken.tasks.base import SPLITS, ItemTask, LengthWindows, Split, Task, folded
 from pertoken.tasks.course import Course, Limit, Pool
 from pertoken.tasks.docstrings import load_docstring_task
 from pertoken.tasks.files import load_file_task
@@ -100,6 +100,22 @@ def build_course(config: RunConfig, items: Sequence[Item], size: int, policy: Po
     pools = {name: _pool(found, task.tasks[name].curriculum, policy) for name, found in by_task.items()}
     progress = LearningProgress(**task.progress.model_dump()) if task.progress else None
     return Course(pools, shares, size=size, seed=seed, progress=progress)
+
+
+def build_windows(
+    task: TaskConfig, items: Sequence[Item], policy: Policy, examples: Examples | None
+) -> LengthWindows | None:
+    """How several steps share their items out by length, if they do: that of prompts, or of the rows that are learnt
+    from."""
+    if isinstance(task, MixtureTask) or task.length_window is None:
+        return None
+
+    def length(item: Item) -> int:
+        if examples is None:
+            return len(prompt_ids(item, policy.tokenizer))
+        return max(len(row.tokens) for row in examples.episodes([item])[0])
+
+    return LengthWindows([length(item) for item in items], task.length_window)
 
 
 def _classes(items: Sequence[Item], column: str | None, answer: str | None) -> dict[str, list[Item]]:

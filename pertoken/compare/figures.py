@@ -5,6 +5,7 @@ again, the same for all arms (`resamples.py`). *Over seeds*: would training once
 runs; a single run has none. Neither interval holds the doubt of the other.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +18,14 @@ from pertoken.compare.curves import Axis, Curve, Point, crossing, mean_curve
 from pertoken.compare.resamples import CORPUS, BySeed, Resamples, Values, interval, together
 from pertoken.compare.settings import Plan
 from pertoken.errors import ConfigError, closest
-from pertoken.text_metrics import Interval, t_mean
+from pertoken.text_metrics import DRAWS, Interval, t_mean
 from pertoken.tracking.files import Row
 from pertoken.tracking.glossary import HELD_OUT, find
 from pertoken.tracking.reader import RunReader
 
-SAME = 1e-6
-"""A corpus metric counted anew may differ from the recorded one by so much; else it is another one, without draws."""
+SAME = 1e-5
+"""Share by which a metric of all texts together, counted anew, may differ from the recorded one (which may have been
+summed in float32); else it is another one, without draws."""
 
 Judgement = Literal["better", "worse", "better on these items", "worse on these items", "not proven"]
 
@@ -250,17 +252,29 @@ class _Measure:
             return self._resamples.mean([point.items[self.metric][item] for item in self.ids])
         recorded = self._recorded(curve, point)
         rows = {row["id"]: row for row in RunReader(curve.folder).evaluation_items(point.step, curve.split)}
-        if self.metric in CORPUS and self.ids and all(item in rows and rows[item]["answer"] for item in point.ids):
-            every = Resamples(tuple(point.ids))
-            own = every.corpus(self.metric, *_texts(rows, point.ids), language=self._language, draws=0)
-            if abs(own[0] - recorded) < SAME:
-                return self._resamples.corpus(self.metric, *_texts(rows, self.ids), language=self._language)
+        own = self._anew(Resamples(tuple(point.ids)), point, rows, draws=0)
+        if own is not None and self.ids and math.isclose(own[0], recorded, rel_tol=SAME, abs_tol=SAME):
+            found = self._anew(self._resamples, point, rows)
+            assert found is not None  # of fewer items of the same evaluation
+            return found
         if self._all(point):
             return np.array([recorded])
         raise ConfigError(
             f"compare.metrics: {self.metric} is of all texts of a run together, and {curve.folder} has items that "
-            "other runs do not have (method.max_tokens, say): leave it out, or let all arms answer the same items"
+            "other runs do not have: leave it out, or let all arms answer the same items"
         )
+
+    def _anew(self, resamples: Resamples, point: Point, rows: Mapping[str, Row], draws: int = DRAWS) -> Values | None:
+        """The metric of all texts together, counted from what is known of each; None where it is another one."""
+        ids, nats = resamples.ids, point.items.get("nats_per_token", {})
+        if any(item not in rows for item in ids):
+            return None
+        if self.metric in CORPUS and all(rows[item]["answer"] for item in ids):
+            return resamples.corpus(self.metric, *_texts(rows, ids), language=self._language, draws=draws)
+        if self.metric == "perplexity" and all(item in nats and "tokens" in rows[item] for item in ids):
+            tokens = [max(sum(rows[item]["tokens"]["action"]), 1) for item in ids]
+            return resamples.perplexity([nats[item] * n for item, n in zip(ids, tokens, strict=True)], tokens)
+        return None
 
     def _recorded(self, curve: Curve, point: Point) -> float:
         recorded = point.row["metrics"].get(self.metric)

@@ -43,6 +43,16 @@ class Resamples:
         sums: Values = self.counts @ np.asarray(values, dtype=float)
         return sums / len(self.ids)
 
+    def perplexity(self, nats: Sequence[float], tokens: Sequence[int]) -> Values:
+        """Of the perplexity of all texts together: exp of all nats over all tokens, both given item by item.
+
+        >>> Resamples(("a", "b")).perplexity([0.5, 2.5], [1, 2])[0].round(6)  # exp(3 / 3)
+        np.float64(2.718282)
+        """
+        sums = self.counts @ np.stack([np.asarray(nats, dtype=float), np.asarray(tokens, dtype=float)], 1)
+        found: Values = np.exp(sums[:, 0] / sums[:, 1])
+        return found
+
     def corpus(
         self,
         metric: str,

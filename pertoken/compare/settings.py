@@ -22,8 +22,8 @@ TEMPLATES: Mapping[str, Mapping[str, Any]] = {
 }
 """What arms of these names are, before what is set in them."""
 
-JUDGED_APART = ("perplexity", "nats_per_token")
-"""Metrics under the model that a run began with: no two arms have the same."""
+JUDGED = ("perplexity", "nats_per_token")
+"""Metrics under a model, which is the same for all arms: that of the recipe, unless `evaluation.judge` is set."""
 
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -121,6 +121,9 @@ def load_comparison(files: Sequence[str | Path], overrides: Sequence[str] = ()) 
     except ConfigError as error:
         raise ConfigError("\n".join(f"compare.{line}" for line in str(error).splitlines())) from None
     base = validate(recipe, RunConfig)
+    metrics = _metrics(settings, base)
+    if base.evaluation.judge is None and any(metric in JUDGED for metric in metrics):
+        recipe["evaluation"] = {**(recipe.get("evaluation") or {}), "judge": base.policy.model}
     folder = Path(settings.folder or f"comparisons/{base.name}")
     given = settings.arms or dict.fromkeys(TEMPLATES)
     own = {name: merge(dict(TEMPLATES.get(name, {})), changes or {}) for name, changes in given.items()}
@@ -136,7 +139,7 @@ def load_comparison(files: Sequence[str | Path], overrides: Sequence[str] = ()) 
             raise ConfigError(f"compare.{field}: no arm {name!r}; {closest(name, arms)}")
     against = settings.against or ("sft" if "sft" in arms else next(iter(arms)))
     terminal = settings.terminal if settings.terminal in arms and arms[settings.terminal].samples else None
-    return Plan(settings, folder, arms, _metrics(settings, base), base.evaluation.split, against, terminal, start)
+    return Plan(settings, folder, arms, metrics, base.evaluation.split, against, terminal, start)
 
 
 def _start(settings: CompareConfig, names: Collection[str]) -> str | None:
@@ -205,22 +208,17 @@ def _refuse_other_evaluations(arms: Mapping[str, Arm]) -> None:
         raise ConfigError("evaluation.items is 0: arms are compared by held-out items; set it in the recipe")
     for name, arm in arms.items():
         other = arm.runs[0].evaluation
-        for key in ("split", "items", "sampling"):
+        for key in ("split", "items", "sampling", "judge"):
             if getattr(other, key) != getattr(first, key):
                 raise ConfigError(
                     f"compare.arms.{name}: evaluation.{key} is another than that of {first_name!r}: arms are compared "
-                    "on the same held-out items, answered in the same way; set it for all of them"
+                    "on the same held-out items, answered and judged in the same way; set it for all of them"
                 )
 
 
 def _metrics(settings: CompareConfig, base: RunConfig) -> tuple[str, ...]:
     metrics = settings.metrics or (base.evaluation.metric,)
     for metric in metrics:
-        if metric in JUDGED_APART:
-            raise ConfigError(
-                f"compare.metrics: {metric} is measured under the model that a run began with, which is not the same "
-                "for all arms; choose others"
-            )
         if find(metric, HELD_OUT) is None:
             raise ConfigError(f"compare.metrics: unknown {metric!r}; {closest(metric, HELD_OUT)}")
     return tuple(dict.fromkeys(metrics))

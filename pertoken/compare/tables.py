@@ -148,7 +148,7 @@ def _about_intervals(measured: Measured, scores: Sequence[Score]) -> list[str]:
     )
     fewer = [
         f"Only {score.num_items} of {score.most_items} held-out items are in all runs, and the others are left out: an "
-        "arm that answers fewer (method.max_tokens) costs all arms those items."
+        "arm that answers fewer (its context cannot hold them with their answers) costs all arms those items."
         for score in scores[:1]
         if score.num_items < score.most_items
     ]

@@ -98,7 +98,8 @@ class Recorder:
     task: ItemTask
     rewards: Sequence[Weighted]
     judge: Reference
-    """The model that the run began with, under which answers are judged as natural or not."""
+    """The model that the run began with, under which answers are judged as natural or not unless the recipe names
+    another one."""
     asked: bool = False
     """To end, as soon as the step is saved."""
     reason: str = ""

@@ -111,7 +111,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         "both languages, pairs `{translation: {en: ..., de: ...}}` are read by them, and BLEU and TER cut words "
         "as the target is written (`zh`, `ja-mecab`, `ko-mecab`, else `13a`). Models that do nothing but translate "
         "(Marian, NLLB) want `style: bare`, and those of many languages "
-        "[`policy.languages`](#models-that-read-and-write), too.",
+        "[`policy.languages`](#models-that-read-and-write), too. COMET, in an environment of its own, is a held-out "
+        "metric through [`evaluation.beside`](#measured-beside): `{name: comet, python: comet-env/bin/python}`.",
         questions=(
             Question(
                 "Translate from $from to $to:\n\n{source}",
@@ -199,8 +200,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         title="Generation",
         about="Stories, reviews and other texts that go on from an opening. Held-out texts are sampled, since greedy "
         "ones say too little of what the model writes; `self_bleu` and `distinct_2` tell whether they are all "
-        "alike. For a wanted feeling add a classifier, `{name: classifier, model: my_sentiment, label: "
-        "positive, granularity: sentence}`; for fluency as another model has it `evaluation.beside: [{name: "
+        "alike, and `mauve` (set `evaluation.further`, extra `semantics`) how close they are to the references as "
+        "a distribution, of a few hundred items. For a wanted feeling add a classifier, `{name: classifier, model: "
+        "my_sentiment, label: positive, granularity: sentence}`; for fluency as another model has it "
+        "`evaluation.beside: [{name: "
         "perplexity, model: ...}]`. Of data with one column `text`, its first 16 words are the prompt and the "
         "rest is the reference.",
         questions=(

@@ -39,10 +39,14 @@ class EvaluationConfig(Section):
     """The metric that stop conditions, the verdict and the best checkpoint go by."""
     further: tuple[str, ...] = ()
     """Metrics to measure beside the usual ones: rouge_lsum, ter, coverage, density, compression, abstained,
-    abstention_right, final_answer, right_steps; corpus_ter, self_bleu."""
+    abstention_right, final_answer, right_steps; corpus_ter, self_bleu, mauve."""
     beside: tuple[RewardConfig, ...] = ()
     """Rewards that held-out answers are measured by, as `beside/<name>`, and that need not be paid in training: a
     classifier, entailment by the source, perplexity under another model. Written as those in `rewards`."""
+    judge: str | None = None
+    """Model that `perplexity` and `nats_per_token` are measured under, a name or folder with the vocabulary of the
+    policy; null is the one that the run began with. For one with a vocabulary of its own there is the reward
+    `perplexity` in `beside`."""
     language: str | None = None
     """Code of the language of the answers: BLEU and TER cut Chinese, Japanese and Korean by their own rules; null cuts
     at spaces and marks."""

@@ -66,6 +66,18 @@ class Data(Section):
     balance: str | None = None
     """Column whose values are classes: each step takes as many items of one as of another. Of your own data it joins
     `info`, unless it is that of `answer`. null takes items as they come."""
+    length_window: int | None = Field(default=None, ge=2)
+    """Steps that share their items out by length, so that those of one step are alike: by the tokens of their prompts,
+    and of their answers where those are learnt from. null takes items as they come."""
+
+    @model_validator(mode="after")
+    def _one_order(self) -> "Data":
+        if self.length_window is not None and (self.curriculum is not None or self.balance is not None):
+            raise ValueError(
+                "length_window shares out the items of whole passes, and curriculum and balance pass some over: leave "
+                "one of them out"
+            )
+        return self
 
 
 class DocstringsTask(Data):
@@ -271,6 +283,15 @@ class MixtureTask(Section):
     by weights alone."""
     progress: ProgressConfig | None = None
     """Let shares follow what is learnt; null keeps them."""
+
+    @model_validator(mode="after")
+    def _no_windows(self) -> "MixtureTask":
+        for name, member in self.tasks.items():
+            if member.length_window is not None:
+                raise ValueError(
+                    f"tasks.{name}.length_window shares out the items of a task that is alone: leave it out"
+                )
+        return self
 
 
 TaskConfig = Annotated[

@@ -21,8 +21,10 @@ from pertoken.rewards.base import (
 )
 from pertoken.rewards.bertscore import BertScore
 from pertoken.rewards.classifier import Classifier
+from pertoken.rewards.comet import Comet
 from pertoken.rewards.composition import Multiplier, Normaliser
 from pertoken.rewards.diversity import Distinct, SelfBleu
+from pertoken.rewards.each_turn import EachTurn
 from pertoken.rewards.ensemble import Ensemble
 from pertoken.rewards.evaluate_metric import EvaluateMetric
 from pertoken.rewards.form import Banned, Format
@@ -56,9 +58,11 @@ __all__ = [
     "Bleu",
     "ChrF",
     "Classifier",
+    "Comet",
     "CompletionsReward",
     "Distinct",
     "Documents",
+    "EachTurn",
     "Ensemble",
     "Entailment",
     "EvaluateMetric",

@@ -12,7 +12,7 @@ from torch import Tensor
 from pertoken.errors import ConfigError
 from pertoken.rewards.base import Opinions, Reward, Scene, WarmsUp
 from pertoken.rewards.metrics.base import check_choice
-from pertoken.rewards.names import make
+from pertoken.rewards.names import make_entry
 from pertoken.rewards.parts import move_to_actions
 
 Combination = Literal["least", "mean_less_spread", "mean"]
@@ -43,7 +43,7 @@ class Ensemble:
 
     @cached_property
     def _members(self) -> list[tuple[Reward, float]]:
-        return [_member(entry, f"ensemble.members.{k}") for k, entry in enumerate(self.members)]
+        return [make_entry(entry, f"ensemble.members.{k}") for k, entry in enumerate(self.members)]
 
     def warm_up(self) -> None:
         """Have the members load what they need."""
@@ -83,13 +83,3 @@ def _at_the_end(numbers: Float[Tensor, " B"], scene: Scene) -> Float[Tensor, "B 
     cells = torch.zeros(scene.batch.tokens.shape, dtype=numbers.dtype)
     cells[:, -1] = numbers
     return move_to_actions(cells, scene.batch.action_mask.cpu())
-
-
-def _member(entry: Any, where: str) -> tuple[Reward, float]:
-    if not isinstance(entry, Mapping) or not (entry.get("name") or entry.get("fn")):
-        raise ConfigError(f"{where}: expected a mapping with `name` or `fn`, got {entry!r}")
-    parameters = {key: value for key, value in entry.items() if key not in ("name", "fn", "weight")}
-    weight = entry.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise ConfigError(f"{where}.weight: expected a number, got {weight!r}")
-    return make(str(entry.get("fn") or entry["name"]), parameters, where), float(weight)

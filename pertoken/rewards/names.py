@@ -47,7 +47,9 @@ BUILT_IN = {
     "evaluate": "pertoken.rewards.evaluate_metric:EvaluateMetric",
     "documents": "pertoken.rewards.knowledge:Documents",
     "judge": "pertoken.rewards.judge:Judge",
+    "comet": "pertoken.rewards.comet:Comet",
     "ensemble": "pertoken.rewards.ensemble:Ensemble",
+    "each_turn": "pertoken.rewards.each_turn:EachTurn",
     "implicit": "pertoken.rewards.implicit:Implicit",
     "prime": "pertoken.rewards.prime:Prime",
     "shaping": "pertoken.rewards.shaping:Shaping",
@@ -92,6 +94,17 @@ def make(name: str, parameters: Mapping[str, Any], where: str) -> Reward:
         raise
     except Exception as error:  # whatever a class of one's own does when it is made
         raise ConfigError(f"{where} ({name}): raised {type(error).__name__}: {error}") from error
+
+
+def make_entry(entry: Any, where: str) -> tuple[Reward, float]:
+    """A reward within another one, and its weight: written as an entry of `rewards`."""
+    if not isinstance(entry, Mapping) or not (entry.get("name") or entry.get("fn")):
+        raise ConfigError(f"{where}: expected a mapping with `name` or `fn`, got {entry!r}")
+    parameters = {key: value for key, value in entry.items() if key not in ("name", "fn", "weight")}
+    weight = entry.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise ConfigError(f"{where}.weight: expected a number, got {weight!r}")
+    return make(str(entry.get("fn") or entry["name"]), parameters, where), float(weight)
 
 
 def load_attribute(path: str, name: str, kind: str = "reward") -> Any:

@@ -101,7 +101,7 @@ class NativeEngine:
 
     @property
     def reads_apart(self) -> bool:
-        """Whether an encoder reads the prompt, so that a completion cannot be gone on from."""
+        """Whether an encoder reads the prompt, so that nothing can be put behind a completion for the model to read."""
         return bool(self._start)
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -139,8 +139,6 @@ class NativeEngine:
         """See `RolloutEngine.generate`. `on_token` hears of each token at once."""
         if not prompts:
             return []
-        if self._start and any(taken or ()):
-            raise ValueError("an encoder-decoder model writes completions from their beginning: `taken` must be 0")
         decoders = self._decoders(controls)
 
         def sample(most: int) -> list[Completion]:
@@ -200,7 +198,7 @@ class _Decoding:
                 self.rows.choose(logits, self.live[first:], *behind)
                 self._retire()
             if self.live:
-                last = torch.tensor([row.tokens[-1] for row in self.live], device=self.device)
+                last = torch.tensor([row.last for row in self.live], device=self.device)
                 logits, *behind = (decoder.step(last) for decoder in self.decoders)
                 self.rows.choose(logits, self.live, *behind)
                 self._retire()

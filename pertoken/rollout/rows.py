@@ -59,6 +59,11 @@ class Row:
     """Why it ended; None while it goes on."""
     taken: int = 0
     """How many tokens at the end of its prompt are the beginning of the completion."""
+    held: tuple[int, ...] = ()
+    """What of that beginning is still to be said before anything is drawn: where prompts are read apart, it is no part
+    of what a decoder is given first."""
+    last: int = NO_TOKEN
+    """The token that it said last, drawn or held to."""
     begun: int = 0
     """How many of `tokens` were there when its segment began: what it then stood behind is in `Rows.prompts`."""
     full: bool = False
@@ -98,7 +103,8 @@ class Rows:
     ) -> None:
         """context: most tokens that a row may have, prompt included. tokenizer: makes text of ids, for stop strings.
         start: what completions stand behind where prompts are read apart from them (`decoder_start`); then the context
-        holds it, and each prompt by itself. taken: see `RolloutEngine.generate`.
+        holds it, and each prompt by itself. taken: see `RolloutEngine.generate`; behind `start` these tokens are said
+        one by one before any is drawn.
 
         Raises ModelError for a prompt that is empty or fills the context, or leaves less than a segment needs.
         """
@@ -110,7 +116,8 @@ class Rows:
         self.rows = [Row(index, taken=count) for index, count in enumerate(taken or [0] * len(prompts))]
         self._given, most = [tuple(prompt) for prompt in prompts], context - sampling.least_room
         for prompt, row in zip(prompts, self.rows, strict=True):
-            length = len(prompt) - (row.taken if sampling.segment else 0)
+            row.held = tuple(prompt[len(prompt) - row.taken :]) if start else ()
+            length = len(prompt) - (row.taken if sampling.segment or start else 0)
             if not prompt or length > most:
                 raise ModelError(
                     f"a prompt has {length} tokens; this model takes 1 to {most}, room to answer included. "
@@ -122,7 +129,7 @@ class Rows:
         self._uniforms = torch.stack([_uniforms(seed, self.budget) for seed in seeds])
         self._eos = torch.tensor(controls.eos_ids or (NO_TOKEN,), device=device)
         self.prompts = [self._behind(row) for row in self.rows]
-        """What each row's segment stands behind; without segments its prompt."""
+        """What each row's segment stands behind; without segments its prompt, without what it is held to."""
 
     def room(self) -> tuple[int, int]:
         """The longest prompt that a decoder will be given, and how many tokens may follow one."""
@@ -141,7 +148,7 @@ class Rows:
     def _behind(self, row: Row) -> tuple[int, ...]:
         given = self._given[row.index]
         if self._segment is None:
-            return given
+            return given[: len(given) - len(row.held)]
         source, text = given[: len(given) - row.taken], (*given[len(given) - row.taken :], *row.tokens)
         return (*source, *text[self._segment.seen_from(row.count) :])
 
@@ -154,12 +161,18 @@ class Rows:
     ) -> Int[Tensor, " R"]:
         """Draw one token for each of `rows` and record it with its log-prob, entropy and kept set; the ids.
 
+        A row that is held to a beginning says the next token of that instead, and nothing of it is recorded.
         mask_logits: those of the mask policy, where the controls have a mask.
         """
         ids, logprobs, entropies, support = self._draw(logits, rows, mask_logits)
         by_eos = torch.isin(ids, self._eos).tolist()
         columns = (ids.tolist(), logprobs.tolist(), entropies.tolist(), by_eos)
         for k, (row, token, logprob, nats, ended) in enumerate(zip(rows, *columns, strict=True)):
+            if row.held:
+                row.last, *rest = row.held
+                row.held, ids[k] = tuple(rest), row.last
+                continue
+            row.last = token
             row.tokens.append(token)
             row.logprobs.append(logprob)
             row.entropies.append(nats)
@@ -195,7 +208,9 @@ class Rows:
     def _history(self, rows: Sequence[Row]) -> Int[Tensor, "R L"] | None:
         if not self.controls.needs_history:
             return None
-        texts = [[*self.prompts[row.index], *row.tokens[row.begun :]] for row in rows]
+        # What is said behind a source has it in front, as if the prompt had been gone on with.
+        before = self._given if self._start else self.prompts
+        texts = [[*before[row.index], *row.tokens[row.begun :]] for row in rows]
         width = max(map(len, texts))
         return torch.tensor([[NO_TOKEN] * (width - len(ids)) + ids for ids in texts], device=self._device)
 
@@ -206,7 +221,8 @@ class Rows:
             return "eos"
         if sampling.stop and count >= sampling.min_new_tokens and self._says_stop(row):
             return "stop_string"
-        width = len(self._start or self.prompts[row.index]) + len(row.tokens) - row.begun
+        begun = len(self._start) + row.taken if self._start else len(self.prompts[row.index])
+        width = begun + len(row.tokens) - row.begun
         if width >= self._context and not self._ends_segment(row):
             return "context"
         return "length" if count >= self.budget else None

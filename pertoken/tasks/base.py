@@ -156,19 +156,51 @@ def sample_order(num_items: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def batch_of(items: Sequence[Item], step: int, size: int, seed: int) -> list[Item]:
+@dataclass(frozen=True)
+class LengthWindows:
+    """Windows of batches that share their items out by length: less padding in each of them."""
+
+    lengths: Sequence[int]
+    """Of each item, in tokens."""
+    window: int
+    """So many batches share their items out by length."""
+
+    def sort(self, order: Sequence[int], size: int, seed: int, epoch: int) -> list[int]:
+        """`order`, a pass over items in batches of `size`, with like lengths side by side.
+
+        Of the items of each `window` batches, as they come in the pass, the shortest make one batch, the next ones
+        another, and so on; equal lengths stay in the order of the pass. These batches are then shuffled, by (seed,
+        epoch, window) alone, so that lengths neither rise nor fall over steps. What a window holds does not change.
+        """
+        found = list[int]()
+        for begin in range(0, len(order), self.window * size):
+            items = sorted(order[begin : begin + self.window * size], key=lambda k: self.lengths[k])
+            batches = [items[k : k + size] for k in range(0, len(items), size)]
+            shuffled = np.random.Generator(np.random.PCG64([seed, epoch, begin, 2])).permutation(len(batches))
+            found += [item for k in shuffled for item in batches[k]]
+        return found
+
+
+def batch_of(
+    items: Sequence[Item], step: int, size: int, seed: int, windows: LengthWindows | None = None
+) -> list[Item]:
     """The `size` items of step `step` (from 0): distinct ones, and every step of a pass other ones.
 
     A pass is as many full batches as the items give; what is left over waits for a later pass, whose order is
-    another one. A batch never holds an item twice: both copies would draw the same random numbers.
+    another one. A batch never holds an item twice: both copies would draw the same random numbers. With `windows`
+    the same items of a pass fall into batches by their lengths.
     """
     if size > len(items):
         raise TaskError(
             f"a step takes {size} distinct items, but there are only {len(items)} training items: "
             "lower rollout.prompts_per_step (and raise rollout.samples_per_prompt) or give more data"
         )
-    epoch, batch = divmod(step, len(items) // size)
-    return [items[k] for k in sample_order(len(items), seed, epoch)[batch * size : (batch + 1) * size]]
+    batches = len(items) // size
+    epoch, batch = divmod(step, batches)
+    order = sample_order(len(items), seed, epoch)[: batches * size]
+    if windows is not None:
+        order = windows.sort(order, size, seed, epoch)
+    return [items[k] for k in order[batch * size : (batch + 1) * size]]
 
 
 def check_task(task: Task, *, answers: bool = True) -> None:

@@ -237,8 +237,15 @@ HELD_OUT: dict[str, Term] = {
         "self-BLEU",
         "lower",
     ),
+    "mauve": Term(
+        "How close the outputs are to the answers as two distributions over clusters of texts: of a few hundred items "
+        "at least.",
+        "area, 0 to 1",
+        "MAUVE (sentence embeddings)",
+        "higher",
+    ),
     "words": Term("Length of the output.", "words"),
-    "nats_per_token": Term("How odd the reference model finds each output.", "mean −log p_ref, nats", better="lower"),
+    "nats_per_token": Term("How odd the judge finds each output.", "mean −log p_ref, nats", better="lower"),
     "repetition": Term("Repeated n-grams in the output.", "share, 0 to 1", better="lower"),
     "distinct_<n>": Term("Different n-grams over all n-grams of the outputs.", "share, 0 to 1", "distinct-<n>"),
     "answer_logprob": Term(
@@ -254,7 +261,11 @@ HELD_OUT: dict[str, Term] = {
     "preference_score": Term(
         "What a desirable answer earns, and what an undesirable one loses.", "± Σ score", "score", "higher"
     ),
-    "perplexity": Term("How odd the reference model finds the outputs.", "exp of mean −log p_ref", better="lower"),
+    "perplexity": Term(
+        "How odd the judge (`evaluation.judge`, else the reference model) finds the outputs.",
+        "exp of mean −log p_ref",
+        better="lower",
+    ),
     "since_start/<task>": Term(
         "How much better a task of a mixture is than before training, by the metric that it is followed by; that "
         "metric, on the items of the task alone, is `<metric>/<task>`.",

@@ -73,7 +73,7 @@ class Examples:
         return rows
 
     def fitting(self, items: Sequence[Item], max_tokens: int | None) -> tuple[list[Item], list[str]]:
-        """The items of which no row is longer than `max_tokens`, and a note on how many were left out.
+        """The items of which no row is longer than `max_tokens` or the context, and a note on how many were left out.
 
         Raises TaskError if none is left, and without `max_tokens` for the first that the context cannot hold.
         """

@@ -23,7 +23,7 @@ from pertoken.rollout.collect import Draws, stem_from
 from pertoken.rollout.engine import NativeEngine, RolloutEngine
 from pertoken.sampling import Controls
 from pertoken.schedule import Schedule
-from pertoken.tasks.base import batch_of
+from pertoken.tasks.base import LengthWindows, batch_of
 from pertoken.tasks.course import Course
 from pertoken.tracking.glossary import goodness
 from pertoken.training.examples import Examples
@@ -77,6 +77,8 @@ class Run:
     """What the run was expected to take at its height, before it began (GB)."""
     course: Course | None = None
     """Which items a step takes, where that is more than one pass after the other over all of them."""
+    windows: LengthWindows | None = None
+    """How the items of such a pass are shared out by length (`task.length_window`)."""
     beside: list[Weighted] = field(default_factory=list)
     """Rewards that are measured on the samples of each step and paid for never."""
     task_name: str = ""
@@ -256,4 +258,4 @@ def items_of(run: Run, step: int, again: int = 0) -> Sequence[Item]:
         return run.course.items(step, again)
     method, seed = run.config.offline, run.config.seed + again * 7_368_787
     size = run.config.rollout.prompts_per_step if method is None else method.batch
-    return batch_of(run.items, step - 1, size, seed)
+    return batch_of(run.items, step - 1, size, seed, run.windows)

@@ -10,6 +10,11 @@ from pertoken.tracking import RunLog, runlog
 ITEMS = ("a", "b", "c", "d")
 
 
+def tokens_of(count):
+    """A prompt of one token and an answer of so many."""
+    return {"id": [0] * (1 + count), "piece": ["."] * (1 + count), "action": [0, *[1] * count]}
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """No test waits for the disk."""
@@ -31,7 +36,7 @@ def plan_of(tmp_path):
 def made(quick):
     """`made(run, [(tokens, seconds, {metric: values by item}), ...])`: the finished folder of a run."""
 
-    def make(run, points, *, metrics=None, outputs=None, ids=ITEMS):
+    def make(run, points, *, metrics=None, outputs=None, ids=ITEMS, lengths=None):
         outputs = outputs or {item: f"{run.name} says {item}" for item in ids}
         with RunLog.create(run.run_folder, config_text=run.to_yaml(), seed=run.seed) as log:
             before = (0.0, 0.0)
@@ -48,6 +53,7 @@ def made(quick):
                         "answer": f"answer {item}",
                         "output": outputs[item],
                         "metrics": {name: values[ITEMS.index(item)] for name, values in items.items()},
+                        **({"tokens": tokens_of(lengths[item])} if lengths else {}),
                     }
                     for item in ids
                 ]

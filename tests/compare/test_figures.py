@@ -1,6 +1,7 @@
 """The statistics of a comparison by numbers that can be checked by hand."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -193,6 +194,21 @@ def test_a_metric_of_all_texts_together_is_of_the_same_items_or_refused(plan_of,
     plan = plan_of("compare.arms={sft: {}, token: {}}", "compare.metrics=[distinct_1]", "compare.seeds=1")
     with pytest.raises(ConfigError, match="has items that other runs do not have"):
         of(plan).scores()
+
+
+def test_perplexity_on_resamples_counts_tokens_not_texts(plan_of, made):
+    """One text of one token at 1 nat, three of three tokens at 2 nats: exp of 19 nats over 10 tokens."""
+    plan = plan_of("compare.arms={sft: {}, token: {}}", "compare.metrics=[perplexity]", "compare.seeds=1")
+    nats, tokens = [1.0, 2.0, 2.0, 2.0], dict(zip("abcd", (1, 3, 3, 3), strict=True))
+    for arm, less in (("sft", 0.0), ("token", 0.5)):
+        values = {"nats_per_token": [each - less for each in nats]}
+        recorded = {"perplexity": math.exp(1.9 - less)}
+        made(plan.arms[arm].runs[0], [(0, 0, values)], metrics=recorded, lengths=tokens)
+    sft, token = of(plan).scores()[-1].lines
+    assert sft.figure.value == pytest.approx(math.exp(1.9))
+    assert token.change.value == pytest.approx(math.exp(1.4) - math.exp(1.9))
+    assert sft.figure.items.low < math.exp(1.9) < sft.figure.items.high <= math.exp(2.0)
+    assert token.judgement == "better on these items", "less of it is better"
 
 
 def test_the_mean_over_items_is_the_bootstrap_of_text_metrics():

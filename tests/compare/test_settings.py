@@ -43,6 +43,16 @@ def test_what_is_set_in_an_arm_is_over_its_name(plan_of):
     assert plan_of("compare.arms={a: {}, b: {seed_: 0}}".replace("seed_: 0", "kl: {coefficient: 0}")).against == "a"
 
 
+def test_one_model_judges_all_arms(plan_of):
+    """Each arm began with another model, under which the same words are natural or odd."""
+    plan = plan_of("compare.metrics=[chrf, nats_per_token, perplexity]", "policy.model=small")
+    assert {run.evaluation.judge for arm in plan.arms.values() for run in arm.runs} == {"small"}
+    assert plan.arms["token"].runs[0].policy.model != "small"
+    named = plan_of("evaluation.metric=perplexity", "evaluation.judge=large")
+    assert {run.evaluation.judge for arm in named.arms.values() for run in arm.runs} == {"large"}
+    assert plan_of().arms["token"].runs[0].evaluation.judge is None
+
+
 FAULTS = {
     "unknown key": ("compare.sed=2", "compare.sed: unknown key; did you mean 'seeds'?"),
     "unknown key of an arm": ("compare.arms={a: {updat: {}}}", "compare.arms.a: updat: unknown key; did you mean 'up"),
@@ -55,7 +65,10 @@ FAULTS = {
     "start that trains nothing": ("compare.shared_start=base", "arm 'base' trains nothing"),
     "no such arm": ("compare.against=tokn", "compare.against: no arm 'tokn'; did you mean 'token'?"),
     "no such pair": ("compare.sheets.pairs=[[sft, tokn]]", "compare.sheets.pairs: no arm 'tokn'"),
-    "metric apart": ("compare.metrics=[perplexity]", "measured under the model that a run began with"),
+    "another judge": (
+        "compare.arms={a: {}, b: {evaluation: {judge: elsewhere}}}",
+        "evaluation.judge is another than that of 'a'",
+    ),
     "no such metric": ("compare.metrics=[rouge_x]", "compare.metrics: unknown 'rouge_x'"),
     "TRL is told nothing": ("compare.arms={trl: {trl: true}}", "compare.arms.trl.trl: expected a map"),
     "TRL on answers": ("compare.arms={trl: {method: {type: sft}}}", "GRPO learns from samples"),

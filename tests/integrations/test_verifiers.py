@@ -121,3 +121,50 @@ def test_what_cannot_be_read_is_named(package, monkeypatch):
     monkeypatch.setitem(sys.modules, "verifiers", None)
     with pytest.raises(MissingExtraError, match=r"pertoken\[verifiers\]"):
         build_task(config_of().task)
+
+
+SUMS = """
+import verifiers
+from datasets import Dataset
+
+def load_environment(count=6):
+    def rows(start):
+        return Dataset.from_list([
+            {"question": f"{start + k} + 1 =", "answer": str(start + k + 1), "info": {"worth": 2.0}}
+            for k in range(count)
+        ])
+
+    def right(completion, answer, info, **others):
+        return float(completion[-1]["content"] == answer) * info["worth"]
+
+    def brief(completion):
+        return float(len(completion[-1]["content"]) < 4)
+
+    return verifiers.SingleTurnEnv(
+        dataset=rows(0), eval_dataset=rows(100), system_prompt="Answer.",
+        rubric=verifiers.Rubric(funcs=[right, brief], weights=[1.0, 0.25]),
+    )
+"""
+
+
+def test_an_environment_of_the_package_itself(tmp_path, monkeypatch):
+    """Where verifiers is installed: what the tests above stand in for is what it has."""
+    pytest.importorskip("verifiers")
+    (tmp_path / "sums_of_ours.py").write_text(SUMS)
+    monkeypatch.syspath_prepend(tmp_path)
+    adapter._environment.cache_clear()
+    config = config_of("sums-of-ours", count=5)
+    task = build_task(config.task)
+    check_task(task)
+    assert [len(task.items(split)) for split in ("train", "validation")] == [5, 5]
+    items = task.items("train")[:3]
+    assert [message["role"] for message in items[0].prompt] == ["system", "user"]
+    said = [items[0].answer, "no", f"{items[2].answer} I think"]
+    tokenizer = byte_tokenizer()
+    rows = [
+        episode([1, 2], [*tokenizer.encode(text), 256], id=str(k), group=k, item=item)
+        for k, (text, item) in enumerate(zip(said, items, strict=True))
+    ]
+    total = score(build_rewards(config.rewards), Scene(to_batch(rows, Controls()), rows, tokenizer)).total
+    assert total.sum(1).tolist() == [2.25, 0.25, 0.0]
+    adapter._environment.cache_clear()

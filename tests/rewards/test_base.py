@@ -19,6 +19,7 @@ from pertoken.rewards import (
     Bleu,
     ChrF,
     Distinct,
+    EachTurn,
     FinalAnswer,
     Format,
     Harper,
@@ -267,6 +268,7 @@ BUILT_INS = {
     "language_tool": Canned(),
     "rule_pack": RulePack(normalised=True),
     "shaping": Shaping("bleu", gamma=0.9),
+    "each_turn": EachTurn({"name": "length", "min_words": 4}),
     "kl": KLToReference(),
 }
 OF_GROUPS = {"self_bleu"}
@@ -278,7 +280,7 @@ if find_spec("harper"):
 def test_every_built_in_reward_is_among_them():
     # In test_evaluate_metric.py, test_knowledge.py, test_semantics.py, test_judge.py, ...: they need files or models.
     elsewhere = {"evaluate", "facts", "similarity", "bertscore", "entailment", "ensemble", "judge", "documents"}
-    elsewhere |= {"classifier", "token_model", "implicit", "prime", "link_grammar", "perplexity"}
+    elsewhere |= {"classifier", "token_model", "implicit", "prime", "link_grammar", "perplexity", "comet"}
     for name in BUILT_IN.keys() - elsewhere - ({"harper"} if not find_spec("harper") else set()):
         assert any(isinstance(reward, resolve(name)) for reward in BUILT_INS.values()), name
 

@@ -11,6 +11,7 @@ from pertoken.errors import TaskError
 from pertoken.tasks.base import (
     SPLITS,
     ItemTask,
+    LengthWindows,
     PromptTemplate,
     Task,
     batch_of,
@@ -135,6 +136,33 @@ def test_each_pass_has_its_own_order_so_the_leftover_changes():
     items = items_named(*"abcdefgh")
     leftovers = {frozenset("abcdefgh") - {i.id for i in batch_of(items, step, 7, seed=0)} for step in range(40)}
     assert len(leftovers) == 8  # every item is left out now and then, and none for ever
+
+
+def test_like_lengths_by_hand():
+    """Two windows of two batches of two; the second batch of a window comes first or last."""
+    found = LengthWindows([9, 1, 5, 1, 7, 8, 2, 2], window=2).sort([0, 1, 2, 3, 4, 5, 6, 7], 2, seed=0, epoch=0)
+    windows = [found[:4], found[4:]]
+    assert sorted([windows[0][:2], windows[0][2:]]) == [[1, 3], [2, 0]]
+    assert sorted([windows[1][:2], windows[1][2:]]) == [[4, 5], [6, 7]]
+
+
+@given(st.lists(st.integers(1, 9), min_size=8, max_size=24), st.integers(1, 4), st.integers(2, 4), st.integers(0, 3))
+def test_windows_keep_their_items_and_batches_their_lengths(lengths, size, window, seed):
+    items, alike = items_named(*map(str, range(len(lengths)))), LengthWindows(lengths, window)
+    steps = len(items) // size
+    for begin in range(steps, 2 * steps, window):  # the second pass
+        place = range(begin, min(begin + window, 2 * steps))
+        plain = [int(item.id) for step in place for item in batch_of(items, step, size, seed)]
+        batches = [[int(item.id) for item in batch_of(items, step, size, seed, alike)] for step in reversed(place)]
+        assert sorted(k for batch in batches for k in batch) == sorted(plain)
+        by_length = sorted(batches, key=lambda batch: [lengths[k] for k in batch])
+        assert [lengths[k] for batch in by_length for k in batch] == sorted(lengths[k] for k in plain)
+
+
+def test_lengths_neither_rise_nor_fall_over_steps():
+    items, alike = items_named(*map(str, range(400))), LengthWindows(list(range(400)), 10)
+    firsts = [max(int(item.id) for item in batch_of(items, 10 * k, 4, 0, alike)) for k in range(10)]
+    assert min(firsts) < 200 < max(firsts)
 
 
 def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch():
