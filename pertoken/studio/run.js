@@ -242,7 +242,8 @@ const askCauses = saying(async () => {
 // Of a policy: the log-prob of the chosen token, or of the whole text; the prompt is read too, and shown below.
 function askGradients(of) {
   return saying(async () => {
-    const token = of === "policy" && view.token !== null ? places(asked()).indexOf(view.token - 1) : -1;
+    const shown = asked();
+    const token = shown && of === "policy" && view.token !== null ? places(shown).indexOf(view.token - 1) : -1;
     const { panel, answer } = await question("attributions", { of, token: token < 0 ? null : token });
     const told = [];
     for (const [name, { values, score, neutral }] of Object.entries(answer.scores)) {
