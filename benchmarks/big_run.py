@@ -9,8 +9,9 @@ The run is made up, its folder is not: episodes and evaluations go through the w
 groups of four a step, three parts of the reward and nine other streams for each token.
 
 Each opening is a page of its own in one browser: from going to the address to the first sample in the list, and to the
-first text with its tokens coloured. Scrolling turns the wheel over the list for some seconds, once slowly and once as
-fast as it goes; frames are counted by `requestAnimationFrame`.
+first text with its tokens coloured; beside it the processor time of the server and of all processes of the browser,
+which says what a machine with a core to spare needs. Scrolling turns the wheel over the list for some seconds, once
+slowly and once as fast as it goes; frames are counted by `requestAnimationFrame`.
 """
 
 import argparse
@@ -36,7 +37,8 @@ from pertoken.types import Episode, Item, Span
 
 PROMPT_TOKENS, PER_STEP, PER_GROUP, HELD_OUT = 64, 32, 4, 128
 WORDS = ["the", "a", "value", "list", "returns", "key", "of", "given", "number", "sorted", "when", "is", "each", "file"]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
+         "--disable-renderer-priority-management", "--disable-renderer-backgrounding"]  # fmt: skip
 
 
 def make_run(folder: Path, samples: int, tokens: int) -> None:
@@ -138,12 +140,26 @@ OPENED = """() => {
 }"""
 
 
-def opening(browser: Browser, address: str) -> tuple[Page, dict[str, float]]:
-    """A page, and seconds from going there to its list and to its first text."""
+def opening(browser: Browser, address: str, server: int | None) -> tuple[Page, dict[str, float]]:
+    """A page, and seconds from going there to its list and to its first text; the seconds of processors in between."""
     page = browser.new_page(viewport={"width": 1440, "height": 900})
+    begun = processor_seconds(browser, server)
     page.goto(address, wait_until="commit")
     page.wait_for_function(OPENED, polling="raf", timeout=600_000)
-    return page, {name: stamp / 1000 for name, stamp in page.evaluate("seen").items()}
+    used = {name: after - begun[name] for name, after in processor_seconds(browser, server).items()}
+    return page, {name: stamp / 1000 for name, stamp in page.evaluate("seen").items()} | used
+
+
+def processor_seconds(browser: Browser, server: int | None) -> dict[str, float]:
+    """What the processes of the browser and the server have computed so far."""
+    session = browser.new_browser_cdp_session()
+    processes = session.send("SystemInfo.getProcessInfo")["processInfo"]
+    session.detach()
+    found = {"browser": sum(process["cpuTime"] for process in processes)}
+    if server is not None:
+        user, system = Path(f"/proc/{server}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+        found["server"] = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 def choosing(page: Page, count: int) -> list[float]:
@@ -196,11 +212,11 @@ def told(name: str, values: list[float]) -> None:
     print(f"{name}: median {statistics.median(values):.2f} s, worst {max(values):.2f} s of {len(values)}", flush=True)
 
 
-def measure(browser: Browser, address: str, opens: int, chosen: int) -> Page:
+def measure(browser: Browser, address: str, opens: int, chosen: int, server: int | None = None) -> Page:
     """Prints all figures of one page; returns it."""
     begun, pages = time.perf_counter(), []
     for _ in range(opens):
-        page, seen = opening(browser, address)
+        page, seen = opening(browser, address, server)
         pages.append(seen)
         if len(pages) < opens:
             page.close()
@@ -208,6 +224,9 @@ def measure(browser: Browser, address: str, opens: int, chosen: int) -> Page:
     told("to the first text with its tokens", [seen["text"] for seen in pages])
     each = ", ".join(f"{seen['text']:.2f}" for seen in pages)
     print(f"  each: {each}; load average {os.getloadavg()[0]:.1f}")
+    for name in ("server", "browser"):
+        if name in pages[0]:
+            told(f"of processor time for it, {name}", [seen[name] for seen in pages])
     told("from a click to a text", choosing(page, chosen))
     for name, pixels in (("slowly", 60), ("fast", 3000)):
         frames = scrolling(page, 5.0, pixels)
@@ -245,10 +264,10 @@ def main() -> None:
             with studio(folder) as (address, process):
                 print("--- studio")
                 if args.no_index:
-                    page, seen = opening(browser, f"{address}/run/{folder.name}")
+                    page, seen = opening(browser, f"{address}/run/{folder.name}", process)
                     page.close()
                     print(f"the very first opening, which makes the index: {seen['text']:.2f} s")
-                page = measure(browser, f"{address}/run/{folder.name}", args.opens, args.chosen)
+                page = measure(browser, f"{address}/run/{folder.name}", args.opens, args.chosen, process)
                 begun = time.perf_counter()
                 hits = page.evaluate("async () => (await askWords('number 77 is')).size")
                 print(f"search through all texts: {time.perf_counter() - begun:.2f} s, {hits} found")

@@ -20,6 +20,8 @@ from pertoken.tracking.runs import status_of
 from pertoken.tracking.samples import scene_of, stream_scales
 from pertoken.tracking.settings import settings_of
 
+PLOTLY = "/plotly.js"
+
 MOST_RUNS = 8
 """So many are compared at most: as many as there are colours."""
 
@@ -47,7 +49,7 @@ def changes(reader: RunReader, seen: Mapping[str, str]) -> Row:
 
 def scene(reader: RunReader, sample: str) -> Row:
     """The scene that shows a sample, by its key, and how its streams are coloured if the page does not know yet."""
-    key, found = scene_of(reader, compare(reader.evaluations()), sample)
+    key, found = scene_of(reader, sample)
     return {"key": key, "scene": found, "scales": stream_scales([found])}
 
 
@@ -216,7 +218,7 @@ def _links(here: str) -> str:
 
 
 def _host(*scripts: str) -> Host:
-    return Host("\n".join(map(_resource, ("call.js", *scripts))), _resource("studio.css"))
+    return Host("\n".join(map(_resource, ("call.js", *scripts))), _resource("studio.css"), PLOTLY)
 
 
 def _resource(name: str) -> str:

@@ -7,6 +7,7 @@ keeps the models of the run that was asked last.
 import asyncio
 import socket
 import threading
+import zlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,10 +24,10 @@ from pertoken.studio.guard import Guard, is_local
 from pertoken.studio.launching import begin, groups, launch, prepared
 from pertoken.studio.listing import Listing
 from pertoken.studio.wishes import LAUNCH, MOST_BYTES, QUESTIONS, SPEAK, Speak
-from pertoken.tracking.comparison import compare
 from pertoken.tracking.files import encode
 from pertoken.tracking.lock import ask_to_end, is_locked, writer
 from pertoken.tracking.reader import RunReader
+from pertoken.tracking.report import plotly_source
 from pertoken.tracking.samples import samples_with
 
 
@@ -67,7 +68,18 @@ class Studio:
     def find(self, request: Any) -> Any:
         """The samples that have some words in their texts."""
         reader, words = RunReader(self._run_of(request)[1]), request.query_params.get("words", "")[:1000]
-        return _json({"ids": samples_with(reader, compare(reader.evaluations()), words)})
+        return _json({"ids": samples_with(reader, words)})
+
+    def plotly(self, request: Any) -> Any:
+        """What draws the charts: the browser keeps it, asks whether it has changed, and gets it once."""
+        from starlette.responses import Response
+
+        source = plotly_source().encode()
+        mark = f'"{zlib.crc32(source):x}"'
+        headers = {"ETag": mark, "Cache-Control": "no-cache"}
+        if request.headers.get("if-none-match") == mark:
+            return Response(status_code=304, headers=headers)
+        return Response(source, headers=headers, media_type="text/javascript")
 
     def compare(self, request: Any) -> Any:
         names = dict.fromkeys(request.query_params.getlist("run"))
@@ -162,7 +174,7 @@ def application(root: Path, host: str = "127.0.0.1") -> Guard:
     studio = Studio(root)
     looks = {
         "/": studio.home, "/runs.json": studio.runs, "/new": studio.new, "/compare": studio.compare,
-        "/playground": studio.playground,
+        "/playground": studio.playground, pages.PLOTLY: studio.plotly,
         "/run/{name:path}": studio.run, "/live/{name:path}": studio.live, "/models/{name:path}": studio.models,
         "/scene/{name:path}": studio.scene, "/find/{name:path}": studio.find,
     }  # fmt: skip

@@ -15,9 +15,12 @@ function nextTheme() {
 
 const PLOT_OPTIONS = { responsive: true, displayModeBar: false, displaylogo: false };
 
-// Plotly is as large as the rest of the page ten times over, so it is read after the first picture is on the screen.
-function loadPlotly() {
-  document.head.append(element("script", { textContent: byId("plotly").textContent }));
+// Plotly is as large as the rest of the page ten times over, so it is read after the first picture is on the screen. A
+// server has it by itself, once for all its pages; what it sends must be what the page's policy allows.
+async function loadPlotly() {
+  const { textContent, dataset } = byId("plotly");
+  const source = dataset.source ? await (await fetch(dataset.source)).text() : textContent;
+  document.head.append(element("script", { textContent: source }));
   drawCharts();
 }
 
@@ -42,4 +45,4 @@ function drawCharts() {
 setTheme(new URLSearchParams(location.search).get("theme") || "auto");
 byId("theme").addEventListener("click", nextTheme);
 if (run.orders.length) queueMicrotask(startBrowser); // when what a server adds to the page has been read too
-if (byId("plotly").textContent) window.addEventListener("load", () => setTimeout(loadPlotly, 50));
+if (byId("plotly").textContent || byId("plotly").dataset.source) window.addEventListener("load", () => setTimeout(loadPlotly, 50));

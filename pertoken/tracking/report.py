@@ -60,6 +60,8 @@ class Host:
 
     script: str
     style: str
+    plotly: str
+    """Address of `plotly_source`."""
 
 
 def render(reader: RunReader) -> str:
@@ -70,7 +72,7 @@ def render(reader: RunReader) -> str:
 def content(reader: RunReader, *, samples: bool = True, served: bool = False) -> Content:
     """What the page of a run says; without `samples` it is made faster, and has no list of them. A `served` page holds
     few of their texts and asks for the others."""
-    _plotly()  # without it the charts would fail, and not say what to install
+    plotly_source()  # without it the charts would fail, and not say what to install
     run, metrics, evaluations = reader.run(), reader.metrics(), reader.evaluations()
     comparison = compare(evaluations)
     charts: list[Chart] = []
@@ -90,7 +92,10 @@ def content(reader: RunReader, *, samples: bool = True, served: bool = False) ->
 
 def page(content: Content, *, kicker: str = "pertoken run", plots: bool = True, host: Host | None = None) -> str:
     """The page as text. `kicker` is HTML above the title; `plots` says whether charts may come to stand on it."""
-    plotly, script = _plotly() if plots else "", "\n".join([*map(_resource, SCRIPTS), host.script if host else ""])
+    plotly, script = (
+        plotly_source() if plots else "",
+        "\n".join([*map(_resource, SCRIPTS), host.script if host else ""]),
+    )
     return Template(_resource("report.html")).substitute(
         policy=_policy(plotly, script, served=host is not None),
         title=escape(content.title),
@@ -104,12 +109,14 @@ def page(content: Content, *, kicker: str = "pertoken run", plots: bool = True, 
             f'<section id="{name.lower()}"><h2>{name}</h2>{html}</section>' for name, html in content.sections.items()
         ),
         data=content.as_json().replace("<", "\\u003c"),
-        plotly=plotly,
+        source=f' data-source="{host.plotly}"' if host and plots else "",
+        plotly="" if host else plotly,
         script=script,
     )
 
 
-def _plotly() -> str:
+def plotly_source() -> str:
+    """The library that draws the charts, which stands in the page or beside it."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -308,7 +315,7 @@ def _reward_row(shift: Shift, moved: float | None) -> str:
     difference, name = shift.after - shift.before, shift.name.removeprefix("reward/")
     term = find(shift.name, METRICS)
     interval = f"{_signed(difference - shift.margin)} to {_signed(difference + shift.margin)}"
-    share = "" if moved is None else f"{difference / moved:.0%}".replace("-", "−")
+    share = "" if moved is None else f"{round(100 * difference / moved)}%".replace("-", "−")
     return (
         f'<tr><th scope="row" title="{escape(term.explanation if term else shift.name)}">{escape(name)}</th>'
         f"<td>{_signed(shift.before)}</td><td>{_signed(shift.after)}</td>"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 
 from pertoken.errors import RunFolderError
-from pertoken.tracking.comparison import Comparison, matches
+from pertoken.tracking.comparison import Comparison, compare, matches
 from pertoken.tracking.files import Number, Row
 from pertoken.tracking.glossary import HELD_OUT, STREAMS, find, label
 from pertoken.tracking.index import four_digits, part_names, total
@@ -24,7 +24,7 @@ from pertoken.tracking.reader import RunReader
 MAX_BYTES = 3_000_000
 """About how large all scenes may be together, as JSON: the page must open at once, on a phone too."""
 
-MAX_BYTES_SERVED = 500_000
+MAX_BYTES_SERVED = 300_000
 """The same for a page that can ask for more: as many as the scales of the streams are measured on."""
 
 MAX_PANELS = 8
@@ -104,17 +104,13 @@ def browse(reader: RunReader, comparison: Comparison | None, *, served: bool = F
     }
 
 
-def scene_of(reader: RunReader, comparison: Comparison | None, sample: str) -> tuple[str, Row]:
+def scene_of(reader: RunReader, sample: str) -> tuple[str, Row]:
     """The scene that shows a sample, and its key; RunFolderError if the run has no such sample.
 
     sample: `STEP.SAMPLE`, or `SPLIT.STEP.SAMPLE` of the first or the last evaluation, as the lists have it.
     """
     *split, step, line = ["", *sample.rsplit(".", 2)][-3:]
-    if comparison is not None and split == [comparison.split]:
-        pair = _held_out_pairs(reader, comparison).get(f"{comparison.split}.{line}")
-        if pair is not None and step in (str(comparison.before["step"]), str(comparison.after["step"])):
-            return f"{comparison.split}.{line}", _pair_of(reader, comparison, pair)
-    elif split == [""] and step.isdecimal():
+    if split == [""] and step.isdecimal():
         for key, rows in _groups_of(reader, int(step), 0).items():
             if wanted := next((row for row in rows if row["id"] == sample), None):
                 beside = _side_by_side(rows)
@@ -122,14 +118,18 @@ def scene_of(reader: RunReader, comparison: Comparison | None, sample: str) -> t
                 return (key if shown else sample), _group_scene(
                     reader, beside if shown else _side_by_side(rows, wanted)
                 )
+    elif split != [""] and (comparison := compare(reader.evaluations())) and split == [comparison.split]:
+        pair = _held_out_pairs(reader, comparison).get(f"{comparison.split}.{line}")
+        if pair is not None and step in (str(comparison.before["step"]), str(comparison.after["step"])):
+            return f"{comparison.split}.{line}", _pair_of(reader, comparison, pair)
     raise RunFolderError(f"{reader.folder} has no sample {sample}")
 
 
-def samples_with(reader: RunReader, comparison: Comparison | None, words: str) -> list[str]:
+def samples_with(reader: RunReader, words: str) -> list[str]:
     """The samples whose item, prompt, answer or text has the words, whatever their case, by the ids of the lists."""
     words = words.lower()
     found = []
-    if comparison is not None:
+    if comparison := compare(reader.evaluations()):
         split, steps = comparison.split, (comparison.before["step"], comparison.after["step"])
         having = [
             {line for line, text in enumerate(reader.evaluation_texts(step, split)) if words in text.lower()}

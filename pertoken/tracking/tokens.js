@@ -106,7 +106,7 @@ function tokenNode(panel, index) {
 
 function tokenList(panel) {
   const nodes = panel.tokens.piece.map((_, index) => tokenNode(panel, index));
-  const list = element("div", { className: "text", dir: "auto" }, ...nodes);
+  const list = element("div", { className: "text" }, ...nodes);
   list.setAttribute("role", "listbox");
   list.setAttribute("aria-orientation", "horizontal");
   list.setAttribute("aria-label", `${panel.title}: tokens, arrow keys move`);
@@ -212,9 +212,12 @@ function paint(scene, view) {
 function write(scene, marks) {
   byId("scene").classList.toggle("marks", marks);
   document.querySelectorAll("#scene .panel").forEach((node, at) => {
+    const text = node.querySelector(".text");
+    text.removeAttribute("dir"); // else the browser looks through the whole text again for each token
     node.querySelectorAll(".token").forEach((token, t) => {
       token.replaceChildren(...tokenText(scene.panels[at].tokens.piece[t], marks));
     });
+    text.dir = "auto";
   });
 }
 

@@ -448,9 +448,19 @@ def test_each_page_allows_its_own_scripts_and_no_request_elsewhere(client):
         text = client.get(path).text
         policy = re.search(r'Content-Security-Policy" content="(.*?)"', text)[1]
         assert policy.startswith("default-src 'none';")
-        scripts = re.findall(r"<script(?: type=\"text/plain\" id=\"plotly\")?>(.*?)</script>", text, flags=re.DOTALL)
+        scripts = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+        source = re.search(r'<script type="text/plain" id="plotly"(?: data-source="(.*?)")?></script>', text)[1]
+        scripts.insert(0, client.get(source).text if source else "")
         digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
         assert re.search(r"script-src (.*?);", policy)[1] == " ".join(f"'sha256-{digest}'" for digest in digests)
+
+
+def test_the_library_of_charts_is_sent_once(client):
+    first = client.get("/plotly.js")
+    assert first.headers["cache-control"] == "no-cache"
+    again = client.get("/plotly.js", headers={"if-none-match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert client.get("/").headers["cache-control"] == "no-store"
 
 
 def test_from_other_machines_nothing_is_told_without_the_token(runs):

@@ -154,13 +154,13 @@ def test_words_are_found_in_every_text_whatever_the_order_of_the_fields(log):
     evaluate(log, 0, an_item("i", 0.1, output='a "äh" before'), an_item("j", 0.1))
     evaluate(log, 1, an_item("i", 0.1), an_item("j", 0.1))
     reader = RunReader(log.folder)
-    assert samples_with(reader, compare(reader.evaluations()), '"Äh"') == ["test.1.0", "1.0", "1.2"]
-    assert samples_with(reader, None, "nothing like this") == []
+    assert samples_with(reader, '"Äh"') == ["test.1.0", "1.0", "1.2"]
+    assert samples_with(reader, "nothing like this") == []
 
 
 def test_long_texts_are_searched_to_their_end(log):
     log.episodes(1, [a_record("a", text="x" * 2 * index._HEAD + " needle")])
-    assert samples_with(RunReader(log.folder), None, "needle") == ["1.0"]
+    assert samples_with(RunReader(log.folder), "needle") == ["1.0"]
 
 
 def test_a_scene_is_found_by_any_of_its_samples(log):
@@ -168,19 +168,18 @@ def test_a_scene_is_found_by_any_of_its_samples(log):
     evaluate(log, 0, an_item("i", 0.1), an_item("j", 0.2))
     evaluate(log, 3, an_item("j", 0.3), an_item("i", 0.4))
     reader = RunReader(log.folder)
-    comparison = compare(reader.evaluations())
     for sample in range(24):
-        key, scene = scene_of(reader, comparison, f"3.{sample}")
+        key, scene = scene_of(reader, f"3.{sample}")
         assert f"3.{sample}" in [panel["id"] for panel in scene["panels"]]
         assert len(scene["panels"]) == 8
         assert key in (f"3.{sample}", "3.0", "3.12")
     for sample in ("test.0.0", "test.3.0"):
-        key, scene = scene_of(reader, comparison, sample)
+        key, scene = scene_of(reader, sample)
         assert (key, scene["title"]) == ("test.0", "j")
         assert [panel["id"] for panel in scene["panels"]] == ["test.0.0", "test.3.0"]
     for wrong in ("3.24", "4.0", "test.1.0", "test.3.2", "other.3.0", "", "3", "..", "a.b", "3.-1", "9" * 99 + ".0"):
         with pytest.raises(RunFolderError, match="has no sample"):
-            scene_of(reader, comparison, wrong)
+            scene_of(reader, wrong)
 
 
 def test_a_damaged_file_is_named(log):
