@@ -1,6 +1,6 @@
 """Kills training processes, resumes them, and compares what comes out with an undisturbed run, bit for bit.
 
-    python benchmarks/kills.py --kills 200           # at random moments
+    python benchmarks/kills.py --kills 200           # at random moments, and before random file operations
     python benchmarks/kills.py --operations          # before each file operation of a run, one after the other
     python benchmarks/kills.py --kills 10 --cli      # processes of `pertoken train`, instead of forks of this one
     python benchmarks/kills.py --signals 20          # SIGTERM, Ctrl-C and Ctrl-C twice, to `pertoken train`
@@ -199,16 +199,16 @@ def import_what_lives_do(work: Callable[[], None]) -> None:
                 importlib.import_module(name)
 
 
-def die_at(operation: int) -> None:
-    """SIGKILL for this process right before its n-th file operation: what Python reports to auditors, and fsync."""
-    left = operation
+def count_operations(made: mmap.mmap, *, die_at: int | None) -> None:
+    """Write the number of file operations of this process into shared memory: of what Python reports to auditors, and
+    fsync. SIGKILL right before the one of the number `die_at`."""
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal left
         writes = event == "open" and len(arguments) > 2 and int(str(arguments[2] or 0)) & (os.O_WRONLY | os.O_RDWR)
         if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.fsync", "os.truncate"):
-            left -= 1
-            if not left:
+            number = int.from_bytes(made[:]) + 1
+            made[:] = number.to_bytes(len(made))
+            if number == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     fsync = os.fsync
@@ -252,15 +252,16 @@ class Experiment:
         self.kills, self.runs, self.failures = 0, 0, list[str]()
         self.stages: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
-        self.stage = mmap.mmap(-1, 1)
+        self.stage, self.made = mmap.mmap(-1, 1), mmap.mmap(-1, 4)
         assert ended(fork(lambda: prepare(place))) == "finished"
         sys.path.insert(0, str(place))
         import_what_lives_do(lambda: live(configuration(place, settings[0], place / "first")))
-        self.expected, self.seconds = dict[str, object](), dict[str, float]()
+        self.expected, self.seconds, self.operations = dict[str, object](), dict[str, float](), dict[str, int]()
         for setting in settings:
             folder, before = place / f"whole-{setting}", computed_by_children()
             assert self.life(setting, folder) == "finished", f"the undisturbed run in {folder} failed"
             self.seconds[setting] = computed_by_children() - before
+            self.operations[setting] = int.from_bytes(self.made[:])
             self.expected[setting] = outcome(folder)
 
     def life(self, setting: str, folder: Path, *, after: float | None = None, operation: int | None = None) -> str:
@@ -277,10 +278,10 @@ class Experiment:
 
         def work() -> None:
             mark_stages(self.stage)
-            if operation is not None:
-                die_at(operation)
+            count_operations(self.made, die_at=operation)
             live(config)
 
+        self.made[:] = bytes(len(self.made))
         pid = fork(work)
         if after is not None:
             run_for(pid, after)
@@ -307,10 +308,15 @@ class Experiment:
         source = random.Random(seed)
         while self.kills < kills:
             setting = source.choice(self.settings)
-            span = self.seconds[setting]
-            deaths = [{"after": source.uniform(0, span)} for _ in range(source.randint(1, 5))]
+            deaths = [self._death(setting, source) for _ in range(source.randint(1, 5))]
             self.disturbed(setting, self.place / f"run-{self.runs}", deaths)
             print(f"so far: {self.report()}", flush=True)
+
+    def _death(self, setting: str, source: random.Random) -> dict[str, float]:
+        """A random moment of a life, or right before a random one of its file operations: these take little time."""
+        if self.as_cli or source.random() < 0.6:
+            return {"after": source.uniform(0, self.seconds[setting])}
+        return {"operation": source.randint(1, self.operations[setting])}
 
     def at_operations(self, every: int = 1, first: int = 1) -> None:
         """A run per file operation of the undisturbed one, killed right before it (before every n-th of them)."""

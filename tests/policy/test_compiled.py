@@ -1,6 +1,8 @@
 """Compiled operators, and gradients added up where they stay, against autograd through plain torch."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -256,6 +258,23 @@ def test_code_that_cannot_be_built_is_done_without(missing, monkeypatch, tmp_pat
         assert not list(tmp_path.rglob("*.so"))
     finally:
         native.available.cache_clear()
+
+
+def test_processes_that_begin_together_build_once(monkeypatch, tmp_path):
+    built = []
+
+    def build(compiler, target):
+        time.sleep(0.05)
+        built.append(target)
+        target.touch()
+
+    monkeypatch.setenv("PERTOKEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(native.shutil, "which", lambda name: "/bin/true")
+    monkeypatch.setattr(native, "_build", build)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: native.available.__wrapped__(), range(4))) == [True] * 4
+    assert len(built) == 1
 
 
 # --- gradients that are added up in place -----------------------------------------------------------------------
