@@ -1,7 +1,7 @@
 """What is token-level credit worth where places share nothing? A policy that is a table, trained with every method.
 
     python benchmarks/credit_table.py                        # 24 and 48 tokens, seeds 0 to 4
-    python benchmarks/credit_table.py --lengths 12 --lure 0
+    python benchmarks/credit_table.py --lengths 24 --rate 0.3
 
 The task: a text has `--length` tokens out of 32. At each place half of them are right, the even ids or the odd ones, as
 a key has it that is drawn for the seed; a right token earns 1. Beside that the first token earns 8 or loses 8
@@ -141,7 +141,7 @@ def samples_needed(arm: str, world: World, rate: float, most: float = math.inf) 
         if arm.startswith("terminal:") or config.type == "monte_carlo":
             paid[:, -1] = earned.sum(1)
         elif arm.startswith("placed:"):
-            paid = placed(config, world, tokens, step)  # type: ignore[arg-type]
+            paid = placed(config, world, tokens, step)
         paid = torch.nn.functional.pad(paid, (1, 0)).float()
         batch = TokenBatch(
             torch.nn.functional.pad(tokens, (1, 0)), mask | True, mask, chosen.detach(), zeros, zeros.long(),
@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--lure", type=float, default=8.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="*", default=[], help="Methods; all unless given.")
+    parser.add_argument("--rate", type=float, help="One learning rate for all; else each has its own.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{date.today()}, {platform.platform()}: {' '.join(sys.argv)}")
@@ -227,7 +228,7 @@ def main() -> None:
         for arm in options.only or ARMS:
             tuned = "placed: differences" if ARMS[arm]["type"] in ("shapley", "leave_one_token_out") else arm
             if tuned not in rates:
-                rates[tuned] = best_rate(tuned, length, options.lure)
+                rates[tuned] = options.rate or best_rate(tuned, length, options.lure)
             rate = rates[tuned]
             found = sorted(samples_needed(arm, World(length, options.lure, seed), rate) for seed in options.seeds)
             middle, solved = statistics.median(found), sum(samples < math.inf for samples in found)
