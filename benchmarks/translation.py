@@ -2,13 +2,14 @@
 
     python benchmarks/translation.py DATA FOLDER --seeds 3
 
-DATA holds `train`, `validation` and `test.jsonl` with a `prompt` ("Translate to German: ...") and a `reference`. A Marian
-model of a few million parameters that knows nothing, with a BPE vocabulary of the training texts, is trained three times:
+DATA holds `train`, `validation` and `test.jsonl` with a `prompt` ("Translate to German: ...") and a `reference`. A
+Marian model of a few million parameters that knows nothing, with a BPE vocabulary of the training texts, is trained:
 
 1. On the given answers, with every learning rate and number of epochs of the grid; BLEU on validation chooses.
 2. From there by rewards, once for each way of credit and learning rate of its grid; BLEU on validation chooses.
-3. `pertoken compare` on the test split with what was chosen: `sft`, `token` (BLEU and chrF word by word) and `sequence`
-   (the same rewards, one credit for the whole text) from the `sft` model of the same seed, on as many samples.
+3. `pertoken compare` on the test split with what was chosen: `sft`, `token` (BLEU and chrF word by word) and
+   `sequence` (the same rewards, one credit for the whole text) from the `sft` model of the same seed, on as many
+   samples.
 
 All of it is ordinary runs under FOLDER. The same command goes on where it was interrupted, and leaves out what is done.
 GRPO of TRL is no arm: it trains no encoder-decoder models.
@@ -115,8 +116,8 @@ def shared(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def supervised(arguments: argparse.Namespace, rate: float, epochs: int) -> dict[str, Any]:
     """Supervised training; the learning rate falls to a hundredth, so that the last weights are the best."""
-    rows = len((arguments.folder / "train.jsonl").read_text(encoding="utf-8").splitlines())
-    steps = max(1, rows * epochs // arguments.batch)
+    rows = (arguments.folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = max(1, len(rows) * epochs // arguments.batch)
     return {
         "method": {"type": "sft", "batch": arguments.batch},
         "policy": {"dropout": True},
@@ -177,9 +178,7 @@ def best_supervised(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path
     grid = list(product(arguments.rates, arguments.epochs))
     if len(grid) == len(arguments.rl_rates) == 1:
         return supervised(arguments, *grid[0]), None
-    scores = {
-        at: validated(arguments, f"sft-{at[0]:g}-{at[1]}", supervised(arguments, *at)) for at in grid
-    }  # fmt: skip
+    scores = {at: validated(arguments, f"sft-{at[0]:g}-{at[1]}", supervised(arguments, *at)) for at in grid}
     rate, epochs = max(scores, key=lambda at: scores[at])
     if epochs == max(arguments.epochs):
         print(f"note: validation prefers the most epochs tried, {epochs}; more may be better still (--epochs)")

@@ -120,7 +120,7 @@ def test_the_engines_draw_the_same_tokens_and_scoring_says_their_logprobs(name):
 
 
 def test_waiting_rows_are_let_in_together():
-    """Rows that began at different times are computed apart: let in one by one they would cost a call each."""
+    """Rows that began at different times are computed apart: let in one by one, each would cost a call for itself."""
     model, tokenizer, slots = family_model("marian"), byte_tokenizer(), 8
     controls = Controls(Sampling(max_new_tokens=20), eos_ids=tuple(range(0, 64, 8)))
     engine = NativeEngine(model, tokenizer, head_logits=head_logits, max_rows=slots)

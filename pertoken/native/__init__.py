@@ -99,9 +99,19 @@ def _run(*commands: list[str]) -> None:
 @cache
 def processor() -> str:
     """What the processor can do: code built for one machine must not be loaded on another by way of a shared home."""
+    return _cpuinfo("flags") or platform.machine()
+
+
+@cache
+def vendor() -> str:
+    """Who has made the processor, as it says itself (`GenuineIntel`, `AuthenticAMD`); "" where that is not known."""
+    return _cpuinfo("vendor_id").partition(":")[2].strip()
+
+
+def _cpuinfo(field: str) -> str:
+    """The first line of Linux about the processor that begins with `field`; "" if there is none."""
     try:
-        return next(
-            line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("flags")
-        )
-    except (OSError, StopIteration):
-        return platform.machine()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(field)), "")

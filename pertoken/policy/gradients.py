@@ -14,7 +14,7 @@ asked to (`Policy.score(..., into_grad=True)`), as the training loop does.
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -32,13 +32,21 @@ the peak of memory."""
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`; `weight` may be a transposed view.
 
-    In float32 on a CPU oneDNN makes it: torch would take MKL, which makes less of AMD's processors. Not so if `x` is
-    transposed: oneDNN copies it first.
+    In float32 on a CPU oneDNN makes it where torch would take MKL, which makes less of AMD's processors. Not so if `x`
+    is transposed: oneDNN copies it first. On Intel's MKL is the faster one, and has no code to generate for each new
+    number of rows, which for a small model takes longer than the product.
     """
-    if x.device.type == "cpu" and x.dtype is torch.float32 and torch.backends.mkldnn.is_available():
+    if x.device.type == "cpu" and x.dtype is torch.float32 and _takes_onednn():
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
     return nn.functional.linear(x, weight, bias)
+
+
+@cache
+def _takes_onednn() -> bool:
+    """Whether products in float32 are better left to oneDNN than to what torch takes."""
+    of_intel = native.vendor() == "GenuineIntel" and torch.backends.mkl.is_available()
+    return torch.backends.mkldnn.is_available() and not of_intel
 
 
 def add_product(parameter: Tensor, left: Tensor, right: Tensor, at: slice = slice(None)) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 
 from pertoken import native
 from pertoken.policy import attention, compiled, layers
-from pertoken.policy.gradients import ROWS_AT_ONCE, add_product, into_grad
+from pertoken.policy import gradients as in_place
+from pertoken.policy.gradients import ROWS_AT_ONCE, add_product, into_grad, linear
 from pertoken.policy.layers import FusedGatedMLP, FusedNorm, fuse_layers, fused_rotation
 from pertoken.policy.model import Lora, Policy
 from pertoken.policy.packs import Pack
@@ -278,6 +279,21 @@ def test_processes_that_begin_together_build_once(monkeypatch, tmp_path):
 
 
 # --- gradients that are added up in place -----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN has no choice")
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD", ""])
+def test_products_in_float32_are_made_by_what_is_faster_on_the_processor(maker, monkeypatch):
+    monkeypatch.setattr(native, "vendor", lambda: maker)
+    in_place._takes_onednn.cache_clear()
+    try:
+        assert in_place._takes_onednn() is not (maker == "GenuineIntel" and torch.backends.mkl.is_available())
+        with torch.no_grad():
+            x, weight, bias = draw(2, 9, 24), draw(40, 24, seed=1), draw(40, seed=2)
+            torch.testing.assert_close(linear(x, weight, bias), torch.einsum("bsi,oi->bso", x, weight) + bias)
+            torch.testing.assert_close(linear(x, weight.T.contiguous().T), torch.einsum("bsi,oi->bso", x, weight))
+    finally:
+        in_place._takes_onednn.cache_clear()
 
 
 def gradients(policy, batch, by, *, into_grad, halves=False):
