@@ -132,6 +132,8 @@ def test_what_is_too_long_to_learn_from_is_answered_all_the_same(place, model_fo
     it = built(place, model_folder, tmp_path / "run", "sft", task=task, method={"max_tokens": 20})
     assert [item.id for item in it.evaluator.items] == ["held-0", "held-1", "held-3"]
     assert "validation: left out 1 of 4 items: over 128 tokens" in it.notes, "the context has no room for its answer"
+    with pytest.raises(TaskError, match=r"only 60 training items: lower method\.batch"):
+        built(place, model_folder, tmp_path / "run", "sft", task=task, method={"max_tokens": 20, "batch": 61})
 
 
 def test_a_window_makes_the_rows_of_a_step_alike(place, model_folder, tmp_path):
