@@ -126,16 +126,20 @@ def test_only_answers_have_a_gradient(place, model_folder, tmp_path):
 
 def test_what_is_too_long_to_learn_from_is_answered_all_the_same(place, model_folder, tmp_path):
     """So that supervised tuning is measured on the items that every other method is measured on."""
-    held_out = [{"id": str(k), "prompt": f"ask {k}", "good": "y" * length} for k, length in enumerate((90, 3, 200, 4))]
+    held_out = [
+        {"id": f"held-{k}", "prompt": f"ask {k}", "good": "y" * length} for k, length in enumerate((90, 3, 200, 4))
+    ]
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, held_out)))
     task = {"path": {"train": str(place / "pairs.jsonl"), "validation": str(tmp_path / "held.jsonl")}, "rejected": None}
     it = built(place, model_folder, tmp_path / "run", "sft", task=task, method={"max_tokens": 20})
-    assert [item.id for item in it.evaluator.items] == ["0", "1", "3"]
+    assert [item.id for item in it.evaluator.items] == ["held-0", "held-1", "held-3"]
     assert "validation: left out 1 of 4 items: over 128 tokens" in it.notes, "the context has no room for its answer"
+    with pytest.raises(TaskError, match=r"only 60 training items: lower method\.batch"):
+        built(place, model_folder, tmp_path / "run", "sft", task=task, method={"max_tokens": 20, "batch": 61})
 
 
 def test_a_window_makes_the_rows_of_a_step_alike(place, model_folder, tmp_path):
-    rows = [{"id": str(k), "prompt": f"say {k}", "good": "y" * (7 * k % 60), "bad": "n"} for k in range(1, 60)]
+    rows = [{"id": f"row {k}", "prompt": f"tell {k}", "good": "y" * (7 * k % 60)} for k in range(1, 60)]
     (tmp_path / "lengths.jsonl").write_text("\n".join(map(json.dumps, rows)))
     held_out = str(place / "pairs.jsonl")
     spreads = []

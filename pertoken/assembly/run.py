@@ -74,6 +74,11 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         size = config.offline.batch
         notes += _not_used(config)
     course = build_course(config, items, size, policy)
+    if course is None and config.offline is not None and len(items) < size:
+        raise TaskError(
+            f"a step takes {size} distinct items (method.batch), but there are only {len(items)} training items: lower "
+            "method.batch, give more data, or raise method.max_tokens, which leaves longer ones out"
+        )
     if course is None:
         batch_of(items, 0, size, config.seed)  # or there are too few
     refuse_unknown_tokens(items, policy)

@@ -100,7 +100,8 @@ class Examples:
 
     def _ids(self, text: str) -> list[int]:
         """An answer as the model would write it; some tokenizers write otherwise than they read (Marian, NLLB)."""
-        return [*self.tokenizer(text_target=text, add_special_tokens=False)["input_ids"], self.end]
+        coded = self.tokenizer(text_target=text, add_special_tokens=False, verbose=False)  # `fitting` tells
+        return [*coded["input_ids"], self.end]
 
     def _row(self, name: str, item: Item, group: int, prompt: list[int], answer: list[int], step: int) -> Episode:
         unknown = [0.0] * len(answer)  # nobody sampled it
