@@ -136,6 +136,7 @@ def by_rewards(arguments: argparse.Namespace, credit: str, rate: float) -> dict[
     steps = arguments.steps
     return {
         "credit": CREDIT[credit],
+        "kl": {"coefficient": arguments.kl} if arguments.kl else {"place": "none", "measure": False},
         "update": {"learning_rate": rate, "warmup_steps": 2, "tokens_per_micro_batch": 2048},
         "stop": {"steps": steps},
         "evaluation": {"every": max(1, steps // 8)},
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[10, 20])
     parser.add_argument("--rl-rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4])
     parser.add_argument("--steps", type=int, default=150, help="of RL")
+    parser.add_argument("--kl", type=float, default=0.05, help="paid per nat from the supervised model; 0 is free")
     parser.add_argument("--prompts", type=int, default=16, help="of a step of RL")
     parser.add_argument("--samples", type=int, default=12, help="of each prompt")
     arguments = parser.parse_args()
