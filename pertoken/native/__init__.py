@@ -74,7 +74,9 @@ def _build(compiler: str, target: Path) -> None:
 
     includes = [f"-I{path}" for path in include_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    with tempfile.TemporaryDirectory(dir=target.parent) as place:
+    for left in target.parent.glob(f"{target.stem}-*"):  # by a process that was killed: nobody else builds this one now
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.stem}-") as place:
         parts = {source: f"{place}/{source.stem}.o" for source in Path(__file__).parent.glob("*.cpp")}
         _run(*([compiler, *FLAGS, abi, *includes, "-c", str(source), "-o", part] for source, part in parts.items()))
         # Linked in a step of its own: with -ffast-math it would turn subnormal numbers off for the process.

@@ -4,6 +4,7 @@ import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +277,20 @@ def test_processes_that_begin_together_build_once(monkeypatch, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: native.available.__wrapped__(), range(4))) == [True] * 4
     assert len(built) == 1
+
+
+def test_what_a_killed_compiler_left_goes_with_the_next_one(monkeypatch, tmp_path):
+    target = tmp_path / "pertoken-1.so"
+    for name in ("pertoken-1-killed", "pertoken-2-building"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "products.o").touch()
+
+    def run(*commands):
+        Path(commands[-1][-1]).touch()
+
+    monkeypatch.setattr(native, "_run", run)
+    native._build("c++", target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pertoken-1.so", "pertoken-2-building"]
 
 
 # --- gradients that are added up in place -----------------------------------------------------------------------
