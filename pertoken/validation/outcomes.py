@@ -163,7 +163,7 @@ _PAGE = """<!doctype html>
 <style>{css}</style>
 </head>
 <body>
-<header><div><p class="kicker">pertoken validate</p><h1>{title}</h1></div></header>
+<header style="margin-bottom:14px"><div><p class="kicker">pertoken validate</p><h1>{title}</h1></div></header>
 <main>{body}</main>
 </body>
 </html>
