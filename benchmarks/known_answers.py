@@ -215,6 +215,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "vapo": {"policy": {"value_head": {"pretrain_steps": 3}}, "credit": {"length_adaptive": 0.5}},
     "rto": {"rewards": [{"fn": f"{__name__}:letters_at_the_end", "name": "task"}], "update": {"minibatches": 2}},
     "prime": {"rewards": [{"fn": f"{__name__}:letters_at_the_end", "name": "task"}]},
+    "online_dpo": {"kl": {"measure": True}},  # it compares with the reference, which the others leave out here
     "trpo": {"update": {"trust_region": {"kl": 0.1}}},  # its step size, as the learning rate is that of the others
     "vineppo": {"credit": {"every": 2, "rollouts": 4}},
     "dapo": {"credit": {"truncated": "keep"}},

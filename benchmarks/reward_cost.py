@@ -54,6 +54,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "banned": {"words": ["delve", "as an AI model"]},
     "readability": {"most": 8.0},
     "ensemble": {"members": [{"name": "rouge_l"}, {"name": "chrf"}]},
+    "each_turn": {"reward": {"name": "rouge_l"}},
 }
 """Settings without which a reward has nothing to do."""
 SLOW = [
@@ -151,6 +152,9 @@ class Needs:
     def _prime(self) -> Ways | str:
         said = f"{MODEL} twice, and an update of one of them"
         return [(said, {"model": MODEL, "outcome": "right"})]
+
+    def _comet(self) -> Ways | str:
+        return "a pass of its model, in the process of another Python"
 
     def _facts(self) -> Ways | str:
         if self._knowledge is None:

@@ -201,9 +201,8 @@ def takes_at_most(monkeypatch, tokens, *, grad=True, error=GPU):
         return found
 
     monkeypatch.setattr(policy_model, "score_batch", score_batch)
-    monkeypatch.setattr(
-        build, "footprint", lambda policy, natural: Footprint(0.0, 0.0, 0.0, 0.0)
-    )  # its probe is longer
+    # its probe is longer
+    monkeypatch.setattr(assembly.policy, "footprint", lambda policy, natural: Footprint(0.0, 0.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

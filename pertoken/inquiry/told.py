@@ -41,7 +41,7 @@ def told(
         yield _alternatives(run.alternatives(sample, model=model), token)
         return
     if against is not None:
-        name = f"log-prob, {model or run.models()[-1]} - {against}"
+        name = f"log-prob, {model or run.models()[-1]} − {against}"
         yield from _coloured(run, sample, model, name, run.difference(sample, model=model, against=against))
     if causes:
         found = run.causes(sample)

@@ -48,6 +48,7 @@ def load(browser, address):
 
     def new(path, width=1440, scheme="light"):
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.set_default_timeout(120_000)  # a question loads a model first
         page.on("console", lambda message: faults.append(message.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: None if request.url.startswith(address) else faults.append(request.url))

@@ -234,7 +234,8 @@ def test_nothing_is_wider_than_the_window(page, width):
     assert directions == "rtl"
 
 
-def test_charts_are_drawn_when_they_come_near(page):
+def test_charts_are_drawn_when_they_come_near(load, address):
+    page = load(address)
     plots = page.locator("#curves .plot")
     assert page.locator("#curves .js-plotly-plot").count() < plots.count()
     plots.last.scroll_into_view_if_needed()
