@@ -54,7 +54,8 @@ class CheckpointStore:
         sound checkpoint of this step is left as it is: the same steps gave the same state.
         """
         target, draft = self.folder / f"step-{step:06d}", self.folder / f".partial-{step:06d}"
-        if self.problem(target) is None:
+        if self.problem(target) is None:  # by a process that was killed before it could prune
+            self.prune(keep=keep, keep_best=keep_best)
             return target
         with _saving(target):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -108,6 +108,13 @@ def test_retention_keeps_the_newest_and_the_best(store):
     assert names(store) == ["step-000007"]
 
 
+def test_what_a_killed_process_could_not_prune_goes_when_its_step_is_saved_again(store):
+    for step in (1, 2, 3):
+        save(store, step)
+    save(store, 3, keep=1, keep_best=False)
+    assert names(store) == ["step-000003"]
+
+
 def test_a_damaged_checkpoint_does_not_count_and_is_replaced_when_its_step_comes_again(store):
     save(store, 1)
     torn = save(store, 2)
