@@ -47,6 +47,7 @@ DRIFT = 0.05
 KNOWN = re.compile(
     r"run\.json|config\.yaml|metrics\.jsonl|evaluations\.jsonl|certificate\.json|rewards\.log|report\.html|\.lock|"
     r"episodes/\d{6}\.jsonl|evaluations/\d{6}-validation\.jsonl|model/[\w.-]+|"
+    r"index/episodes/\d{6}\.json|index/evaluations/\d{6}-validation\.json|"
     r"checkpoints/step-\d{6}/(manifest\.json|state\.json|state\.safetensors)"
 )
 """Files that a run folder holds between sessions."""

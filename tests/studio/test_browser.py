@@ -205,7 +205,7 @@ def test_what_if_by_a_button_and_by_a_text(load):
     assert "95% interval" in page.locator("#answer").inner_text()
     page.fill("#place input[type=text]", HOSTILE)
     page.fill("#place input[type=number] >> nth=0", "2")
-    page.click("#place >> text=What if")
+    page.click("#place >> button:text-is('What if')")
     page.wait_for_function("() => document.querySelectorAll('#answer li').length === 4")
     assert "<script>document.title" in page.locator("#answer").inner_text()
     assert "owned" not in page.title()
@@ -244,7 +244,7 @@ def test_gradients_become_a_stream_and_the_prompt_is_shown_in_its_colours(load, 
 
 def test_what_cannot_be_answered_is_said(load):
     page = load("/run/first#sample=2.1&token=2")
-    page.click("#place >> text=What if")
+    page.click("#place >> button:text-is('What if')")
     page.wait_for_function("() => document.querySelector('#asked').textContent.includes('there must be a token')")
     load.faults.clear()  # the browser itself tells its console that the answer is 400
 
