@@ -184,6 +184,7 @@ function offerQuestions() {
   document.querySelector(".reader").append(node);
   byId("scene").addEventListener("focusin", (event) => tokenAt(event) && showPlace());
   showPlace();
+  bringing.then(showPlace); // a link may lead to a text that is still on its way
   fillModels();
 }
 
