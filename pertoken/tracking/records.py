@@ -45,6 +45,7 @@ class _Episode(_Text, total=False):
     item: Required[str | int]
     completion: Required[str]
     stop: Required[str]
+    group: str | int | None
     tokens: Required[_Tokens]  # type: ignore[misc]
     streams: Required[dict[str, list[_Number]]]  # type: ignore[misc]
 
@@ -63,7 +64,7 @@ class _Evaluation(TypedDict, total=False):
     intervals: dict[str, Annotated[list[_Number], Field(min_length=2, max_length=2)]] | None
     differences: dict[str, Annotated[list[_Number], Field(min_length=3, max_length=3)]] | None
     baselines: dict[str, dict[str, _Number]] | None
-    items: Required[dict[str, list[Any]]]
+    items: Required[dict[str, list[str | _Number]]]
 
 
 class _Run(TypedDict, total=False):
@@ -95,6 +96,9 @@ def read_evaluations(path: Path) -> tuple[list[Row], bool]:
         columns = row["items"]
         if "id" not in columns or len({len(column) for column in columns.values()}) > 1:
             raise _damaged(path, number, "items: expected columns of one length, `id` among them")
+        for name, column in columns.items():
+            if name != "id" and any(isinstance(cell, str) for cell in column):
+                raise _damaged(path, number, f"items.{name}: expected numbers")
     return rows, torn
 
 
