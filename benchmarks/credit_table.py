@@ -35,6 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 
+import known_answers
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import TypeAdapter
@@ -46,25 +47,9 @@ from pertoken.training.assignment import assign
 from pertoken.training.redistribution import place
 from pertoken.types import PolicyOutput, StateValues, TokenBatch, TokenRewards
 
-ARMS = {
-    "terminal: leave_one_out": {"type": "leave_one_out"},
-    "terminal: group_relative": {"type": "group_relative"},
-    "terminal: self_critical": {"type": "self_critical"},
-    "terminal: reward_to_go": {"type": "reward_to_go"},
-    "terminal: gae, lambda 1": {"type": "gae", "lam": 1.0},
-    "placed: monte_carlo": {"type": "monte_carlo", "rollouts": 4},
-    "placed: differences": {"type": "differences"},
-    "placed: leave_one_token_out": {"type": "leave_one_token_out"},
-    "placed: shapley": {"type": "shapley"},
-    "token: leave_one_out_process": {"type": "leave_one_out_process"},
-    "token: reward_to_go": {"type": "reward_to_go"},
-    "token: optimal_token_baseline": {"type": "optimal_token_baseline"},
-    "token: group_process": {"type": "group_process"},
-    "token: per_part": {"type": "per_part"},
-    "token: gae, lambda 0.95": {"type": "gae", "lam": 0.95},
-    "token: gae, lambda 0": {"type": "gae", "lam": 0.0},
-}
-"""The first is what the others are compared with."""
+ARMS = {name: credit for name, credit in known_answers.ARMS.items() if name != "placed: attention"}
+ARMS["placed: monte_carlo"] = {"type": "monte_carlo", "rollouts": 4}
+"""The first is what the others are compared with; a table has no attention to ask."""
 
 VOCABULARY, PROMPTS, EACH, STEPS = 32, 4, 8, 400
 ENOUGH, CRITIC_SHARE, BETAS = 0.95, 0.1, (0.9, 0.99)
