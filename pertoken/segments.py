@@ -48,7 +48,7 @@ class Cut:
 
     def joined(self, output: PolicyOutput) -> PolicyOutput:
         """A pass over the segments, as one over the texts, whose last value is that behind their last segment."""
-        last = torch.bincount(self._text, minlength=self.shape[0]).cumsum(0) - 1
+        last = torch.bincount(self._text).cumsum(0) - 1  # each text has a segment
         behind = None if output.bootstrap is None else output.bootstrap[last]
         return PolicyOutput(**self._cells(output, self.put), bootstrap=behind)
 

@@ -209,8 +209,16 @@ def test_monte_carlo_by_hand() -> None:
     equal(got, [[0, 0, 0.5, 0.5, 0, 0.75, 0.75, 0]])
     one = torch.tensor([[False, False, True, False, False, False, False, False]])
     equal(credit.monte_carlo(REWARDS, values, one, MASK), torch.where(MASK, 1.25, f64(0.0)))
-    with pytest.raises(ValueError, match="starts no step"):
+    with pytest.raises(ValueError, match=r"^the first action of a row starts no step: .* before it$"):
         credit.monte_carlo(REWARDS, values, starts & (torch.arange(8) > 2), MASK)
+
+
+def test_monte_carlo_of_as_many_steps_as_the_row_has_room_for() -> None:
+    """What stands where no step starts is never read, even where steps and columns are nearly as many."""
+    rewards, every = f64([[0.5, 0.0, 1.0]]), torch.ones(1, 3).bool()
+    steps = torch.tensor([[True, False, True]])
+    equal(credit.monte_carlo(rewards, f64([[0.5, 9, 0.75]]), steps, every), [[0.25, 0.25, 0.75]])
+    equal(credit.monte_carlo(rewards, f64([[0.5, 1, 0.75]]), every, every), [[0.5, -0.25, 0.75]])
 
 
 def test_monte_carlo_of_every_token_telescopes_to_total_minus_value_of_the_prompt() -> None:

@@ -213,6 +213,13 @@ def test_cispo_marks_the_weights_that_it_cut_and_still_moves_them() -> None:
     equal(slope, torch.where(c.mask, -w.clamp(0.7, 1.2) * c.credit.advantages, 0.0))
 
 
+def test_what_importance_weights_leave_of_a_sample() -> None:
+    assert objectives.effective_share(f64([2.0, 2.0])) == 1.0
+    assert objectives.effective_share(f64([3.0, 1.0])) == pytest.approx(16 / 20)
+    assert objectives.effective_share(f64([0.0, 0.0, 0.0])) == 0.0
+    assert objectives.effective_share(f64([])) == 0.0
+
+
 def test_what_importance_weights_leave_out() -> None:
     """Ratios 1, 2, 1/2: products 1; 4 and 1/4 in the second row, whose geometric mean is below 1."""
     log2 = torch.tensor(2.0, dtype=torch.float64).log().item()

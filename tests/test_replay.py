@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pertoken import assembly, credit
 from pertoken.errors import ConfigError
 from pertoken.jobs import run
-from pertoken.objectives import effective_share, importance_weights, policy_gradient
+from pertoken.objectives import importance_weights, policy_gradient
 from pertoken.policy.model import Policy
 from pertoken.rewards import SampleReward
 from pertoken.testing import episode
@@ -81,13 +81,6 @@ def test_saved_and_read_it_is_the_same():
 def test_taken_groups_get_numbers_of_their_own():
     again = renumbered([group("a", 1), group("a", 2)], 3)
     assert [e.group for e in again] == [3, 3, 4, 4]
-
-
-def test_effective_share():
-    assert effective_share(torch.tensor([2.0, 2.0])) == 1.0
-    assert effective_share(torch.tensor([3.0, 1.0])) == pytest.approx(16 / 20)
-    assert effective_share(torch.zeros(3)) == 0.0
-    assert effective_share(torch.zeros(0)) == 0.0
 
 
 @pytest.mark.parametrize("cap", [1e9, 1.5])

@@ -88,7 +88,7 @@ def batch_by_hand():
         episode([1, 2, 3], [], id="b", group=1),
         episode([1, 2], [21, 22], id="c"),
     ]
-    return to_batch(episodes, Controls(Sampling(segment=Segment(tokens=2, context=1))), pad_id=99)
+    return to_batch(episodes, Controls(Sampling(temperature=0.7, segment=Segment(tokens=2, context=1))), pad_id=99)
 
 
 def test_segments_by_hand():
@@ -110,7 +110,7 @@ def test_segments_by_hand():
     assert rows.whole.actions.tolist() == [5, 5, 5, 0, 2]
     assert rows.terminated.tolist() == [False, False, False, True, True]
     assert rows.group.tolist() == [0, 0, 0, 1, 0]
-    assert rows.controls.sampling.segment is None
+    assert rows.controls == Controls(Sampling(temperature=0.7)), "the segments are gone, and all else is as it was"
     assert cut(rows) is None
     assert rows.episode_ids[1] == "a, its part from token 4"
 
@@ -164,6 +164,22 @@ def test_the_value_behind_a_text_is_that_behind_its_last_segment():
     found = pieces.joined(PolicyOutput(zeros, zeros, zeros, bootstrap=torch.arange(5.0)))
     assert found.bootstrap.tolist() == [2.0, 3.0, 4.0]
     assert pieces.taken(found).bootstrap is None
+    assert pieces.joined(PolicyOutput(zeros, zeros)).bootstrap is None
+
+
+def test_credit_of_the_texts_at_the_segments():
+    pieces = cut(batch_by_hand())
+    cells = torch.arange(1.0, 22.0).view(3, 7)
+    wanted = torch.tensor([[0, 0, 3, 4, 0], [0, 0, 0, 5, 6], [0, 0, 0, 7, 0], [0] * 5, [0, 0, 17, 18, 0]]).float()
+    given = pieces.credit(Credit(cells, -cells))
+    assert torch.equal(given.advantages, wanted)
+    assert torch.equal(given.returns, -wanted)
+    assert pieces.credit(Credit(cells)).returns is None
+
+
+def test_a_text_without_actions_is_one_segment_however_short_those_are():
+    empty = to_batch([episode([1, 2], [], id="a")], Controls(Sampling(segment=Segment(tokens=1, context=1))), pad_id=0)
+    assert cut(empty).batch.tokens.tolist() == [[1, 2]]
 
 
 # --- in a context that holds everything, nothing changes -----------------------------------------------------

@@ -1,0 +1,5 @@
+"""`python -m pertoken` is the command `pertoken`, of the Python that is meant."""
+
+from pertoken.cli import main
+
+main()
