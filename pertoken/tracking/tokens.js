@@ -90,6 +90,16 @@ function tokenText(piece, marks) {
 
 const findingsAt = (panel, index) => (panel.findings || []).filter((f) => f.start <= index && index < f.stop);
 
+// Letters that join the next one. Between two such a part of a character takes no room: a box would break their shapes.
+const JOINING = /^\p{Mn}*(?=[\p{Script=Arabic}\p{Script=Syriac}\p{Script=Nko}\p{Script=Mongolian}])\p{L}/u;
+const JOINED = /(?=[\p{Script=Arabic}\p{Script=Syriac}\p{Script=Nko}\p{Script=Mongolian}])\p{L}\p{Mn}*$/u;
+
+function insideWord(pieces, index) {
+  const before = pieces.slice(0, index).findLast((piece) => piece !== "") ?? "";
+  const after = pieces.slice(index).find((piece) => piece !== "") ?? "";
+  return JOINED.test(before) && JOINING.test(after);
+}
+
 function tokenNode(panel, index) {
   const piece = panel.tokens.piece[index];
   const node = element("span", { className: "token", tabIndex: -1 });
@@ -97,6 +107,7 @@ function tokenNode(panel, index) {
   node.dataset.index = index;
   if (piece === "") node.setAttribute("aria-label", "part of the next character");
   node.classList.toggle("part", piece === "");
+  node.classList.toggle("inside", piece === "" && insideWord(panel.tokens.piece, index));
   node.classList.toggle("given", !acts(panel, index));
   node.classList.toggle("special", /^(<\|?[\w ]+\|?>|<\/s>|\[[A-Z]+\])$/.test(piece));
   node.classList.toggle("found", findingsAt(panel, index).length > 0);
@@ -158,11 +169,11 @@ function fold(title, text) {
     "details",
     {},
     element("summary", { textContent: title }),
-    element("div", { className: "prompt", dir: "auto", textContent: text }),
+    element("div", { className: "prompt", dir: "auto", textContent: visible(text) }),
   );
 }
 
-const quoted = (text) => element("bdi", { className: "prompt", textContent: text });
+const quoted = (text) => element("bdi", { className: "prompt", textContent: visible(text) });
 
 // Which parts of the reward changed between the two texts of a pair, the largest change first.
 function earnedNode(scene) {

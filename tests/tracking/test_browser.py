@@ -225,6 +225,29 @@ def test_hostile_text_stays_text(page):
     assert "owned" not in page.title()
 
 
+def test_marks_that_turn_the_direction_show_themselves_in_prompts_and_answers(page):
+    scene = {"kind": "group", "title": "", "prompt": "a\u202eb", "answer": "c\u202ed", "panels": []}
+    shown = page.evaluate("scene => sceneNodes(scene).map((node) => node.textContent).join()", scene)
+    assert "a⟨U+202E⟩b" in shown
+    assert "c⟨U+202E⟩d" in shown
+
+
+def test_letters_that_join_do_so_over_a_token_that_is_a_part_of_one(page):
+    """Of a script whose letters do not, the part has room of its own, to be pointed at."""
+    width = """pieces => {
+        const list = tokenList({ title: "", tokens: { piece: pieces, action: pieces.map(() => 1) } });
+        [...list.children].forEach((node, index) => node.append(...tokenText(pieces[index])));
+        document.body.append(list);
+        const text = document.createRange();
+        text.selectNodeContents(list);
+        const found = text.getBoundingClientRect().width;
+        list.remove();
+        return found;
+    }"""
+    assert page.evaluate(width, ["جم", "", "", "يل"]) == pytest.approx(page.evaluate(width, ["جميل"]), abs=0.1)
+    assert page.evaluate(width, ["今", "", "", "天"]) > page.evaluate(width, ["今天"]) + 5
+
+
 @pytest.mark.parametrize("width", [390, 1440])
 def test_nothing_is_wider_than_the_window(page, width):
     page.set_viewport_size({"width": width, "height": 844})
