@@ -109,14 +109,14 @@ def left_behind(folder: Path, temporary: Path) -> list[str]:
     return found
 
 
-def inconsistent(folder: Path, keep: int) -> list[str]:
-    """What is wrong with the log and the checkpoints."""
+def inconsistent(folder: Path, keep: int | None) -> list[str]:
+    """What is wrong with the log and the checkpoints; keep: how many of these there may be beside the best one."""
     steps = RunReader(folder).metrics().get("step", [])
     found = verify_run(folder)
     if steps != list(range(1, len(steps) + 1)):
         found.append(f"steps {steps[-5:]} after {len(steps)} rows")
     checkpoints = len(list((folder / "checkpoints").iterdir()))
-    if checkpoints > keep + 1:  # the best one stays beside them
+    if keep is not None and checkpoints > keep + 1:
         found.append(f"{checkpoints} checkpoints, and {keep} are to be kept")
     return found
 
@@ -151,9 +151,10 @@ class Life:
         self.ends[f"{way}: {end}"] += 1
         if end not in ("finished", "killed") or (end == "killed") > (way == "killed"):
             self.faults.append(f"a session ended with {end}")
-        if end == "finished":  # what a kill leaves is seen to by the next session
-            self.faults += left_behind(self.folder, self.temporary) + inconsistent(self.folder, config.checkpoint.keep)
         seen: list[dict[str, int]] = json.loads(self.told.read_text(encoding="utf-8")) if self.told.exists() else []
+        if end == "finished":  # what a kill leaves is seen to by the next session
+            keep = config.checkpoint.keep if seen else None  # one whose time is up before its first step saves nothing
+            self.faults += left_behind(self.folder, self.temporary) + inconsistent(self.folder, keep)
         if seen and end == "finished" and not any(reward.processes for reward in config.rewards):
             self.peaks.append((sum(self.ends.values()), max(each["memory"] for each in seen)))
             self.last[seen[-1]["files"], seen[-1]["threads"]] += 1

@@ -169,11 +169,18 @@ def test_a_folder_that_cannot_be_written(place, capsys, monkeypatch):
     assert "occupied" in err
 
 
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "pertoken", "--help"], capture_output=True, text=True, check=True)
+    assert "train" in done.stdout
+
+
 def test_no_network_is_one_sentence(place):
-    """A hub name without a network, as a process of its own: transformers decides at import whether it is offline."""
+    """A hub name without a network, as a process of its own: transformers decides at import whether it is offline. The
+    hub's client tries again and again, with pauses that are left out here."""
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_ETAG_TIMEOUT": "1"}
+    command = "import time; time.sleep = lambda seconds: None; from pertoken.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-m", "pertoken.cli", "train", "recipe.yaml", "policy.model=nobody/nothing"],
+        [sys.executable, "-c", command, "train", "recipe.yaml", "policy.model=nobody/nothing"],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 1

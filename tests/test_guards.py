@@ -170,8 +170,9 @@ def place(tmp_path_factory):
         yield place
 
 
-@pytest.mark.parametrize("name", hacks.RUNS)
+@pytest.mark.parametrize("name", [name for name in hacks.RUNS if name != "says nothing"])
 def test_a_planted_hack_trips_its_alarm_within_20_steps_and_an_honest_run_none(place, name):
+    """The test after this one has the other."""
     expected, notes = hacks.RUNS[name][1], []
     config = hacks.configuration(place, name, steps=hacks.WITHIN)
     run.train(config, on_note=notes.append)

@@ -203,6 +203,7 @@ MAY["cli"] = MAY["jobs.run"] | {
     "inquiry.told",
     "studio",
 }
+MAY["__main__"] = {"cli"}
 MAY["training"] = MAY["jobs"] = MAY["machine"] = MAY["inquiry"] = set()  # what is said of these packages
 MAY["__init__"] = set()  # names are looked up when they are asked for
 

@@ -417,7 +417,7 @@ def test_the_segments_of_a_text_are_learnt_in_one_optimiser_step():
     "changes",
     [
         {"credit": {"type": "gae"}, "policy__value_head": {"learning_rate": 1e-2}, "update__minibatches": 2},
-        {"credit": {"type": "monte_carlo", "every": 4, "rollouts": 2}, "objective": {"over": "sequence"}},
+        {"credit": {"type": "monte_carlo", "every": 6, "rollouts": 2}, "objective": {"over": "sequence"}},
     ],
     ids=lambda changes: changes["credit"]["type"],
 )
