@@ -99,7 +99,7 @@ def metrics_of(folder, file="metrics.jsonl"):
     ids=lambda credit: credit["type"],
 )
 def test_an_estimator_of_each_kind_learns_a_letter(model_folder, data, tmp_path, credit):
-    """By tokens, with a critic; `test_presets.py` has one by rows, and `benchmarks/known_answers.py` asks all of them."""
+    """By tokens, with a critic; `test_presets.py` has one by rows, `benchmarks/known_answers.py` asks all of them."""
     changes = {"credit": credit, "stop__steps": 25, "evaluation__items": 0, "update__learning_rate": 1e-2}
     changes |= {"rollout__samples_per_prompt": 16, "update__tokens_per_micro_batch": 2000}
     if credit["type"] == "gae":
