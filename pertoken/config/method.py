@@ -19,8 +19,8 @@ class GivenAnswers(Section):
     batch: int = Field(default=8, ge=1)
     """Items per step; a step is one update."""
     max_tokens: int | None = Field(default=None, ge=2)
-    """Leave out training items with longer rows, prompt and answer together (counted and told), and held-out ones that
-    the context cannot hold; null keeps all, and names the first one that the context cannot hold."""
+    """Leave out training items with longer rows, prompt and answer together (counted and told); null keeps all, and
+    names the first one that the context cannot hold. Held-out items are answered in any case."""
 
 
 class Sft(GivenAnswers):

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -317,22 +318,46 @@ class HeldOutAnswers:
             return ("answer_logprob", "preference_margin", "preference_accuracy")
         return ("answer_logprob",) if self.examples.kind == "answers" else ("preference_score",)
 
-    def __call__(self, policy: Policy, reference: Reference | None) -> dict[str, list[float]]:
-        """Each metric for each item. `reference` is what implicit rewards compare with."""
-        episodes, good = self.examples.episodes(self.items)
+    @cached_property
+    def fits(self) -> list[bool]:
+        """Of each item, whether the context holds its prompt and answers together."""
+        return [self.examples.longest(item) <= self.context_length for item in self.items]
+
+    @property
+    def context_length(self) -> int:
+        return self.examples.context_length
+
+    def __call__(self, policy: Policy, reference: Reference | None) -> dict[str, list[float | None]]:
+        """Each metric for each item, None for one that the context cannot hold with its answer.
+
+        reference: what implicit rewards compare with.
+        """
+        fitting = [item for item, fits in zip(self.items, self.fits, strict=True) if fits]
+        if not fitting:
+            return {name: [None] * len(self.items) for name in self.names}
+        found = dict[str, list[float | None]]()
+        for name, values in self._measure(fitting, policy, reference).items():
+            known = iter(values.tolist())
+            found[name] = [next(known) if fits else None for fits in self.fits]
+        return found
+
+    def _measure(
+        self, items: Sequence[Item], policy: Policy, reference: Reference | None
+    ) -> dict[str, Float[Tensor, " N"]]:
+        episodes, good = self.examples.episodes(items)
         batch = to_batch(episodes, Controls(), device=str(policy.device))
         desirable = torch.tensor(good, device=batch.tokens.device)
         new = policy.score(batch)
         ref = reference.score(batch) if reference is not None and needs_reference(self.method) else None
         means = new.logprobs.sum(1) / batch.action_mask.sum(1)
         if isinstance(self.method, Sft):
-            return {"answer_logprob": means.tolist()}
+            return {"answer_logprob": means}
         sums = scores(self.method, new, ref, batch, desirable).sum(1)
         if self.examples.kind == "labels":
-            return {"preference_score": torch.where(desirable, sums, -sums).tolist()}
+            return {"preference_score": torch.where(desirable, sums, -sums)}
         margin = sums[desirable] - sums[~desirable]
         return {
-            "answer_logprob": means[desirable].tolist(),
-            "preference_margin": margin.tolist(),
-            "preference_accuracy": _right(margin).tolist(),
+            "answer_logprob": means[desirable],
+            "preference_margin": margin,
+            "preference_accuracy": _right(margin),
         }
