@@ -124,6 +124,30 @@ def test_only_answers_have_a_gradient(place, model_folder, tmp_path):
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("over", "tokens"), [("token", 4096), ("token", 30), ("sequence", 30)])
+def test_smoothed_labels_are_those_of_cross_entropy(place, model_folder, tmp_path, over, tokens):
+    """Loss and gradient are those of torch on logits of plain transformers, in parts or as a whole."""
+    method = {"over": over, "label_smoothing": 0.3}
+    it = built(
+        place, model_folder, tmp_path / "run", "sft", method=method, update={"tokens_per_micro_batch": tokens}
+    )  # fmt: skip
+    rows = offline.rows_of(it, 1)
+    assert (len(rows.parts(tokens)) > 1) == (tokens == 30)
+    metrics, _, found = gradients(it, rows)
+    model, batch = tiny_model(seed=1), rows.batch
+    labels = torch.where(batch.action_mask, batch.tokens, -100)[:, 1:]
+    logits = model(batch.tokens, attention_mask=batch.attention_mask.long()).logits[:, :-1].transpose(1, 2)
+    losses = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3, reduction="none")
+    counts = batch.action_mask.sum(1)
+    loss = losses.sum() / counts.sum() if over == "token" else (losses.sum(1) / counts).mean()
+    loss.backward()
+    assert metrics["loss/policy"] == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics["answer/nats"] != pytest.approx(loss.item(), abs=1e-3), "which tells of the answer alone"
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_what_is_too_long_to_learn_from_is_answered_all_the_same(place, model_folder, tmp_path):
     """So that supervised tuning is measured on the items that every other method is measured on."""
     held_out = [

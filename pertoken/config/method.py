@@ -29,6 +29,9 @@ class Sft(GivenAnswers):
     type: Literal["sft"] = "sft"
     over: Literal["token", "sequence"] = "token"
     """Average over all tokens of the answers, or over answers of their token means."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target that all tokens of the vocabulary get alike, instead of the answer's own: keeps the model
+    from being too sure. 0.1 is usual where translation is learnt from the beginning."""
 
 
 class Pairs(GivenAnswers):

@@ -21,6 +21,7 @@ from pertoken.machine.memory import Heap
 from pertoken.objectives import aggregate
 from pertoken.observe import StepReport, episode_records
 from pertoken.policy.model import Policy, Reference
+from pertoken.policy.scoring import Against
 from pertoken.preferences import (
     bradley_terry,
     ipo_loss,
@@ -180,13 +181,27 @@ def scores(
     return method.beta * log_ratios(new.logprobs, ref.logprobs, mask)
 
 
+def compared_with(run: Run, part: Rows) -> Against | None:
+    """What the loss of the run's method compares the policy with over the whole vocabulary, at each token of `part`."""
+    method = _method(run)
+    if isinstance(method, Tdpo) and part.ref is not None:
+        return _reference(run).against(part.ref, forward=True)
+    if isinstance(method, Sft) and method.label_smoothing:
+        return Against.uniform(part.batch, run.policy.num_logits)
+    return None
+
+
 def part_loss(
-    method: OfflineConfig, new: PolicyOutput, part: Rows, whole: Rows
+    method: OfflineConfig, new: PolicyOutput, part: Rows, whole: Rows, *, vocab: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B T"] | None]:
-    """The part's share of the loss of the `whole` step, and the scores of its tokens; SFT has none."""
+    """The part's share of the loss of the `whole` step, and the scores of its tokens; SFT has none.
+
+    new: of a pass of `part` against what `compared_with` names. vocab: tokens that the policy's head knows.
+    """
     good, learnt = part.desirable, part.batch.action_mask & part.desirable[:, None]
-    losses = negative_log_likelihood(new.logprobs, learnt)
     if isinstance(method, Sft):
+        means = None if new.kl is None else -new.kl - math.log(vocab)  # KL from the uniform distribution
+        losses = negative_log_likelihood(new.logprobs, learnt, means, label_smoothing=method.label_smoothing)
         count = whole.num_learnt if method.over == "token" else len(whole.episodes)
         return aggregate(losses, learnt, over=method.over, denominator=count), None
     paid = scores(method, new, part.ref, part.batch, good)
@@ -200,6 +215,7 @@ def part_loss(
         return each.sum() / len(whole.episodes), paid
     loss = _pair_losses(method, sums[good], sums[~good]).sum() / int(whole.desirable.sum())
     if method.sft_coefficient:
+        losses = negative_log_likelihood(new.logprobs, learnt)
         likelihood = aggregate(losses, learnt, over="token", denominator=whole.num_learnt)
         loss = loss + method.sft_coefficient * likelihood
     return loss, paid
@@ -226,11 +242,8 @@ def update(run: Run, rows: Rows, step: int) -> tuple[dict[str, float], dict[str,
         total, bad = 0.0, ""
         for index in rows.parts(tokens):
             part = rows.part(index)
-            against = None
-            if isinstance(method, Tdpo) and part.ref is not None:
-                against = _reference(run).against(part.ref, forward=True)
-            new = run.policy.score(part.batch, grad=True, into_grad=True, against=against)
-            loss, scored = part_loss(method, new, part, rows)
+            new = run.policy.score(part.batch, grad=True, into_grad=True, against=compared_with(run, part))
+            loss, scored = part_loss(method, new, part, rows, vocab=run.policy.num_logits)
             logprobs[index] = new.logprobs.detach().float()
             if scored is not None:
                 paid[index] = scored.detach().float()
