@@ -61,8 +61,8 @@ class GivenAnswers(Protocol):
         """Its metrics."""
         ...
 
-    def __call__(self, policy: Policy, reference: Reference | None) -> Mapping[str, list[float]]:
-        """Each metric for each item, in the order of the evaluator's items."""
+    def __call__(self, policy: Policy, reference: Reference | None) -> Mapping[str, Sequence[float | None]]:
+        """Each metric for each item, in the order of the evaluator's items; None where it has none."""
         ...
 
 
@@ -116,10 +116,11 @@ class Evaluator:
         outputs = [align(e.tokens[_answer_start(e) :], policy.tokenizer).text for e in episodes]
         per_item, summary = self._measure(outputs)
         if self.given is not None:
-            known = self.given(policy, reference)
-            per_item |= known
-            summary["metrics"] |= {name: fmean(values) for name, values in known.items()}
-            summary["intervals"] |= {name: _interval(values) for name, values in known.items()}
+            given = self.given(policy, reference)
+            per_item |= given
+            for name, values in given.items():
+                if known := _known(values):
+                    summary["metrics"][name], summary["intervals"][name] = fmean(known), _interval(known)
         # Scored without the sampling controls: what is asked is how natural the words are, not how they were drawn.
         # What a segment saw is another matter: a longer text has no place in the context.
         scoring = Controls(Sampling(segment=self.controls.sampling.segment))
@@ -138,7 +139,7 @@ class Evaluator:
             chosen = [k for k, item in enumerate(self.items) if item.task == task]
             name = f"{metric}/{task}"
             if metric in per_item:
-                values = [per_item[metric][k] for k in chosen]
+                values = _known([per_item[metric][k] for k in chosen])
                 summary["metrics"][name], summary["intervals"][name] = fmean(values), _interval(values)
             elif metric == PERPLEXITY:
                 summary["metrics"][name] = float((nats[chosen].sum() / counts[chosen].sum()).exp())
@@ -155,7 +156,7 @@ class Evaluator:
                 "prompt": prompt_text(item.prompt),
                 "answer": item.answer,
                 "output": output,
-                "metrics": {name: float(values[k]) for name, values in per_item.items()} | self._own(item, per_item, k),
+                "metrics": self._of_item(item, per_item, k),
                 "tokens": token_columns(episode.tokens, pieces, episode.action_mask),
                 "streams": {name: six_digits(values) for name, values in streams.items()},
                 **finding_columns(found[k]),
@@ -166,14 +167,14 @@ class Evaluator:
         ]
         return Evaluation(summary, rows)
 
-    def _measure(self, outputs: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    def _measure(self, outputs: Sequence[str]) -> tuple[dict[str, Sequence[float | None]], dict[str, Any]]:
         """Per-item metrics, and the summary with intervals and what the trivial baselines would get."""
-        per_item = self._each(outputs, self._asked)
-        summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in per_item.items()}}
+        measured = self._each(outputs, self._asked)
+        summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in measured.items()}}
         summary["metrics"] |= self._of_all(outputs, self._references)
-        summary["intervals"] = {name: _interval(values) for name, values in per_item.items()}
+        summary["intervals"] = {name: _interval(values) for name, values in measured.items()}
         summary["baselines"] = {name: dict(figures) for name, figures in self._baselines.items()}
-        return per_item, summary
+        return {**measured}, summary
 
     def _each(self, texts: Sequence[str], further: Collection[str]) -> dict[str, list[float]]:
         return item_metrics(texts, self._references, further=further, sources=self._sources, language=self.language)
@@ -206,15 +207,20 @@ class Evaluator:
             found[MAUVE] = mauve(texts, [known[0] for known in references])
         return found
 
-    def _own(self, item: Item, per_item: Mapping[str, Sequence[float]], k: int) -> dict[str, float]:
-        """Of item `k`, the metric that its task is followed by, where it is one of single items."""
+    def _of_item(self, item: Item, per_item: Mapping[str, Sequence[float | None]], k: int) -> dict[str, float]:
+        """What is known of item `k`, the metric that its task is followed by under a name of its own too."""
+        known = {name: float(value) for name, values in per_item.items() if (value := values[k]) is not None}
         metric = self.by_task.get(item.task, "")
-        return {f"{metric}/{item.task}": float(per_item[metric][k])} if metric in per_item else {}
+        return known | {f"{metric}/{item.task}": known[metric]} if metric in known else known
 
 
 def _answer_start(episode: Episode) -> int:
     """Where the last turn of the policy begins."""
     return max((span.start for span in episode.spans if span.role == "action"), default=len(episode.tokens))
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _interval(values: Sequence[float]) -> list[float]:

@@ -24,7 +24,8 @@ from pertoken.types import Credit, Episode, PolicyOutput, TokenBatch, TokenRewar
 
 @dataclass(frozen=True)
 class Updated:
-    """What the update saw: its figures, and the per-token streams of its last pass over the batch."""
+    """What the update saw: its figures, and per-token streams: of its last pass over the batch, but `kl` of the policy
+    that it began with."""
 
     metrics: dict[str, float]
     streams: dict[str, Float[Tensor, "B T"]]

@@ -23,13 +23,32 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 
-def negative_log_likelihood(logprobs: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+def negative_log_likelihood(
+    logprobs: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    mean_logprobs: Float[Tensor, "B T"] | None = None,
+    *,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, "B T"]:
     """The loss of supervised fine-tuning at each token of the answer, `-lp`; prompts have none (completion-only).
 
-    >>> negative_log_likelihood(torch.tensor([[-9.0, -2.0]]), torch.tensor([[False, True]]))
+    With `label_smoothing` e it is (1 - e) times that and e times the mean of -log p over the vocabulary, whose log p
+    `mean_logprobs` are the means of: the cross-entropy to a target that gives the share e to all tokens alike, as in
+    `torch.nn.functional.cross_entropy`. Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, sec. 7.
+    Raises ValueError for `label_smoothing` without `mean_logprobs`.
+
+    >>> lp, mask = torch.tensor([[-9.0, -2.0]]), torch.tensor([[False, True]])
+    >>> negative_log_likelihood(lp, mask)
     tensor([[0., 2.]])
+    >>> negative_log_likelihood(lp, mask, torch.tensor([[-9.0, -4.0]]), label_smoothing=0.1)
+    tensor([[0.0000, 2.2000]])
     """
-    return torch.where(action_mask, -logprobs, 0.0)
+    losses = torch.where(action_mask, -logprobs, 0.0)
+    if not label_smoothing:
+        return losses
+    if mean_logprobs is None:
+        raise ValueError("label_smoothing needs the mean log-probs over the vocabulary")
+    return (1 - label_smoothing) * losses - label_smoothing * torch.where(action_mask, mean_logprobs, 0.0)
 
 
 def log_ratios(

@@ -124,6 +124,30 @@ def test_only_answers_have_a_gradient(place, model_folder, tmp_path):
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("over", "tokens"), [("token", 4096), ("token", 30), ("sequence", 30)])
+def test_smoothed_labels_are_those_of_cross_entropy(place, model_folder, tmp_path, over, tokens):
+    """Loss and gradient are those of torch on logits of plain transformers, in parts or as a whole."""
+    method = {"over": over, "label_smoothing": 0.3}
+    it = built(
+        place, model_folder, tmp_path / "run", "sft", method=method, update={"tokens_per_micro_batch": tokens}
+    )  # fmt: skip
+    rows = offline.rows_of(it, 1)
+    assert (len(rows.parts(tokens)) > 1) == (tokens == 30)
+    metrics, _, found = gradients(it, rows)
+    model, batch = tiny_model(seed=1), rows.batch
+    labels = torch.where(batch.action_mask, batch.tokens, -100)[:, 1:]
+    logits = model(batch.tokens, attention_mask=batch.attention_mask.long()).logits[:, :-1].transpose(1, 2)
+    losses = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3, reduction="none")
+    counts = batch.action_mask.sum(1)
+    loss = losses.sum() / counts.sum() if over == "token" else (losses.sum(1) / counts).mean()
+    loss.backward()
+    assert metrics["loss/policy"] == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics["answer/nats"] != pytest.approx(loss.item(), abs=1e-3), "which tells of the answer alone"
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_what_is_too_long_to_learn_from_is_answered_all_the_same(place, model_folder, tmp_path):
     """So that supervised tuning is measured on the items that every other method is measured on."""
     held_out = [
@@ -132,10 +156,31 @@ def test_what_is_too_long_to_learn_from_is_answered_all_the_same(place, model_fo
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, held_out)))
     task = {"path": {"train": str(place / "pairs.jsonl"), "validation": str(tmp_path / "held.jsonl")}, "rejected": None}
     it = built(place, model_folder, tmp_path / "run", "sft", task=task, method={"max_tokens": 20})
-    assert [item.id for item in it.evaluator.items] == ["held-0", "held-1", "held-3"]
-    assert "validation: left out 1 of 4 items: over 128 tokens" in it.notes, "the context has no room for its answer"
+    assert [item.id for item in it.evaluator.items] == ["held-0", "held-1", "held-2", "held-3"]
+    note = "validation: 1 of 4 items have no answer_logprob: prompt and answer are over 128 tokens"
+    assert note in it.notes, "the context has no room for its answer"
+    found = it.evaluator(it.engine, it.policy, it.reference)
+    logged = found.logged(0, "validation")["items"]
+    given = logged["answer_logprob"]
+    assert [value is None for value in given] == [False, False, True, False]
+    assert None not in logged["rouge_l"]
+    assert None not in logged["nats_per_token"]
+    assert "answer_logprob" not in found.rows[2]["metrics"]
+    assert found.summary["metrics"]["answer_logprob"] == pytest.approx((given[0] + given[1] + given[3]) / 3)
+    assert [given[3]] == it.evaluator.given.__class__(it.config.offline, it.examples, it.evaluator.items[3:])(
+        it.policy, None
+    )["answer_logprob"], "each value is beside its own item"
     with pytest.raises(TaskError, match=r"only 60 training items: lower method\.batch"):
         built(place, model_folder, tmp_path / "run", "sft", task=task, method={"max_tokens": 20, "batch": 61})
+
+
+def test_held_out_answers_that_never_fit_cannot_be_followed(place, model_folder, tmp_path):
+    (tmp_path / "held.jsonl").write_text(json.dumps({"id": "long", "prompt": "ask", "good": "y" * 200}))
+    task = {"path": {"train": str(place / "pairs.jsonl"), "validation": str(tmp_path / "held.jsonl")}, "rejected": None}
+    with pytest.raises(TaskError, match=r"evaluation\.metric answer_logprob: of no held-out item .* the 128 tokens"):
+        built(place, model_folder, tmp_path / "run", "sft", task=task)
+    it = built(place, model_folder, tmp_path / "run", "sft", task=task, evaluation={"metric": "rouge_l"})
+    assert "answer_logprob" not in it.evaluator(it.engine, it.policy, it.reference).summary["metrics"]
 
 
 def test_a_window_makes_the_rows_of_a_step_alike(place, model_folder, tmp_path):

@@ -52,6 +52,20 @@ def test_published_numbers():
     assert each.tolist() == pytest.approx([0.451403891417, 0.473774090628], abs=1e-9)
 
 
+def test_smoothed_labels_by_hand():
+    """p = (1/2, 1/4, 1/4), the first one is right: 0.9 log 2 + 0.1 (log 2 + 2 log 4) / 3 = 0.9 log 2 + log 2 / 6."""
+    p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    lp, mean = p[:1].log()[None], p.log().mean()[None, None]
+    loss = negative_log_likelihood(lp, torch.tensor([[True]]), mean, label_smoothing=0.1)
+    assert loss.item() == pytest.approx(0.7393569926, abs=1e-9)
+    torch_own = torch.nn.functional.cross_entropy(p.log()[None], torch.tensor([0]), label_smoothing=0.1)
+    assert loss.item() == pytest.approx(torch_own.item(), abs=1e-12)
+    off = negative_log_likelihood(lp, torch.tensor([[False]]), mean * math.nan, label_smoothing=0.1)
+    assert off.item() == 0
+    with pytest.raises(ValueError, match="needs the mean"):
+        negative_log_likelihood(lp, torch.tensor([[True]]), label_smoothing=0.1)
+
+
 def test_the_published_number_of_prime():
     ratios = torch.tensor([[0.2, -0.1, 0.3, 0.0], [-0.4, 0.1, -0.3, 0.0]], dtype=torch.float64).sum(1)
     loss = outcome_loss(ratios, torch.tensor([1.0, 0.0], dtype=torch.float64), beta=0.05).mean()

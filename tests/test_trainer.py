@@ -16,14 +16,14 @@ from pertoken.batching import to_batch
 from pertoken.config import RunConfig
 from pertoken.errors import NumericsError, RewardError, RunFolderError, TaskError
 from pertoken.jobs import run
-from pertoken.rewards import episode_reward, token_reward
+from pertoken.rewards import Scene, episode_reward, token_reward
 from pertoken.sampling import Controls
 from pertoken.testing import episode
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.training import trainer, updating
 from pertoken.training.assignment import assign
 from pertoken.training.updating import learning_rate_factor
-from pertoken.types import PolicyOutput
+from pertoken.types import Credit, PolicyOutput
 
 
 @pytest.fixture
@@ -88,6 +88,33 @@ def importable(monkeypatch):
 def metrics_of(folder, file="metrics.jsonl"):
     path = folder / file
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("update", [{}, {"epochs": 3}, {"epochs": 2, "minibatches": 2}], ids=str)
+def test_the_kl_is_that_of_the_policy_that_wrote_the_samples(model_folder, data, tmp_path, update):
+    """0 in the first step, whose samples the reference itself wrote, however far the update goes on from there."""
+    changes = {f"update__{name}": value for name, value in update.items()}
+    changes |= {"rewards": [{"fn": f"{__name__}:token_numbers", "name": "numbers"}], "kl__measure": True}
+    it = assembly.build_run(settings(model_folder, data, tmp_path, update__learning_rate=3e-2, **changes))
+    episodes = trainer.generate(it, 1)
+    batch = to_batch(episodes, it.controls_at(1))
+    old, ref = trainer.score_old(it, batch), trainer.score_reference(it, batch)
+    scene = Scene(batch, episodes, it.policy.tokenizer, old, ref, 1)
+    rewards = trainer.reward(it, scene)
+    credit = assign(it.config.credit, rewards, batch, old)
+    credit.advantages[:2] = 0  # of rows without effect too, which no pass of the update looks at
+    updated = updating.update(it, batch, old, ref, credit, 1)
+    moved = it.policy.score(batch).logprobs - ref.logprobs
+    assert moved.abs().max() > 0.1
+    assert updated.streams["kl"].abs().max() < 1e-5
+    it.progress.step = 1
+    it.engine.load_weights(it.policy.trainable(), version=1)
+    episodes = trainer.generate(it, 2)
+    batch = to_batch(episodes, it.controls_at(2))
+    old, ref = trainer.score_old(it, batch), trainer.score_reference(it, batch)
+    began = it.policy.score(batch).logprobs
+    updated = updating.update(it, batch, old, ref, Credit(torch.ones_like(old.logprobs) * batch.action_mask), 2)
+    torch.testing.assert_close(updated.streams["kl"], began - ref.logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """All parts of a run, at its start or where a checkpoint left them."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -195,13 +195,15 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
         raise TaskError(
             f"task {task.name}: the {evaluation.split} split is empty; set evaluation.items=0 to go without"
         )
-    if config.offline is not None:
-        examples = build_examples(config.offline, task, policy)
-        # What is too long to be learnt from is answered all the same: all methods are measured on the same items.
-        items, left_out = examples.fitting(items, config.offline.max_tokens and examples.context_length)
-        notes += [f"{evaluation.split}: {note}" for note in left_out]
-        given = offline.HeldOutAnswers(config.offline, examples, evenly(items, evaluation.items))
     items, by_task = evenly(items, evaluation.items), dict[str, str]()
+    if config.offline is not None:
+        # What is too long to be learnt from is answered all the same: all methods are measured on the same items.
+        given = offline.HeldOutAnswers(config.offline, build_examples(config.offline, task, policy), items)
+        if unknown := given.fits.count(False):
+            notes.append(
+                f"{evaluation.split}: {unknown} of {len(items)} items have no {', '.join(given.names)}: prompt and "
+                f"answer are over {policy.context_length} tokens"
+            )
     if isinstance(config.task, MixtureTask):
         present = {item.task for item in items}
         notes += [
@@ -212,12 +214,27 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
         by_task = {name: m.metric or evaluation.metric for name, m in config.task.tasks.items() if name in present}
     refuse_too_long(items, policy, evaluation.sampling)
     refuse_unknown_tokens(items, policy)
+    if given is not None:
+        _refuse_unknown(given, evaluation.metric, by_task)
     controls = Controls.resolve(evaluation.sampling, policy.tokenizer, policy.eos_ids)
     return Evaluator(
         items, controls, metric=evaluation.metric, given=given, by_task=by_task, further=evaluation.further,
         beside=[part.fixed() for part in build_rewards(evaluation.beside, "evaluation.beside")],
         language=evaluation.language, judge=build_judge(config, policy), gather=build_turns(config, policy) or collect,
     ), notes  # fmt: skip
+
+
+def _refuse_unknown(given: offline.HeldOutAnswers, metric: str, by_task: Mapping[str, str]) -> None:
+    """What a run is followed by must be known of at least one held-out item, of each task that it is about."""
+    known = {item.task for item, fits in zip(given.items, given.fits, strict=True) if fits}
+    followed = {"evaluation.metric": (metric, bool(known))}
+    followed |= {f"task.tasks.{task}.metric": (by, task in known) for task, by in by_task.items()}
+    for where, (name, is_known) in followed.items():
+        if name in given.names and not is_known:
+            raise TaskError(
+                f"{where} {name}: of no held-out item prompt and answer fit together into the {given.context_length} "
+                "tokens of this model's context. Shorten them, or follow a metric of generated answers."
+            )
 
 
 def build_judge(config: RunConfig, policy: Policy) -> Reference | None:

@@ -19,8 +19,8 @@ class GivenAnswers(Section):
     batch: int = Field(default=8, ge=1)
     """Items per step; a step is one update."""
     max_tokens: int | None = Field(default=None, ge=2)
-    """Leave out training items with longer rows, prompt and answer together (counted and told), and held-out ones that
-    the context cannot hold; null keeps all, and names the first one that the context cannot hold."""
+    """Leave out training items with longer rows, prompt and answer together (counted and told); null keeps all, and
+    names the first one that the context cannot hold. Held-out items are answered in any case."""
 
 
 class Sft(GivenAnswers):
@@ -29,6 +29,9 @@ class Sft(GivenAnswers):
     type: Literal["sft"] = "sft"
     over: Literal["token", "sequence"] = "token"
     """Average over all tokens of the answers, or over answers of their token means."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target that all tokens of the vocabulary get alike, instead of the answer's own: keeps the model
+    from being too sure. 0.1 is usual where translation is learnt from the beginning."""
 
 
 class Pairs(GivenAnswers):

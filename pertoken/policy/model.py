@@ -142,6 +142,11 @@ class Policy:
         return int(getattr(self.hf_model.config, "max_position_embeddings", None) or 1 << 30)
 
     @property
+    def num_logits(self) -> int:
+        """Tokens that the head knows, those included that fill its matrix up."""
+        return int(self.hf_model.get_output_embeddings().weight.shape[0])
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         return end_ids(self.hf_model, self.tokenizer)
 

@@ -107,6 +107,12 @@ class Against:
     forward: bool = False
     """KL from the other policy to the scored one, in place of KL from the scored one to the other."""
 
+    @classmethod
+    def uniform(cls, batch: TokenBatch, vocab: int) -> "Against":
+        """All `vocab` tokens alike: the KL from it is the mean over the vocabulary of -log p, less log `vocab`."""
+        no_state = torch.zeros(*batch.tokens.shape, 1, device=batch.tokens.device)
+        return cls(lambda hidden: hidden.new_zeros(len(hidden), vocab), no_state, forward=True)
+
 
 def score_batch(
     trunk: Trunk,

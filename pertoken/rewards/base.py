@@ -157,6 +157,20 @@ class Stateful(Protocol):
 
 
 @runtime_checkable
+class Spends(Protocol):
+    """A reward that keeps count of what it costs, money above all. What it says does not depend on that count, so it
+    may be asked again, and still a resumed run counts on."""
+
+    def get_spent(self) -> Any:
+        """The count so far, as JSON has it."""
+        ...
+
+    def set_spent(self, spent: Any) -> None:
+        """Count on from there."""
+        ...
+
+
+@runtime_checkable
 class Learns(Protocol):
     """A reward that is trained beside the policy, on the samples that it has just paid."""
 

@@ -32,6 +32,7 @@ from pertoken.rewards.base import (
     SampleReward,
     Scene,
     ScoredSpan,
+    Spends,
     Stateful,
     WarmsUp,
     in_rows,
@@ -55,7 +56,9 @@ class _About:
     of_episodes: bool
     explains: bool
     remembers: bool
+    spends: bool
     state: Any
+    """What it remembers, or else has spent."""
     measures: bool
 
 
@@ -133,9 +136,11 @@ class Isolated:
         self._tokenizer: tuple[Any, bytes] | None = None
         self._figures: Mapping[str, float] = {}
         self._failed: Sequence[Sample] = ()
-        # Whether it has these is asked of the object (`Stateful`, `Measured`), and only its process knows.
+        # Whether it has these is asked of the object (`Stateful`, `Spends`, `Measured`), and only its process knows.
         if self._about.remembers:
             self.get_state, self.set_state = self._get_state, self._set_state
+        elif self._about.spends:
+            self.get_spent, self.set_spent = self._get_state, self._set_state
         if self._about.measures:
             self.figures = self._get_figures
 
@@ -231,7 +236,7 @@ class Isolated:
         return said
 
     def _take_over(self, answer: _Answer) -> None:
-        if self._about.remembers:
+        if self._about.remembers or self._about.spends:
             self._set(answer.state)
         if answer.figures is not None:
             self._figures = answer.figures
@@ -257,7 +262,7 @@ class Isolated:
     def _set_state(self, state: Any) -> None:
         answer = self._ask([_NewState(state)])[0]
         if isinstance(answer, Fault):
-            raise RewardError(f"{self.name}, set_state: {answer.message}")
+            raise RewardError(f"{self.name}, what it remembers or has spent: {answer.message}")
 
     def _get_figures(self) -> Mapping[str, float]:
         return self._figures
@@ -296,10 +301,18 @@ def serve(argument: tuple[str, dict[str, Any], str, tuple[Any] | None]) -> tuple
     name, parameters, place, known = argument
     reward: Any = make(name, parameters, place)
     remembers, measures = isinstance(reward, Stateful), isinstance(reward, Measured)
+    spends = isinstance(reward, Spends) and not remembers
     if isinstance(reward, WarmsUp):
         reward.warm_up()
+
+    def state() -> Any:
+        return reward.get_state() if remembers else reward.get_spent() if spends else None
+
+    def go_on(state: Any) -> None:
+        (reward.set_state if remembers else reward.set_spent)(state)
+
     if known is not None:
-        reward.set_state(known[0])
+        go_on(known[0])
     manner: Manner = "scene"
     if getattr(reward, "apart", False):
         manner = "in order" if remembers or measures else "samples"
@@ -309,14 +322,15 @@ def serve(argument: tuple[str, dict[str, Any], str, tuple[Any] | None]) -> tuple
         of_episodes=bool(getattr(reward, "of_episodes", False)),
         explains=_explains(reward),
         remembers=remembers,
-        state=reward.get_state() if remembers else None,
+        spends=spends,
+        state=state(),
         measures=measures,
     )
 
     def answer(job: _Job | _NewState) -> _Answer:
         said: Any = None
         if isinstance(job, _NewState):
-            reward.set_state(job.state)
+            go_on(job.state)
         else:
             _draw_from(job.seed)
             if isinstance(job.what, Scene):
@@ -326,8 +340,7 @@ def serve(argument: tuple[str, dict[str, Any], str, tuple[Any] | None]) -> tuple
                 said = list(reward.findings(job.what))
             else:
                 said = reward.say(job.what, job.start)
-        state = reward.get_state() if remembers else None
-        return _Answer(said, state, dict(reward.figures()) if measures else None)
+        return _Answer(said, state(), dict(reward.figures()) if measures else None)
 
     return about, answer
 

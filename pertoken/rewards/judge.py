@@ -10,7 +10,7 @@ import math
 import os
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,7 +78,7 @@ class Judge(SampleReward):
     prices: Sequence[float] = (0.0, 0.0)
     """Money per million tokens read and written, for the figure `judge_spent`."""
     budget: float | None = None
-    """Money after which no request is begun and the run ends, saved."""
+    """Money after which no request is begun and the run ends, saved; what was spent before a resume counts."""
     remember: bool = True
     """Keep answers in a file of the cache folder, and never ask the same twice."""
 
@@ -125,6 +125,14 @@ class Judge(SampleReward):
         """Of this run: money spent, requests made, and the share of samples whose answer was known already."""
         return self._desk.figures()
 
+    def get_spent(self) -> dict[str, float]:
+        """Money spent and requests made in this run."""
+        return {"money": self._desk.spent, "requests": self._desk.asked}
+
+    def set_spent(self, spent: Mapping[str, float]) -> None:
+        """Count on from there: the budget is for the whole run, however often it is resumed."""
+        self._desk.spent, self._desk.asked = float(spent["money"]), int(spent["requests"])
+
     def _verdict(self, sample: Sample) -> dict[str, Any] | None:
         """Checked: a score and findings; None if the judge twice said something else."""
         return self._desk.ask(self._messages(sample))
@@ -159,7 +167,7 @@ class _Desk:
     def __init__(self, judge: Judge) -> None:
         self._judge, self._lock = judge, threading.Lock()
         self._known: dict[str, dict[str, Any] | None] = {}
-        self._spent, self._asked, self._seen, self._recalled = 0.0, 0, 0, 0
+        self.spent, self.asked, self._seen, self._recalled = 0.0, 0, 0, 0
         self._file: sqlite3.Connection | None = None
         if judge.remember:
             place = cache_folder() / "judge.sqlite"
@@ -183,8 +191,8 @@ class _Desk:
 
     def figures(self) -> dict[str, float]:
         return {
-            "judge_spent": self._spent,
-            "judge_requests": float(self._asked),
+            "judge_spent": self.spent,
+            "judge_requests": float(self.asked),
             "judge_known_share": self._recalled / self._seen if self._seen else 0.0,
         }
 
@@ -212,9 +220,9 @@ class _Desk:
 
     def _request(self, messages: list[dict[str, str]]) -> str:
         judge = self._judge
-        if judge.budget is not None and self._spent >= judge.budget:
+        if judge.budget is not None and self.spent >= judge.budget:
             raise RewardError(
-                f"the judge has spent {self._spent:.4f}, its budget is {judge.budget:g}; raise judge.budget"
+                f"the judge has spent {self.spent:.4f}, its budget is {judge.budget:g}; raise judge.budget"
             )
         from openai import OpenAIError
 
@@ -227,10 +235,10 @@ class _Desk:
                 f"the end point up, the model {judge.model!r} known, and the key in ${judge.key}?"
             ) from error
         with self._lock:
-            self._asked += 1
+            self.asked += 1
             if answer.usage is not None:
                 read, written = judge.prices
-                self._spent += (read * answer.usage.prompt_tokens + written * answer.usage.completion_tokens) / MILLION
+                self.spent += (read * answer.usage.prompt_tokens + written * answer.usage.completion_tokens) / MILLION
         return str(text)
 
     @staticmethod

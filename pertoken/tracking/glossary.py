@@ -76,7 +76,9 @@ METRICS: dict[str, Term] = {
     "prime/accuracy": Term(
         "Answers that it told right; one that it does not know counts half.", "share of e, 0 to 1", better="higher"
     ),
-    "kl/reference": Term("How far the policy is from the reference model.", "mean over a, nats per token"),
+    "kl/reference": Term(
+        "How far the policy that wrote the samples is from the reference model.", "mean over a, nats per token"
+    ),
     "kl/sequence": Term("The same distance for whole completions.", "mean over e of Σ KL, nats"),
     "kl/coefficient": Term("Weight of the KL penalty in this step.", "per nat"),
     "entropy": Term("How undecided the policy is.", "mean over a of −Σ p log p, nats"),

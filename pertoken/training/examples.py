@@ -80,7 +80,7 @@ class Examples:
         limit = min(max_tokens or self.context_length, self.context_length)
         found = list[Item]()
         for item in items:
-            longest = max(self._length(row) for row in self.episodes([item])[0])
+            longest = self.longest(item)
             if longest <= limit:
                 found.append(item)
             elif max_tokens is None:
@@ -92,6 +92,10 @@ class Examples:
             raise TaskError(f"no item has rows of at most {limit} tokens; raise method.max_tokens")
         left_out = len(items) - len(found)
         return found, [f"left out {left_out} of {len(items)} items: over {limit} tokens"] if left_out else []
+
+    def longest(self, item: Item) -> int:
+        """Tokens of its longest row, of what the context holds at once."""
+        return max(self._length(row) for row in self.episodes([item])[0])
 
     def _length(self, row: Episode) -> int:
         """Of what the context holds at once: all of it, or the longer of prompt and answer."""

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +21,7 @@ from pertoken.machine.memory import Heap
 from pertoken.objectives import aggregate
 from pertoken.observe import StepReport, episode_records
 from pertoken.policy.model import Policy, Reference
+from pertoken.policy.scoring import Against
 from pertoken.preferences import (
     bradley_terry,
     ipo_loss,
@@ -179,13 +181,27 @@ def scores(
     return method.beta * log_ratios(new.logprobs, ref.logprobs, mask)
 
 
+def compared_with(run: Run, part: Rows) -> Against | None:
+    """What the loss of the run's method compares the policy with over the whole vocabulary, at each token of `part`."""
+    method = _method(run)
+    if isinstance(method, Tdpo) and part.ref is not None:
+        return _reference(run).against(part.ref, forward=True)
+    if isinstance(method, Sft) and method.label_smoothing:
+        return Against.uniform(part.batch, run.policy.num_logits)
+    return None
+
+
 def part_loss(
-    method: OfflineConfig, new: PolicyOutput, part: Rows, whole: Rows
+    method: OfflineConfig, new: PolicyOutput, part: Rows, whole: Rows, *, vocab: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B T"] | None]:
-    """The part's share of the loss of the `whole` step, and the scores of its tokens; SFT has none."""
+    """The part's share of the loss of the `whole` step, and the scores of its tokens; SFT has none.
+
+    new: of a pass of `part` against what `compared_with` names. vocab: tokens that the policy's head knows.
+    """
     good, learnt = part.desirable, part.batch.action_mask & part.desirable[:, None]
-    losses = negative_log_likelihood(new.logprobs, learnt)
     if isinstance(method, Sft):
+        means = None if new.kl is None else -new.kl - math.log(vocab)  # KL from the uniform distribution
+        losses = negative_log_likelihood(new.logprobs, learnt, means, label_smoothing=method.label_smoothing)
         count = whole.num_learnt if method.over == "token" else len(whole.episodes)
         return aggregate(losses, learnt, over=method.over, denominator=count), None
     paid = scores(method, new, part.ref, part.batch, good)
@@ -199,6 +215,7 @@ def part_loss(
         return each.sum() / len(whole.episodes), paid
     loss = _pair_losses(method, sums[good], sums[~good]).sum() / int(whole.desirable.sum())
     if method.sft_coefficient:
+        losses = negative_log_likelihood(new.logprobs, learnt)
         likelihood = aggregate(losses, learnt, over="token", denominator=whole.num_learnt)
         loss = loss + method.sft_coefficient * likelihood
     return loss, paid
@@ -225,11 +242,8 @@ def update(run: Run, rows: Rows, step: int) -> tuple[dict[str, float], dict[str,
         total, bad = 0.0, ""
         for index in rows.parts(tokens):
             part = rows.part(index)
-            against = None
-            if isinstance(method, Tdpo) and part.ref is not None:
-                against = _reference(run).against(part.ref, forward=True)
-            new = run.policy.score(part.batch, grad=True, into_grad=True, against=against)
-            loss, scored = part_loss(method, new, part, rows)
+            new = run.policy.score(part.batch, grad=True, into_grad=True, against=compared_with(run, part))
+            loss, scored = part_loss(method, new, part, rows, vocab=run.policy.num_logits)
             logprobs[index] = new.logprobs.detach().float()
             if scored is not None:
                 paid[index] = scored.detach().float()
@@ -317,22 +331,46 @@ class HeldOutAnswers:
             return ("answer_logprob", "preference_margin", "preference_accuracy")
         return ("answer_logprob",) if self.examples.kind == "answers" else ("preference_score",)
 
-    def __call__(self, policy: Policy, reference: Reference | None) -> dict[str, list[float]]:
-        """Each metric for each item. `reference` is what implicit rewards compare with."""
-        episodes, good = self.examples.episodes(self.items)
+    @cached_property
+    def fits(self) -> list[bool]:
+        """Of each item, whether the context holds its prompt and answers together."""
+        return [self.examples.longest(item) <= self.context_length for item in self.items]
+
+    @property
+    def context_length(self) -> int:
+        return self.examples.context_length
+
+    def __call__(self, policy: Policy, reference: Reference | None) -> dict[str, list[float | None]]:
+        """Each metric for each item, None for one that the context cannot hold with its answer.
+
+        reference: what implicit rewards compare with.
+        """
+        fitting = [item for item, fits in zip(self.items, self.fits, strict=True) if fits]
+        if not fitting:
+            return {name: [None] * len(self.items) for name in self.names}
+        found = dict[str, list[float | None]]()
+        for name, values in self._measure(fitting, policy, reference).items():
+            known = iter(values.tolist())
+            found[name] = [next(known) if fits else None for fits in self.fits]
+        return found
+
+    def _measure(
+        self, items: Sequence[Item], policy: Policy, reference: Reference | None
+    ) -> dict[str, Float[Tensor, " N"]]:
+        episodes, good = self.examples.episodes(items)
         batch = to_batch(episodes, Controls(), device=str(policy.device))
         desirable = torch.tensor(good, device=batch.tokens.device)
         new = policy.score(batch)
         ref = reference.score(batch) if reference is not None and needs_reference(self.method) else None
         means = new.logprobs.sum(1) / batch.action_mask.sum(1)
         if isinstance(self.method, Sft):
-            return {"answer_logprob": means.tolist()}
+            return {"answer_logprob": means}
         sums = scores(self.method, new, ref, batch, desirable).sum(1)
         if self.examples.kind == "labels":
-            return {"preference_score": torch.where(desirable, sums, -sums).tolist()}
+            return {"preference_score": torch.where(desirable, sums, -sums)}
         margin = sums[desirable] - sums[~desirable]
         return {
-            "answer_logprob": means[desirable].tolist(),
-            "preference_margin": margin.tolist(),
-            "preference_accuracy": _right(margin).tolist(),
+            "answer_logprob": means[desirable],
+            "preference_margin": margin,
+            "preference_accuracy": _right(margin),
         }

@@ -18,7 +18,7 @@ from pertoken.machine.portions import Portion, set_states, states
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import RandomStates, moved
 from pertoken.policy.model import Policy, Reference
-from pertoken.rewards import Learns, Multiplier, Stateful, Weighted
+from pertoken.rewards import Learns, Multiplier, Spends, Stateful, Weighted
 from pertoken.rollout.collect import Draws, stem_from
 from pertoken.rollout.engine import NativeEngine, RolloutEngine
 from pertoken.sampling import Controls
@@ -170,6 +170,17 @@ class Run:
             "portions": states(self.portions()),
         }
 
+    def spending(self) -> dict[str, Spends]:
+        """Rewards that keep count of what they cost, wherever they are asked, by name."""
+        named: dict[str, Any] = {part.name: part.reward for part in (*self.rewards, *self.beside)}
+        if self.evaluator is not None:
+            named |= {f"evaluation/{part.name}": part.reward for part in self.evaluator.beside}
+        return {name: reward for name, reward in named.items() if isinstance(reward, Spends)}
+
+    def spent(self) -> dict[str, Any]:
+        """What these have spent until now, as JSON."""
+        return {name: reward.get_spent() for name, reward in self.spending().items()}
+
     def moment(self) -> tuple[dict[str, Any], RandomStates]:
         """All that a checkpoint of now holds beside tensors."""
         return self.state_dict(), RandomStates.of_now()
@@ -199,6 +210,7 @@ class Run:
             self.notes.append("kl: the checkpoint is from a run with another controller; its coefficient starts anew")
         for part in (*self.rewards, *self.beside):
             self.notes += _go_on(part, state)
+        self._count_on(state.get("spent", {}))
         anew = sorted({name.partition("/")[0] for name in state.get("anew", [])})
         if self.average is not None and "average" in anew:
             self.average = Average(self.policy.trainable(), self.average.decay)
@@ -221,6 +233,13 @@ class Run:
                 self.ahead = ahead
             else:
                 self.notes.append("rollout: prompts or sampling are others now; what was drawn ahead is drawn anew")
+
+    def _count_on(self, spent: Mapping[str, Any]) -> None:
+        for name, reward in self.spending().items():
+            if name in spent:
+                reward.set_spent(spent[name])
+            else:
+                self.notes.append(f"rewards: the checkpoint does not say what {name!r} has spent; it counts anew")
 
     def _replay_state(self, replay: Buffer) -> dict[str, Any]:
         return {"groups": replay.state(), "controls": str(self.controls)}

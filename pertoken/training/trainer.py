@@ -302,10 +302,12 @@ def record(run: Run, log: RunLog, report: StepReport, scene: Scene) -> None:
 def checkpoint(run: Run, log: RunLog) -> Path:
     """Save all that is needed to go on from here; older checkpoints that `checkpoint` does not keep are removed.
 
-    A step whose update has not begun is forgotten: what goes on makes it again.
+    A step whose update has not begun is forgotten: what goes on makes it again. What rewards have spent on it stays
+    spent.
     """
     now, config, metric = run.progress, run.config.checkpoint, run.config.evaluation.metric
     state, drawn = run.before_step or run.moment()
+    state = state | {"spent": run.spent()}
     return CheckpointStore(log.folder / "checkpoints").save(
         now.step,
         lambda folder: save_state(folder, run.policy, run.optimizer, state, run.tensors(), drawn),

@@ -103,6 +103,8 @@ def _update(
     metrics |= gradients.figures() if gradients else {}
     metrics |= {"groups/redrawn": float(run.redrawn)} if run.config.rollout.redraws else {}
     metrics |= {"loss/value": sums["loss/value"] / max(steps, 1)} if run.policy.value_head is not None else {}
+    if ref is not None:  # of the policy that wrote the samples, whatever the update has made of it since
+        streams["kl"] = kl_per_token(first, ref.logprobs, batch.action_mask, estimator="k1")
     return Updated(metrics, streams)
 
 

@@ -9,7 +9,9 @@ from importlib.util import find_spec
 import pytest
 
 from pertoken.errors import ConfigError, RewardError
+from pertoken.jobs import run
 from pertoken.rewards import Judge, Weighted, judge, score
+from tests.test_trainer import data, settings  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not find_spec("openai"), reason="needs the extra judge")
 
@@ -169,6 +171,32 @@ def test_a_budget_ends_the_run(service, make_episode, make_scene):
     with pytest.raises(RewardError, match=r"has spent 2000\.0000, its budget is 1500"):
         reward(make_scene(*(make_episode(f"text {k}", id=str(k)) for k in range(4))))
     assert len(service.asked) == 2
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_resumed_run_goes_on_with_what_was_left(service, model_folder, data, tmp_path, processes):  # noqa: F811
+    """8 requests a step of 1 each, budget 20: the third step ends the run, resumed or not, and what it cost is kept."""
+    entry = {
+        "name": "judge", "url": service.judge().url, "model": "test", "rubric": "Be brief.", "retries": 0,
+        "prices": [1e3, 0.0], "parallel": 1, "budget": 20.0, "remember": False, "processes": processes,
+    }  # fmt: skip
+    config = settings(
+        model_folder, data, tmp_path, rewards=[entry], stop__steps=5, evaluation__items=0,
+        rollout={"prompts_per_step": 2, "samples_per_prompt": 4, "sampling": {"max_new_tokens": 8}},
+    )  # fmt: skip
+    steps = []
+    run.train(config, on_step=lambda report, _: steps.append(report), interrupted=lambda: len(steps) == 1)
+    first = len(service.asked)
+    assert steps[0].metrics["judge_spent/judge"] == first
+    assert first <= 8
+    with pytest.raises(RewardError, match="its budget is 20"):
+        run.train(config, resume=config.run_folder, on_step=lambda report, _: steps.append(report))
+    assert steps[1].metrics["judge_spent/judge"] > first
+    assert len(service.asked) == 20
+    if not processes:  # a process that fails tells no count
+        with pytest.raises(RewardError, match=r"has spent 20\.0000"):
+            run.train(config, resume=config.run_folder)
+        assert len(service.asked) == 20
 
 
 def test_neither_order_nor_size_of_the_batch_matters(service, make_episode, make_scene):
