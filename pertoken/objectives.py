@@ -406,7 +406,7 @@ def policy_loss(
 
     `level`: ignored by `policy_gradient` and `dppo`; the clips by the former. `importance_cap` None: no mismatch
     weight (it never touches the KL term). `aux`, all detached: `ratio` and `clipped` (1 where a clip changed the
-    gradient), with a cap `importance_weight`.
+    gradient), with a reference `kl` (k1: its sum over a row is the sequence's), with a cap `importance_weight`.
 
     >>> score = PolicyOutput(logprobs=torch.tensor([[0.0, -0.7]]), entropy=torch.zeros(1, 2))
     >>> no, yes, one = torch.tensor([[False, False]]), torch.tensor([[True, True]]), torch.tensor([1])
@@ -437,12 +437,14 @@ def policy_loss(
             high=importance_cap, low=importance_floor, level=importance_level, outside=importance_outside,
         )  # fmt: skip
         loss, aux["importance_weight"] = loss * weights, weights
-    if ref is not None and kl_coefficient:
-        if kl_estimator == "exact":
-            penalty = exact_kl(new, mask)
-        else:
-            penalty = kl_loss(new.logprobs, old.logprobs, ref.logprobs, mask, estimator=kl_estimator)
-        loss = loss + kl_coefficient * penalty
+    if ref is not None:
+        aux["kl"] = kl_per_token(new.logprobs, ref.logprobs, mask, estimator="k1").detach()
+        if kl_coefficient:
+            if kl_estimator == "exact":
+                penalty = exact_kl(new, mask)
+            else:
+                penalty = kl_loss(new.logprobs, old.logprobs, ref.logprobs, mask, estimator=kl_estimator)
+            loss = loss + kl_coefficient * penalty
     if entropy_coefficient:
         loss = loss + entropy_coefficient * entropy_bonus(new.entropy, mask)
     return TokenLoss(loss, aux)

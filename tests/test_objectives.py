@@ -184,8 +184,9 @@ def test_policy_loss_is_the_sum_of_its_parts() -> None:
     weight = (c.old.logprobs - c.batch.sample_logprobs).exp().clamp_max(1.2)
     kl = objectives.kl_per_token(c.x, c.ref.logprobs, c.mask, estimator="k3")
     equal(loss.per_token, torch.where(c.mask, surrogate * weight + 0.5 * kl - 0.3 * c.entropy, 0.0).detach())
-    assert set(loss.aux) == {"ratio", "clipped", "importance_weight"}
+    assert set(loss.aux) == {"ratio", "clipped", "kl", "importance_weight"}
     equal(loss.aux["importance_weight"], torch.where(c.mask, weight, 0.0))
+    equal(loss.aux["kl"], torch.where(c.mask, c.x.detach() - c.ref.logprobs, 0.0))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
