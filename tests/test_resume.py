@@ -83,12 +83,15 @@ def finished(config):
 
 BY_SEGMENTS = {"max_new_tokens": 6, "top_p": 0.95, "segment": {"tokens": 2, "context": 3}}
 CREDITS = {
-    "leave_one_out_process": {"credit": {"type": "leave_one_out_process"}},
-    "per_part": {"credit": {"type": "per_part", "parts": {"moody": {"gamma": 0.9, "by": "episode"}}}},
-    "leave_one_out": {"credit": {"type": "leave_one_out"}, "objective": {"entropy_coefficient": 0.01}},
-    "group_relative": {"credit": {"type": "group_relative"}, "update": {"epochs": 1, "minibatches": 1}},
-    "group_process": {"credit": {"type": "group_process"}, "kl": {"place": "loss"}},
-    "reward_to_go": {"credit": {"type": "reward_to_go"}, "objective": {"level": "sequence"}},
+    "per_part": {
+        "credit": {"type": "per_part", "parts": {"moody": {"gamma": 0.9, "by": "episode"}}},
+        "update": {"epochs": 1, "minibatches": 1},
+    },
+    "group_process": {
+        "credit": {"type": "group_process"},
+        "kl": {"place": "loss"},
+        "objective": {"level": "sequence", "entropy_coefficient": 0.01},
+    },
     "gae": {"credit": {"type": "gae"}, "policy": {"value_head": {}}},
     "lora and dropout": {"credit": {"type": "leave_one_out"}, "policy": {"lora": {"rank": 2}, "dropout": True}},
     "drawn ahead": {"credit": {"type": "leave_one_out"}, "rollout": {"ahead": True}},
