@@ -36,6 +36,10 @@ mutants: $(VENV)/.test                  ## change the token maths one detail at 
 	$(PIP) "mutmut>=3.8"
 	$(BIN)/python benchmarks/mutants.py
 
+versions: $(VENV)/.test                 ## tests with the lowest and the highest versions of the dependencies
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/versions.py lowest
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/versions.py highest
+
 audit: $(VENV)/.test                    ## are there known faults in what is installed?
 	$(PIP) "pip-audit>=2.9,<3"
 	$(BIN)/pip-audit --local --skip-editable

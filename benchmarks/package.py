@@ -104,7 +104,7 @@ def main() -> None:
         place = Path(name)
         source = place / "source"
         call("git", "clone", "-q", ROOT, source)  # what is committed, and nothing that lies about
-        call(sys.executable, "-m", "build", *isolation, "--outdir", place / "dist", source)
+        call(sys.executable, "-m", "build", *isolation, "--outdir", place / "dist", source, cwd=place)
         for built in sorted((place / "dist").iterdir()):
             files = packed(built)
             missing = sorted(expected() - files)
