@@ -23,6 +23,7 @@ from pertoken.text_metrics import (
     ITEM_METRICS,
     bootstrap_mean,
     corpus_metrics,
+    distinct_shares,
     first_sentence,
     item_metrics,
 )
@@ -41,7 +42,8 @@ class Evaluation:
     """One evaluation: figures over all items, and a row for each."""
 
     summary: dict[str, Any]
-    """`metrics` by name, `main`, `intervals` (95%, bootstrap over items), `baselines`, `differences`."""
+    """`metrics` by name, `main`, `intervals` (95%, bootstrap over items), `baselines`, `differences`; `shares`: what
+    each item makes of metrics of all items, for intervals of their differences."""
     rows: list[dict[str, Any]]
     """Item by item: id, prompt, answer, output, metrics, and its tokens with their streams."""
 
@@ -49,7 +51,9 @@ class Evaluation:
         """The row that `evaluations.jsonl` keeps of it: the summary, and each per-item metric as one column."""
         names = dict.fromkeys(name for row in self.rows for name in row["metrics"])
         items = {name: [row["metrics"].get(name) for row in self.rows] for name in names}
-        return {"step": step, "split": split, **self.summary, "items": {"id": [row["id"] for row in self.rows]} | items}
+        summary = {**self.summary}
+        items |= summary.pop("shares", {})
+        return {"step": step, "split": split, **summary, "items": {"id": [row["id"] for row in self.rows]} | items}
 
 
 @runtime_checkable
@@ -172,7 +176,8 @@ class Evaluator:
         measured = self._each(outputs, self._asked)
         summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in measured.items()}}
         summary["metrics"] |= self._of_all(outputs, self._references)
-        summary["intervals"] = {name: _interval(values) for name, values in measured.items()}
+        summary["shares"] = {f"distinct_{n}": distinct_shares(outputs, n) for n in (1, 2)}
+        summary["intervals"] = {name: _interval(v) for name, v in (measured | summary["shares"]).items()}
         summary["baselines"] = {name: dict(figures) for name, figures in self._baselines.items()}
         return {**measured}, summary
 

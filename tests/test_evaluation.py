@@ -63,6 +63,16 @@ def test_metrics_are_those_of_the_texts(result):
     assert evaluation.summary["main"] == "rouge_l"
 
 
+def test_a_metric_of_all_texts_has_an_interval_by_what_each_makes_of_it(result):
+    _, _, evaluation = result
+    for name in ("distinct_1", "distinct_2"):
+        shares = evaluation.logged(0, "test")["items"][name]
+        assert sum(shares) / 2 == pytest.approx(evaluation.summary["metrics"][name])
+        low, high = evaluation.summary["intervals"][name]
+        assert low <= evaluation.summary["metrics"][name] <= high
+        assert all(name not in row["metrics"] for row in evaluation.rows)
+
+
 def test_trap_36_how_training_samples_and_measures_is_not_how_held_out_texts_are(
     model_folder,
     data,  # noqa: F811

@@ -22,6 +22,7 @@ from pertoken.text_metrics import (
     coverage,
     density,
     distinct,
+    distinct_shares,
     first_sentence,
     fragments,
     item_metrics,
@@ -115,6 +116,18 @@ def test_distinct_pools_all_texts():
     assert distinct(["a b a", "a b"], 1) == 2 / 5
     assert distinct(["a b a", "a b"], 2) == 2 / 3  # ab, ba, ab: no pair reaches over two texts
     assert distinct([], 1) == 0
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_shares_of_distinct_are_what_leaving_out_a_text_changes(n):
+    texts = ["the cat sat on the mat", "the dog sat", "", "a dog and a cat and a dog", "on the mat"]
+    whole, shares = distinct(texts, n), distinct_shares(texts, n)
+    without = [distinct(texts[:k] + texts[k + 1 :], n) for k in range(5)]
+    assert sum(shares) / 5 == pytest.approx(whole)
+    for share, one in zip(shares, without, strict=True):
+        assert share - whole == pytest.approx(4 * (sum(without) / 5 - one))
+    assert distinct_shares(["alone"], n) == [distinct(["alone"], n)]
+    assert distinct_shares([], n) == []
 
 
 def test_words_of_languages_without_spaces_are_counted():

@@ -172,7 +172,8 @@ class RunLog:
 
         `summary` needs `metrics` (name -> number) and may have `main` (name of the metric that the verdict is
         about), `intervals` (name -> [low, high]), `baselines` (baseline -> name -> number) and `differences` (name ->
-        [difference to the first evaluation, low, high]; for metrics that are no mean over items).
+        [difference to the first evaluation, low, high]; for metrics that are no mean over items), or `shares` (name ->
+        what each of `rows` makes of such a metric, whose mean it is then).
         Each of `rows` has `id`, `prompt`, `answer`, `output`, `metrics`, and `tokens` and `streams` as an episode
         has them if each token is to be shown.
         """
@@ -189,6 +190,8 @@ class RunLog:
         items = {"id": [row["id"] for row in rows]} | {
             name: [row["metrics"].get(name) for row in rows] for name in names
         }
+        summary = {**summary}
+        items |= summary.pop("shares", {})
         row = {"step": step, "split": split, **summary, "items": items}
         append_row(self.folder / "evaluations.jsonl", row, what)
         self._evaluated.add((step, split))

@@ -79,6 +79,16 @@ def test_everything_written_is_read_back(tmp_path):
     assert [row["output"] for row in reader.evaluation_items(2, "validation")] == ["y", "z"]
 
 
+def test_what_items_make_of_a_metric_of_all_of_them_stands_with_their_own_metrics(tmp_path):
+    log = new_run(tmp_path / "run")
+    summary = {"metrics": {"distinct_2": 0.5}, "shares": {"distinct_2": [0.4, 0.6]}}
+    rows = [{"id": k, "prompt": "", "answer": "", "output": "", "metrics": {"words": 1}} for k in "ab"]
+    log.evaluation(0, "validation", summary, rows)
+    (row,) = RunReader(tmp_path / "run").evaluations()
+    assert row["items"] == {"id": ["a", "b"], "words": [1, 1], "distinct_2": [0.4, 0.6]}
+    assert "shares" not in row
+
+
 def test_an_episode_record_aligns_every_stream_with_the_tokens():
     assert A_RECORD["prompt"] == "user: Say hé."
     assert A_RECORD["completion"] == "hé<eos>"
