@@ -13,6 +13,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pertoken.errors import ConfigError, closest
 
 
+class _Dumper(yaml.SafeDumper):
+    """Escapes what YAML would take for the end of a line, so that it is read back as what it was."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _quoted)
+
+
 class Section(BaseModel):
     """A part of the configuration: frozen, unknown keys refused, fields documented by the text under them."""
 
@@ -20,7 +32,7 @@ class Section(BaseModel):
 
     def to_yaml(self) -> str:
         """This configuration as YAML, all defaults written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return str(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10))}
@@ -199,10 +211,12 @@ def _index(target: list[Any], name: str, key: str) -> int:
 
 def _in_words(error: Any, kind: type[BaseModel]) -> str:
     """One pydantic error as `where: what, hint`."""
-    location = [part for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
+    unknown = error["type"] == "extra_forbidden"  # its last part is what somebody wrote, whatever that looks like
+    known_parts, last = (error["loc"][:-1], error["loc"][-1:]) if unknown else (error["loc"], ())
+    location = [*(part for part in known_parts if not (isinstance(part, str) and "[" in part)), *last]
     section, path = _walk(location, kind)
     where = ".".join(path) or "config"
-    if error["type"] == "extra_forbidden":
+    if unknown:
         known = section.model_fields if section is not None else {}
         parent = ".".join(path[:-1])
         return f"{where}: unknown key{f' in {parent}' if parent else ''}; {closest(path[-1], known)}"

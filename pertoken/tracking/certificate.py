@@ -113,7 +113,15 @@ def read_certificate(folder: Path) -> Certificate | None:
                 "pertoken"
             )
         del content["passed"], content["verdict"]
-        return TypeAdapter(Certificate).validate_python(content)
+        certificate = TypeAdapter(Certificate).validate_python(content)
+        for told, name in (
+            (certificate.machine, "device"),
+            (certificate.machine, "precision"),
+            (certificate.model, "name"),
+        ):
+            if name not in told:
+                raise ValueError(f"it does not say the {name}")
+        return certificate
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise RunFolderError(
             f"{folder / CERTIFICATE} is damaged ({error}): remove it, and run pertoken doctor again"
