@@ -318,11 +318,11 @@ def test_learning_from_answers_is_cut_too(config, tmp_path, monkeypatch):
     whole = offline.part_loss
     calls = []
 
-    def limited(method, new, part, rows):
+    def limited(method, new, part, rows, *, vocab):
         calls.append(int(part.batch.attention_mask.sum()))
         if calls[-1] > 40:
             raise CPU
-        return whole(method, new, part, rows)
+        return whole(method, new, part, rows, vocab=vocab)
 
     monkeypatch.setattr(offline, "part_loss", limited)
     run.train(large)

@@ -129,7 +129,7 @@ def test_weights_on_their_way_and_running_statistics_go_on(place, tmp_path):
     ]
 
     def config(folder):
-        values = configuration(place, folder, **CREDITS["leave_one_out_process"]).model_dump()
+        values = configuration(place, folder, credit={"type": "leave_one_out_process"}).model_dump()
         return RunConfig.model_validate(values | {"rewards": parts})
 
     whole = finished(config(tmp_path / "whole"))
