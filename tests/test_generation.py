@@ -127,7 +127,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(speaker, model_folder, tmp_
     common = [f"policy.model={model_folder}", "policy.precision=float32", "policy.compile=false", REWARDS,
               "--max-new-tokens", 6, "--prompts", "rows.jsonl"]  # fmt: skip
     code, out, err = pertoken("generate", "Please {q}", *common, "--n", 2, "--to", "out.jsonl")
-    assert (code, out) == (0, "")
+    assert (code, out) == (0, "10 answers to 5 prompts: out.jsonl\n")
     assert "rows.jsonl:6" in err
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(row["id"], row["sample"]) for row in found] == [(f"test-{k}", n) for k in range(1, 6) for n in (0, 1)]

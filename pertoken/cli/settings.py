@@ -61,6 +61,8 @@ def data(
     for pair in found.alike[:shown]:
         where = f"{pair.first.id} ({pair.splits[0]}) and {pair.second.id} ({pair.splits[1]})"
         out.print(f"{pair.similarity:.0%} alike{' (a leak)' if pair.leaks else ''}: {where}", markup=False)
+    if len(found.alike) > shown:
+        out.print(f"... and {len(found.alike) - shown:,} more: --shown {len(found.alike)} shows all", markup=False)
     out.print(f"{len(found.alike)} pairs alike, {found.leaks} of them across train and what is held out")
     if found.leaks:
         raise typer.Exit(1)

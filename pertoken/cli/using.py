@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
@@ -160,33 +161,46 @@ def _answer(
     show_all: bool,
 ) -> None:
     """Several samples or the best of them, for one prompt or for a file of them; onto the screen or into a file."""
-    from pertoken.display import harmless
     from pertoken.jobs.generation import Generator, generate_all, read_prompts
     from pertoken.tracking.files import append_row, encode
 
     if to is not None and to.exists():
         raise RunFolderError(f"--to {to}: there is such a file already; name a new one")
+    note = Console(stderr=True, highlight=False, soft_wrap=True)
     generator = Generator(speaker, *way)
     shown = way[1] if way[0] == "sample" or show_all else 1
     if prompts is None:
-        found: Any = generator([speaker.item(text, answer)], [text], seed=seed)
+        items: Any = [speaker.item(text, answer)]
+        found: Any = generator(items, [text], seed=seed)
     else:
         items, bad = read_prompts(prompts, text, answer=answer, chat=speaker.chats)
         for row in bad:
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"skipped {row}", markup=False)
+            note.print(f"skipped {row}", markup=False)
         found = generate_all(generator, items, at_once=speaker.config.rollout.max_rows, seed=seed)
-    for each in found:
-        for row in each.rows(shown) if to is not None or prompts is not None else ():
-            if to is None:
-                out.print(encode(row).decode().rstrip("\n"), markup=False)
-            else:
+    if to is not None:
+        count = 0
+        for each in track(found, "answering", total=len(items), console=note, disable=not note.is_terminal):
+            for row in each.rows(shown):
                 append_row(to, row, "an answer")
-        if to is not None or prompts is not None:
+                count += 1
+        out.print(f"{count} answers to {len(items)} prompts: {to}", markup=False)
+        return
+    for each in found:
+        if prompts is None:
+            _show(each, shown, name=way[0])
             continue
-        for place, said in enumerate(each.said[:shown]):
-            if shown > 1:
-                out.print(Text(f"{way[0]} {place + 1}", "dim"))
-            out.print(coloured(said.pieces, said.rewards) if said.rewards else Text(harmless(said.text)))
-        if each.said[0].reward is not None:
-            scores = "  ".join(f"{said.reward:.4g}" for said in each.said)
-            out.print(Text(f"rewards, best first: {scores}", "dim"))
+        for row in each.rows(shown):
+            out.print(encode(row).decode().rstrip("\n"), markup=False)
+
+
+def _show(answers: Any, count: int, *, name: str) -> None:
+    """The first `count` of the answers to a prompt, coloured by their rewards if they have some."""
+    from pertoken.display import harmless
+
+    for place, said in enumerate(answers.said[:count]):
+        if count > 1:
+            out.print(Text(f"{name} {place + 1}", "dim"))
+        out.print(coloured(said.pieces, said.rewards) if said.rewards else Text(harmless(said.text)))
+    if answers.said[0].reward is not None:
+        scores = "  ".join(f"{said.reward:.4g}" for said in answers.said)
+        out.print(Text(f"rewards, best first: {scores}", "dim"))

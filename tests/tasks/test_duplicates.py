@@ -59,5 +59,11 @@ def test_the_data_command_tells_of_sizes_classes_and_leaks(pertoken, tmp_path):
     assert "100% alike (a leak): train-4 (train) and test-4 (test)" in output
     assert "train: 'yes' 50%, 'no' 50%" in output
     assert "1 pairs alike, 1 of them across train and what is held out" in output
+    assert "more" not in output
+    output = pertoken(*arguments, "--alike", "0.4", "--shown", "2")[1]
+    total = int(output.splitlines()[-1].split()[0])
+    assert total > 2
+    assert output.count("% alike") == 2
+    assert f"... and {total - 2} more: --shown {total} shows all" in output
     (tmp_path / "test.jsonl").write_text('{"q": "something else altogether", "a": "yes"}\n')
     assert pertoken(*arguments, "--alike", "1")[0] == 0
