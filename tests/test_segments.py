@@ -468,7 +468,7 @@ def test_no_room_and_encoder_decoders_are_refused_before_the_first_token(model_f
         built(108)
     with pytest.raises(TaskError, match="of which a segment and what it sees take 122"):
         built(102)
-    with pytest.raises(TaskError, match="no train item has a prompt of at most 3 tokens"):
+    with pytest.raises(TaskError, match="of at most 3 tokens; this model's context is 128: shorten the prompt"):
         built(105, rollout__max_prompt_tokens=50)
     tiny_encoder_decoder().save_pretrained(tmp_path / "t5")
     byte_tokenizer().save_pretrained(tmp_path / "t5")

@@ -90,6 +90,17 @@ def metrics_of(folder, file="metrics.jsonl"):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def test_prompts_that_are_too_long_are_why_there_are_too_few(model_folder, data, tmp_path):
+    """`say 0:` to `say 9:` have 6 bytes, the others 7."""
+    with pytest.raises(TaskError, match=r"prompt of at most 5 tokens; raise rollout\.max_prompt_tokens"):
+        assembly.build_run(settings(model_folder, data, tmp_path, rollout__max_prompt_tokens=5))
+    too_many = settings(
+        model_folder, data, tmp_path, rollout__max_prompt_tokens=6, rollout__prompts_per_step=11, evaluation__items=0
+    )
+    with pytest.raises(TaskError, match=r"takes 11 .* are left \(left out .* items: prompt over 6 tokens\): lower"):
+        assembly.build_run(too_many)
+
+
 @pytest.mark.parametrize("update", [{}, {"epochs": 3}, {"epochs": 2, "minibatches": 2}], ids=str)
 def test_the_kl_is_that_of_the_policy_that_wrote_the_samples(model_folder, data, tmp_path, update):
     """0 in the first step, whose samples the reference itself wrote, however far the update goes on from there."""

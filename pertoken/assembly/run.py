@@ -79,6 +79,12 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
             f"a step takes {size} distinct items (method.batch), but there are only {len(items)} training items: lower "
             "method.batch, give more data, or raise method.max_tokens, which leaves longer ones out"
         )
+    if course is None and len(items) < size and notes:  # not that there were too few
+        raise TaskError(
+            f"a step takes {size} distinct items (rollout.prompts_per_step), but of the training items {len(items)} "
+            f"are left ({'; '.join(notes)}): lower rollout.prompts_per_step, or raise rollout.max_prompt_tokens if the "
+            "context has room"
+        )
     if course is None:
         batch_of(items, 0, size, config.seed)  # or there are too few
     refuse_unknown_tokens(items, policy)

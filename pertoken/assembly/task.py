@@ -172,7 +172,12 @@ def fitting(task: ItemTask, split: Split, policy: Policy, rollout: RolloutConfig
     limit = min(rollout.max_prompt_tokens, policy.context_length - rollout.sampling.least_room)
     fitting = [item for item in items if len(prompt_ids(item, policy.tokenizer)) <= limit]
     if not fitting:
-        raise TaskError(f"task {task.name}: no {split} item has a prompt of at most {limit} tokens; raise the limit")
+        what_to_do = (
+            "raise rollout.max_prompt_tokens"
+            if limit == rollout.max_prompt_tokens
+            else f"this model's context is {policy.context_length}: shorten the prompt template"
+        )
+        raise TaskError(f"task {task.name}: no {split} item has a prompt of at most {limit} tokens; {what_to_do}")
     left_out = len(items) - len(fitting)
     return fitting, [
         f"left out {left_out} of {len(items)} {split} items: prompt over {limit} tokens"
