@@ -27,7 +27,7 @@ from pertoken.text_metrics import (
     first_sentence,
     item_metrics,
 )
-from pertoken.tracking.runlog import prompt_text, six_digits, token_columns
+from pertoken.tracking.runlog import evaluation_row, prompt_text, six_digits, token_columns
 from pertoken.types import Episode, Item
 
 PERPLEXITY = "perplexity"
@@ -49,11 +49,7 @@ class Evaluation:
 
     def logged(self, step: int, split: str) -> dict[str, Any]:
         """The row that `evaluations.jsonl` keeps of it: the summary, and each per-item metric as one column."""
-        names = dict.fromkeys(name for row in self.rows for name in row["metrics"])
-        items = {name: [row["metrics"].get(name) for row in self.rows] for name in names}
-        summary = {**self.summary}
-        items |= summary.pop("shares", {})
-        return {"step": step, "split": split, **summary, "items": {"id": [row["id"] for row in self.rows]} | items}
+        return evaluation_row(step, split, self.summary, self.rows)
 
 
 @runtime_checkable

@@ -136,7 +136,9 @@ def distinct_shares(texts: Texts, n: int) -> list[float]:
     [0.433, 0.767]
     """
     grams = [Counter(_ngrams(text, n)) for text in texts]
-    of_all = sum(grams, Counter())
+    of_all = Counter[tuple[str, ...]]()
+    for own in grams:
+        of_all.update(own)
     different, total = len(of_all), of_all.total()
     without = []
     for own in grams:

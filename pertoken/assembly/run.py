@@ -1,7 +1,7 @@
 """All parts of a run, at its start or where a checkpoint left them."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,7 @@ from pertoken.training.guards import Guards
 from pertoken.training.replay import Buffer
 from pertoken.training.state import Run
 from pertoken.turns import Environment, converse
-from pertoken.types import Episode
+from pertoken.types import Episode, Item
 
 
 def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
@@ -74,19 +74,8 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
         size = config.offline.batch
         notes += _not_used(config)
     course = build_course(config, items, size, policy)
-    if course is None and config.offline is not None and len(items) < size:
-        raise TaskError(
-            f"a step takes {size} distinct items (method.batch), but there are only {len(items)} training items: lower "
-            "method.batch, give more data, or raise method.max_tokens, which leaves longer ones out"
-        )
-    if course is None and len(items) < size and notes:  # not that there were too few
-        raise TaskError(
-            f"a step takes {size} distinct items (rollout.prompts_per_step), but of the training items {len(items)} "
-            f"are left ({'; '.join(notes)}): lower rollout.prompts_per_step, or raise rollout.max_prompt_tokens if the "
-            "context has room"
-        )
     if course is None:
-        batch_of(items, 0, size, config.seed)  # or there are too few
+        _refuse_too_few(config, items, size, notes)
     refuse_unknown_tokens(items, policy)
     if isinstance(task, FileTask):
         notes += [*task.notes, *(f"skipped {bad}" for bad in task.bad_rows)]
@@ -139,6 +128,22 @@ def build_run(config: RunConfig, *, checkpoint: Path | None = None) -> Run:
     if checkpoint is not None:
         _go_on(run, checkpoint)
     return run
+
+
+def _refuse_too_few(config: RunConfig, items: Sequence[Item], size: int, notes: Sequence[str]) -> None:
+    """Raise TaskError if a step takes more items than there are. notes: what was left out of them."""
+    if len(items) < size and config.offline is not None:
+        raise TaskError(
+            f"a step takes {size} distinct items (method.batch), but there are only {len(items)} training items: lower "
+            "method.batch, give more data, or raise method.max_tokens, which leaves longer ones out"
+        )
+    if len(items) < size and notes:  # not that there were too few
+        raise TaskError(
+            f"a step takes {size} distinct items (rollout.prompts_per_step), but of the training items {len(items)} "
+            f"are left ({'; '.join(notes)}): lower rollout.prompts_per_step, or raise rollout.max_prompt_tokens if the "
+            "context has room"
+        )
+    batch_of(items, 0, size, config.seed)  # or there are too few
 
 
 def _go_on(run: Run, checkpoint: Path) -> None:

@@ -186,14 +186,7 @@ class RunLog:
         path = evaluation_path(self.folder, step, split)
         write_rows(path, rows, what)
         write_index(path, rows)
-        names = dict.fromkeys(name for row in rows for name in row["metrics"])
-        items = {"id": [row["id"] for row in rows]} | {
-            name: [row["metrics"].get(name) for row in rows] for name in names
-        }
-        summary = {**summary}
-        items |= summary.pop("shares", {})
-        row = {"step": step, "split": split, **summary, "items": items}
-        append_row(self.folder / "evaluations.jsonl", row, what)
+        append_row(self.folder / "evaluations.jsonl", evaluation_row(step, split, summary, rows), what)
         self._evaluated.add((step, split))
         if self.trackers is not None:
             self.trackers.evaluation(step, split, summary["metrics"])
@@ -309,6 +302,14 @@ def read_run(folder: Path) -> Row:
 def episodes_path(folder: Path, step: int) -> Path:
     """Where the episodes of an update lie."""
     return folder / "episodes" / f"{step:06d}.jsonl"
+
+
+def evaluation_row(step: int, split: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Row:
+    """What `evaluations.jsonl` keeps of an evaluation: its summary, and a column for each metric of its items."""
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    columns = {name: [row["metrics"].get(name) for row in rows] for name in names} | summary.get("shares", {})
+    kept = {name: value for name, value in summary.items() if name != "shares"}
+    return {"step": step, "split": split, **kept, "items": {"id": [row["id"] for row in rows]} | columns}
 
 
 def evaluation_path(folder: Path, step: int, split: str) -> Path:
