@@ -1,7 +1,7 @@
 """Held-out quality: the same items, answered by the policy before and after, with intervals and trivial baselines."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from pertoken.batching import to_batch
 from pertoken.errors import ConfigError, closest
 from pertoken.mauve import embedder, mauve
-from pertoken.observe import finding_columns, token_rows, token_streams
+from pertoken.observe import alternative_columns, finding_columns, token_rows, token_streams
 from pertoken.policy.model import Policy, Reference
 from pertoken.rewards import Scene, Weighted, findings, score
 from pertoken.rewards.align import align
@@ -87,6 +87,8 @@ class Evaluator:
     """Of the answers, by which some metrics cut words."""
     judge: Reference | None = None
     """Under which answers are judged as natural or not; None is the reference of the run."""
+    alternatives: int = 0
+    """How many of the most probable tokens the rows have at each place of an answer."""
 
     def __post_init__(self) -> None:
         further = (*FURTHER_ITEM_METRICS, *FURTHER_CORPUS_METRICS, MAUVE)
@@ -150,6 +152,7 @@ class Evaluator:
         fixed = [part.fixed() for part in rewards]
         parts, found = score(fixed, scene), findings(fixed, scene)
         tokens = token_rows(episodes, token_streams(batch, old, ref, parts), policy.tokenizer)
+        others = alternative_columns(policy, replace(batch, controls=self.controls), self.alternatives)
         rows = [
             {
                 "id": item.id,
@@ -160,6 +163,7 @@ class Evaluator:
                 "tokens": token_columns(episode.tokens, pieces, episode.action_mask),
                 "streams": {name: six_digits(values) for name, values in streams.items()},
                 **finding_columns(found[k]),
+                **others[k],
             }
             for k, (item, output, (episode, pieces, streams)) in enumerate(
                 zip(self.items, outputs, tokens, strict=True)

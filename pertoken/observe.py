@@ -5,6 +5,7 @@ Every mean is over actions, with the mask of the loss. The names are explained i
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pertoken.credit import reward_to_go
 from pertoken.objectives import kl_per_token
+from pertoken.policy.model import Policy
 from pertoken.rewards import Finding
 from pertoken.rewards.align import align
 from pertoken.tracking.coloured import ColouredText
@@ -144,13 +146,42 @@ def episode_records(
     *,
     step: int,
     findings: Sequence[Sequence[Finding]] = (),
+    alternatives: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
-    """The lines of `episodes/<step>.jsonl`; `findings`, if any, are those of each episode (`rewards.findings`)."""
+    """The lines of `episodes/<step>.jsonl`; `findings`, if any, are those of each episode (`rewards.findings`), and so
+    are `alternatives` (`alternative_columns`)."""
     rows = token_rows(episodes, streams, tokenizer)
+    beside = zip(findings or itertools.repeat(()), alternatives or itertools.repeat({}), strict=False)
     return [
-        episode_record(episode, pieces, row, step=step) | finding_columns(found)
-        for (episode, pieces, row), found in zip(rows, findings or itertools.repeat(()), strict=False)
+        episode_record(episode, pieces, row, step=step) | finding_columns(found) | others
+        for (episode, pieces, row), (found, others) in zip(rows, beside, strict=False)
     ]
+
+
+def alternative_columns(policy: Policy, batch: TokenBatch, count: int) -> list[dict[str, Any]]:
+    """The entry of each row's record that says what could have stood at its actions: the `count` most probable tokens.
+
+    They are those of the policy as it is now, and of what it draws from by the controls of `batch`. Columns have one
+    entry per token, 0 and [] where the model chose nothing. No entry if `count` is 0.
+    """
+    if count == 0:
+        return [{} for _ in batch.episode_ids]
+    found = policy.alternatives(batch, batch.controls, count)
+    actions = zip(found.rank.tolist(), found.ids.tolist(), found.logprobs.tolist(), strict=True)
+    rows = []
+    for acts, length in zip(batch.action_mask.tolist(), batch.attention_mask.sum(1).tolist(), strict=True):
+        ranks, ids, logprobs = (
+            [0] * length,
+            [list[int]() for _ in range(length)],
+            [list[float]() for _ in range(length)],
+        )
+        for at in (column for column in range(length) if acts[column]):
+            ranks[at], tokens, nats = next(actions)
+            possible = [k for k, value in enumerate(nats) if value > -math.inf]
+            ids[at], logprobs[at] = [tokens[k] for k in possible], [float(f"{nats[k]:.4g}") for k in possible]
+        pieces = {str(token): piece_of(token, policy.tokenizer) for token in sorted({t for at in ids for t in at})}
+        rows.append({"alternatives": {"rank": ranks, "id": ids, "logprob": logprobs, "piece": pieces}})
+    return rows
 
 
 def finding_columns(found: Sequence[Finding]) -> dict[str, Any]:
@@ -187,6 +218,11 @@ def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
             pieces.append(aligned.text[shown:end])
             shown = end
     return pieces
+
+
+def piece_of(token: int, tokenizer: Any) -> str:
+    """What a token says inside a text: behind itself, since some tokenizers drop the space that a text begins with."""
+    return token_pieces([token, token], tokenizer)[-1]
 
 
 def _varies(values: Tensor) -> bool:

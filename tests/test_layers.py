@@ -70,7 +70,7 @@ MAY: dict[str, set[str]] = {
     "tracking": {"errors", "display", "types", "text_metrics"},
     "testing": {"errors", "types"},
     # what joins them
-    "observe": {"types", "credit", "objectives", "rewards", "tracking"},
+    "observe": {"types", "credit", "objectives", "rewards", "policy", "tracking"},
     "training.guards": {"rewards"},
     "training.examples": {"errors", "types", "prompts", "rollout"},
     "mauve": {"errors", "rewards"},

@@ -328,6 +328,7 @@ def test_it_learns_what_the_answers_say(place, model_folder, tmp_path):
     assert margins.mean().item() == pytest.approx(changes["preference_margin"].after, abs=1e-3)
     episodes = RunReader(tmp_path / "dpo").episodes(20)
     assert episodes[0]["id"].endswith("/chosen")
+    assert all(len(row["alternatives"]["id"][-1]) == 3 for row in episodes)
     assert sum(episodes[0]["streams"]["reward/implicit"]) > sum(episodes[1]["streams"]["reward/implicit"])
 
 

@@ -19,6 +19,7 @@ from pertoken.jobs import run
 from pertoken.rewards import Scene, episode_reward, token_reward
 from pertoken.sampling import Controls
 from pertoken.testing import episode
+from pertoken.tracking import RunReader
 from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.training import trainer, updating
 from pertoken.training.assignment import assign
@@ -126,6 +127,33 @@ def test_the_kl_is_that_of_the_policy_that_wrote_the_samples(model_folder, data,
     began = it.policy.score(batch).logprobs
     updated = updating.update(it, batch, old, ref, Credit(torch.ones_like(old.logprobs) * batch.action_mask), 2)
     torch.testing.assert_close(updated.streams["kl"], began - ref.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_written_down_has_its_alternatives_as_the_sampler_saw_them(model_folder, data, tmp_path):
+    """Before the update, however far it goes; so they and the log-probs beside them are of one policy."""
+    log = {"alternatives": 20, "episodes_every": 2, "episodes_per_step": 5}
+    run.train(settings(model_folder, data, tmp_path, update__learning_rate=3e-2, update__epochs=2, log=log))
+    reader = RunReader(tmp_path / "run")
+    assert reader.episode_steps() == [1, 2, 3]
+    records = [record for step in (1, 2, 3) for record in reader.episodes(step)]
+    assert len(records) == 15
+    seen = 0
+    for record in [*records, *reader.evaluation_items(3, "validation")]:
+        found = record["alternatives"]
+        assert [rank > 0 for rank in found["rank"]] == [acts == 1 for acts in record["tokens"]["action"]]
+        for at in (at for at, rank in enumerate(found["rank"]) if 0 < rank <= 20):
+            assert found["id"][at][found["rank"][at] - 1] == record["tokens"]["id"][at]
+            known = found["logprob"][at][found["rank"][at] - 1]
+            assert known == pytest.approx(record["streams"]["logprob"][at], abs=1e-3)
+            seen += 1
+    assert seen > 20
+
+
+def test_alternatives_may_be_left_out(model_folder, data, tmp_path):
+    run.train(settings(model_folder, data, tmp_path, log={"alternatives": 0}))
+    reader = RunReader(tmp_path / "run")
+    records = [*reader.episodes(1), *reader.evaluation_items(3, "validation")]
+    assert not any("alternatives" in record for record in records)
 
 
 @pytest.mark.parametrize(

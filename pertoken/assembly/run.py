@@ -232,6 +232,7 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
         items, controls, metric=evaluation.metric, given=given, by_task=by_task, further=evaluation.further,
         beside=[part.fixed() for part in build_rewards(evaluation.beside, "evaluation.beside")],
         language=evaluation.language, judge=build_judge(config, policy), gather=build_turns(config, policy) or collect,
+        alternatives=config.log.alternatives,
     ), notes  # fmt: skip
 
 

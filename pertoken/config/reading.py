@@ -100,7 +100,15 @@ MAX_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader (plain values only), with a bound on what merge keys (`<<`) copy."""
+    """The safe loader (plain values only), with a bound on what merge keys (`<<`) copy, and words for a bad value."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:  # `!!int ""`, `!!bool x`, `!!timestamp x`
+            why = f"{str(node.value)[:60]!r} is no {node.tag.rpartition(':')[2]}"
+            more = f": {error}" if isinstance(error, ValueError) else ""  # others speak of the library's inside
+            raise yaml.constructor.ConstructorError(None, None, why + more, node.start_mark) from None
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
@@ -114,8 +122,6 @@ def _parse(text: str, where: str) -> Any:
         value = yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply for a configuration") from None
-    except ValueError as error:  # a number of thousands of digits, a day that no calendar has
-        raise ConfigError(f"{where}: {error}") from None
     open_values, seen = [value], 0
     while open_values:
         part = open_values.pop()

@@ -12,7 +12,7 @@ from pertoken.batching import to_batch
 from pertoken.config import LeaveOneTokenOut
 from pertoken.errors import ConfigError, ModelError
 from pertoken.forward import decoder_start
-from pertoken.observe import token_pieces
+from pertoken.observe import piece_of
 from pertoken.policy.model import Policy
 from pertoken.rewards import Scene, Weighted, score
 from pertoken.rewards.align import align
@@ -166,11 +166,6 @@ def causes(
             for column in block:
                 cells[column] = (whole[name] - rest[name]) / len(block)
     return {name: [cells[column] for column in columns] for name, cells in found.items()}
-
-
-def piece_of(token: int, tokenizer: Any) -> str:
-    """What a token says inside a text: behind itself, since some tokenizers drop the space that a text begins with."""
-    return token_pieces([token, token], tokenizer)[-1]
 
 
 def refuse_encoder_decoder(policy: Policy) -> None:

@@ -181,9 +181,13 @@ class Policy:
         return _score_in_parts(trunk, batch, self.portion, against=against)
 
     def alternatives(self, batch: TokenBatch, controls: Controls, count: int) -> Alternatives:
-        """The most probable tokens at each action of `batch` (`scoring.alternatives`)."""
+        """The most probable tokens at each action of `batch`, action by action (`scoring.alternatives`)."""
+        if (pieces := cut(batch)) is not None:
+            return self.alternatives(pieces.batch, controls, count)  # each action is in one of them, in the same order
         trunk = Trunk(self.hf_model, None, self.autocast_dtype, self.layout, pointwise=self.pointwise)
-        return alternatives(trunk, batch, controls, count)
+        parts = batch.parts(self.portion.size)
+        found = [alternatives(trunk, batch.rows(rows), controls, count) for rows in parts]
+        return Alternatives.joined(found, batch.action_mask.sum(1), parts)
 
     def last_attention(self, batch: TokenBatch) -> Tensor:
         """How much the last token of each row attends to each of its actions, `[B, T]` (`scoring.last_attention`)."""

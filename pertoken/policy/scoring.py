@@ -18,7 +18,7 @@ float32 logits of all of them (`head.py`). The shift from logits at `t-1` to tok
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -163,6 +163,16 @@ class Alternatives:
     entropy: Float[Tensor, " A"]
     """Of the distribution (nats)."""
 
+    @classmethod
+    def joined(
+        cls, found: Sequence["Alternatives"], sizes: Int[Tensor, " B"], parts: Sequence[Int[Tensor, " R"]]
+    ) -> "Alternatives":
+        """Those of all rows in order, from those of `parts` of the rows; `sizes` are the actions of each row."""
+        rows = torch.cat(list(parts))
+        of_row = rows.repeat_interleave(sizes.to(rows.device)[rows])  # of each action that was found
+        back = of_row.argsort(stable=True).to(found[0].own.device)
+        return cls(*(torch.cat([getattr(one, f.name) for one in found])[back] for f in fields(cls)))
+
 
 @torch.no_grad()
 def alternatives(trunk: Trunk, batch: TokenBatch, controls: Controls, count: int) -> Alternatives:
@@ -172,7 +182,7 @@ def alternatives(trunk: Trunk, batch: TokenBatch, controls: Controls, count: int
     """
     rows, kind = _rows(trunk, batch), batch.tokens.device.type
     targets = batch.tokens[batch.action_mask]
-    generated = (batch.action_mask.cumsum(1) - 1)[batch.action_mask]
+    generated = _generated(batch)
     history = _histories(batch) if controls.needs_history else None
     truncates = controls.truncates and not controls.sampling.greedy
     found = []
@@ -451,8 +461,7 @@ def _head_in_chunks(
     against: Against | None,
 ) -> tuple[Float[Tensor, " A"], ...]:
     """For any head and any controls: autograd chunk by chunk, logits computed again in the backward pass."""
-    before = 0 if batch.whole is None else batch.whole.before[:, None]
-    generated = (batch.action_mask.cumsum(1) - 1 + before)[batch.action_mask]
+    generated = _generated(batch)
     history = _histories(batch) if batch.controls.needs_history else None
     other = None if against is None else against.hidden[batch.action_mask]
     vocab = model.get_output_embeddings().weight.shape[0]
@@ -506,6 +515,12 @@ def _head_chunk(
     if forward:
         return logprobs, entropy, (reference.exp() * possible * (reference - finite)).sum(1)
     return logprobs, entropy, (probs * (finite - reference)).sum(1)
+
+
+def _generated(batch: TokenBatch) -> Int[Tensor, " A"]:
+    """How many tokens of its completion precede each action."""
+    before = 0 if batch.whole is None else batch.whole.before[:, None]
+    return (batch.action_mask.cumsum(1) - 1 + before)[batch.action_mask]
 
 
 def _histories(batch: TokenBatch) -> Int[Tensor, "A L"]:

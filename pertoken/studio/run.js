@@ -123,7 +123,7 @@ function keepAnswers(panel) {
   if (now?.tokens?.id.join() !== panel.tokens.id.join()) return;
   if (now === panel) return;
   answered.set(now.id, now);
-  now.alternatives = panel.alternatives;
+  now.choices = panel.choices;
   now.asked = panel.asked;
   for (const [name, scale] of Object.entries(panel.asked)) {
     now.streams[name] = panel.streams[name];
@@ -223,7 +223,7 @@ async function question(name, more = {}, panel = asked()) {
 const askAlternatives = saying(async () => {
   const { panel, answer } = await question("alternatives");
   const at = places(panel);
-  panel.alternatives = panel.tokens.piece.map((_, index) => answer[at.indexOf(index)] || null);
+  panel.choices = panel.tokens.piece.map((_, index) => answer[at.indexOf(index)] || null);
   const own = answer.map((place) => place.chosen.logprob);
   addStream(panel, `log-prob of ${ask.model.value}`, own, "Under the model that was asked.");
   showPlace();
@@ -310,7 +310,7 @@ function showPlace() {
     const hint = "Choose a token of the text to ask what if it had been another one.";
     return ask.place.replaceChildren(element("p", { textContent: hint }));
   }
-  const place = panel.alternatives?.[view.token - 1];
+  const place = choicesAt(panel, view.token - 1);
   const text = field("text", "", { maxLength: 200, placeholder: "another text, with its spaces" });
   const samples = field("number", 8, { min: 0, max: 64 });
   const seed = field("number", 0, { min: 0 });

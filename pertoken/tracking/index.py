@@ -152,14 +152,16 @@ def _of_item(row: Row) -> Row:
 
 
 def _size(record: Row, output: str) -> int:
-    """About how many bytes of a page a sample takes: a zero two, another number seven, a token fourteen."""
+    """About how many bytes of a page a sample takes: a zero two, another number seven, a token fourteen, and so an
+    alternative with its log-prob."""
     tokens = (record.get("tokens") or {"action": []})["action"]
     prompt = len(record.get("prompt") or "")
     if 1 not in tokens:
         return len(output) + prompt
     shown, streams = len(tokens) - tokens.index(1), (record.get("streams") or {}).values()
     zeros = sum(values.count(0) for values in streams) - tokens.index(1) * len(streams)
-    return int(2 * zeros + 7 * (shown * len(streams) - zeros) + 14 * shown + prompt)
+    others = sum(map(len, (record.get("alternatives") or {"id": []})["id"]))
+    return int(2 * zeros + 7 * (shown * len(streams) - zeros) + 14 * (shown + others) + prompt)
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,20 @@ class _Tokens(TypedDict):
     action: list[int]
 
 
+class _Alternatives(TypedDict):
+    rank: list[Annotated[int, Field(ge=0)]]
+    id: list[list[int]]
+    logprob: list[list[Annotated[float, Field(allow_inf_nan=False)]]]
+    piece: dict[str, str]
+
+
 class _Text(TypedDict, total=False):
     prompt: str | None
     answer: str | None
     tokens: _Tokens | None
     streams: dict[str, list[_Number]] | None
     findings: list[_Finding]
+    alternatives: _Alternatives
 
 
 class _Episode(_Text, total=False):
@@ -134,9 +142,13 @@ def _sound(path: Path, found: tuple[list[Row], bool], kind: _Adapter) -> tuple[l
     for number, row in enumerate(rows, 1):
         tokens = row.get("tokens") or {"id": []}
         count = len(tokens["id"])
-        columns = [*tokens.values(), *(row.get("streams") or {}).values()]
+        others = row.get("alternatives", {})
+        beside = [others[name] for name in ("rank", "id", "logprob") if name in others]
+        columns = [*tokens.values(), *(row.get("streams") or {}).values(), *beside]
         if any(len(column) != count for column in columns):
             raise _damaged(path, number, f"columns and streams of other lengths than its {count} tokens")
+        if any(len(ids) != len(nats) for ids, nats in zip(*beside[1:], strict=True)):
+            raise _damaged(path, number, "alternatives: not as many log-probs as tokens")
         if any(found["start"] > found["stop"] or found["stop"] > count for found in row.get("findings", ())):
             raise _damaged(path, number, f"findings: beyond its {count} tokens")
     return rows, torn

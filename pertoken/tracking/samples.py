@@ -361,6 +361,9 @@ def _text(row: Row, output: str) -> Row:
     }
     prompt = "".join(tokens["piece"][:start]) or panel["prompt"]
     panel |= {"prompt": prompt, "tokens": {key: tokens[key][start:] for key in tokens}, "streams": streams}
+    if others := row.get("alternatives"):
+        kept = {name: others[name][start:] for name in ("rank", "id", "logprob")}
+        panel["alternatives"] = kept | {"piece": others["piece"]}
     if found := row.get("findings"):
         panel["findings"] = [{**f, "start": f["start"] - start, "stop": f["stop"] - start} for f in found]
     return panel

@@ -319,14 +319,27 @@ function showTip(node, scene, at, view) {
   node.setAttribute("aria-describedby", "tip");
 }
 
-// What else could have stood here, where a model was asked.
+// What else could have stood at a token: as a model was asked in the studio, else as it was written down.
+function choicesAt(panel, index) {
+  if (panel.choices) return panel.choices[index];
+  const kept = panel.alternatives;
+  if (!kept?.id[index].length) return null;
+  const others = kept.id[index].map((token, k) => ({
+    token,
+    piece: kept.piece[token] ?? `id ${token}`,
+    logprob: kept.logprob[index][k],
+  }));
+  return { chosen: { token: panel.tokens.id[index] }, rank: kept.rank[index], others };
+}
+
 function alternativesAt(panel, index) {
-  const place = panel.alternatives?.[index];
+  const place = choicesAt(panel, index);
   if (!place) return [];
   const rows = place.others.slice(0, 6).map((other) => {
-    const row = element("tr", {}, element("th", { scope: "row", textContent: inQuotes(other.piece), dir: "auto" }));
+    const head = element("th", { scope: "row", textContent: inQuotes(other.piece), dir: "auto" });
+    const row = element("tr", { className: "other" }, head);
     row.append(element("td", { textContent: percent(other.logprob) }));
-    if (other.token === place.chosen.token) row.className = "chosen";
+    row.classList.toggle("chosen", other.token === place.chosen.token);
     return row;
   });
   const title = `Most probable here (this one is number ${place.rank})`;

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,7 +37,16 @@ from pertoken.sampling import Controls
 from pertoken.tracking.runlog import RunLog
 from pertoken.training.examples import Examples, Kind
 from pertoken.training.state import Run, items_of
-from pertoken.training.trainer import Clock, checkpoint, curriculum_figures, cuts, evaluate, memory
+from pertoken.training.trainer import (
+    Clock,
+    alternatives,
+    checkpoint,
+    curriculum_figures,
+    cuts,
+    evaluate,
+    memory,
+    shows,
+)
 from pertoken.training.updating import distance_figures, from_here, set_learning_rate, settle, step_optimizer
 from pertoken.types import Episode, Item, PolicyOutput, TokenBatch
 
@@ -65,6 +75,7 @@ def loop(
         rows = rows_of(run, step)
         clock.lap("score")
         run.engine.release()
+        others = alternatives(run, rows.batch, step)
         heap.before_update()
         metrics, streams = update(run, rows, step)
         heap.after_update()
@@ -78,7 +89,7 @@ def loop(
         run.progress.step = step
         run.progress.tokens += rows.batch.num_actions
         run.progress.seconds += time.monotonic() - begun
-        record(run, log, report)
+        record(run, log, report, others)
         evaluate(run, log)
         if run.config.checkpoint.every and step % run.config.checkpoint.every == 0:
             checkpoint(run, log)  # after the evaluation: what is saved has counted it
@@ -303,14 +314,16 @@ def _right(margins: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     return (margins.sign() + 1) / 2
 
 
-def record(run: Run, log: RunLog, report: StepReport) -> None:
-    """Write the figures of the step to the run folder, and every so often its rows, token by token."""
-    step, config = report.step, run.config.log
+def record(run: Run, log: RunLog, report: StepReport, others: Sequence[dict[str, Any]]) -> None:
+    """Write the figures of the step to the run folder, and every so often its rows, token by token, with what else
+    could have stood there (`others`)."""
+    step, most = report.step, run.config.log.episodes_per_step
     log.step(step, report.metrics)
-    due = step % config.episodes_every == 0 or step == 1 or run.stop_reason() is not None
-    if due and config.episodes_per_step:
-        shown = report.episodes[: config.episodes_per_step]
-        log.episodes(step, episode_records(shown, report.streams, run.policy.tokenizer, step=step))
+    if shows(run, step) or (most and run.stop_reason() is not None):
+        rows = episode_records(
+            report.episodes[:most], report.streams, run.policy.tokenizer, step=step, alternatives=others
+        )
+        log.episodes(step, rows)
 
 
 # --- held out ------------------------------------------------------------------------------------------------

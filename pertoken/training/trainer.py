@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from pertoken.machine.background import Background
 from pertoken.machine.memory import Heap, peak_memory
 from pertoken.machine.portions import states
 from pertoken.objectives import effective_share, importance_weights
-from pertoken.observe import StepReport, episode_records, observe
+from pertoken.observe import StepReport, alternative_columns, episode_records, observe
 from pertoken.policy.checkpoint import save_state, state_size
 from pertoken.rewards import Learns, Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
@@ -63,6 +64,7 @@ def loop(
         clock.lap("reward")
         run.before_step = None
         run.engine.release()  # the update needs the room, and makes its packed weights old
+        others = alternatives(run, batch, step)
         heap.before_update()
         updated = update(run, batch, old, ref, credit, step, scene.task)
         learnt = learn_rewards(run, scene, rewards)
@@ -75,7 +77,7 @@ def loop(
         run.notes += cuts(run, step)
         report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured, run.sampled))
         advance(run, report, seconds=time.monotonic() - begun)
-        record(run, log, report, scene)
+        record(run, log, report, scene, others)
         evaluate(run, log)
         if run.config.checkpoint.every and step % run.config.checkpoint.every == 0:
             checkpoint(run, log)  # after the evaluation: what is saved has counted it
@@ -286,17 +288,39 @@ def advance(run: Run, report: StepReport, *, seconds: float) -> None:
 # --- writing down ----------------------------------------------------------------------------------------
 
 
-def record(run: Run, log: RunLog, report: StepReport, scene: Scene) -> None:
-    """Write the step to the run folder: its figures always, its samples (and what rewards found) every so often."""
-    step = report.step
+def shows(run: Run, step: int) -> bool:
+    """Whether the samples of `step` are written down, whatever comes of it; those of a run's last step are too."""
+    config = run.config.log
+    due = step % config.episodes_every == 0 or step in (1, run.config.stop.steps)
+    return due and config.episodes_per_step > 0
+
+
+def alternatives(run: Run, batch: TokenBatch, step: int) -> list[dict[str, Any]]:
+    """What could have stood in the samples of `batch` that will be written down, as the policy of now sees it.
+
+    Before the update, as their other streams. So of a last step that nobody could foresee it is not known.
+    """
+    if not shows(run, step):
+        return []
+    some = torch.arange(min(run.config.log.episodes_per_step, len(batch.episode_ids)), device=batch.group.device)
+    return alternative_columns(run.policy, batch.rows(some), run.config.log.alternatives)
+
+
+def record(run: Run, log: RunLog, report: StepReport, scene: Scene, others: Sequence[dict[str, Any]] = ()) -> None:
+    """Write the step to the run folder: its figures always, its samples, what rewards found in them and what else could
+    have stood there (`others`) every so often."""
+    step, most = report.step, run.config.log.episodes_per_step
     log.step(step, report.metrics)
-    due = step % run.config.log.episodes_every == 0 or step == 1 or run.stop_reason() is not None
-    if due and run.config.log.episodes_per_step:
-        shown = report.episodes[: run.config.log.episodes_per_step]
+    if shows(run, step) or (most and run.stop_reason() is not None):
         # A reward that remembers must not be asked twice about a sample.
         found = findings([part for part in run.rewards if not isinstance(part.reward, Stateful)], scene)
-        records = episode_records(shown, report.streams, run.policy.tokenizer, step=step, findings=found)
-        log.episodes(step, records)
+        log.episodes(
+            step,
+            episode_records(
+                report.episodes[:most], report.streams, run.policy.tokenizer, step=step, findings=found,
+                alternatives=others,
+            ),
+        )  # fmt: skip
 
 
 def checkpoint(run: Run, log: RunLog) -> Path:

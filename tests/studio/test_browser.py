@@ -186,9 +186,10 @@ def test_what_is_read_stays_while_samples_come_that_the_page_has_not(load, root,
 def test_a_token_shows_what_else_could_stand_there(load, root):
     page = load("/run/first#sample=2.1&by=logprob&token=3")
     page.wait_for_function("() => document.querySelector('#ask select').options.length === 5")
+    assert page.locator("#place .others button").count() == 3  # as the run wrote them down, before any model is asked
     page.select_option("#ask label select", "step-1")
     page.click("text=What else could stand here")
-    page.wait_for_selector("#place .others button")
+    page.wait_for_function("() => document.querySelectorAll('#place .others button').length > 3")
     logprob = [value for value in RunReader(root / "first").episodes(2)[1]["streams"]["logprob"] if value][2]
     page.locator('[data-id="2.1"] .token').nth(2).hover()
     shown = page.locator("#tip tr:has(th:text('log-prob of step-1')) td").first.inner_text()

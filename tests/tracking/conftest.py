@@ -145,7 +145,22 @@ def an_episode(draw: random.Random, step: int, group: int, item: Item, skill: fl
         for t, cost in costs
         if cost
     ]
-    return episode_record(episode, pieces, streams, step=step) | ({"findings": found} if found else {})
+    record = episode_record(episode, pieces, streams, step=step) | ({"findings": found} if found else {})
+    return record | {"alternatives": made_up_alternatives(draw, episode, pieces)}
+
+
+def made_up_alternatives(draw: random.Random, episode: Episode, pieces: list[str]) -> dict:
+    """Before what was written, which is second, comes another word of the same text; a third is far behind."""
+    first = episode.prompt_length
+    ranks, ids, logprobs = [0] * first, [[]] * first, [[]] * first
+    for token, logprob in zip(episode.tokens[first:], episode.logprobs[first:], strict=True):
+        ranks.append(2)
+        others = [other for other in episode.tokens[first:] if other != token]
+        ids.append([draw.choice(others), token, hash_id("<script>")])
+        logprobs.append([round(logprob / 2, 4), round(logprob, 4), round(2 * logprob, 4)])
+    names = dict(zip(map(str, episode.tokens), pieces, strict=True)) | {str(hash_id("<script>")): "<script>"}
+    used = {str(token) for row in ids for token in row}
+    return {"rank": ranks, "id": ids, "logprob": logprobs, "piece": {token: names[token] for token in used}}
 
 
 def made_up_streams(draw: random.Random, episode: Episode, pieces: list[str]) -> dict[str, list[float]]:
@@ -187,7 +202,7 @@ def an_evaluation(draw: random.Random, step: int, items: list[Item], skill: floa
         kept = ("reward/rouge_l", "reward/repetition", "reward/brevity", "reward/total", "logprob", "entropy", "kl")
         streams = {name: record["streams"][name] for name in kept}
         rows.append({"id": item.id, **text, "metrics": scores, "tokens": record["tokens"], "streams": streams})
-        rows[-1] |= {"findings": record["findings"]} if "findings" in record else {}
+        rows[-1] |= {name: record[name] for name in ("findings", "alternatives") if name in record}
     names = list(rows[0]["metrics"])
     means = {name: sum(row["metrics"][name] for row in rows) / len(rows) for name in names}
     width = {name: abs(means[name]) * 0.1 for name in names}

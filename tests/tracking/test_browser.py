@@ -4,6 +4,7 @@ Skipped where there is no browser: they need `pip install -e ".[browser]"` and a
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def number(text: str) -> float:
 
 
 def tip_numbers(page) -> dict[str, float]:
-    rows = page.locator("#tip tr:has(th)").all()
+    rows = page.locator("#tip tr:has(th):not(.other)").all()
     return {row.locator("th").inner_text(): number(row.locator("td").first.inner_text()) for row in rows}
 
 
@@ -100,11 +101,29 @@ def test_pointing_and_keyboard_show_the_numbers_of_the_run(page, run_folder):
     assert shown() == expected(at + 2)
 
 
+@pytest.mark.parametrize("sample", ["300.16", "validation.300.0"])
+def test_the_numbers_of_a_token_begin_with_what_else_could_have_stood_there(page, run_folder, sample):
+    follow(page, f"#sample={sample}&token=2")
+    reader, line = RunReader(run_folder), int(sample.rpartition(".")[2])
+    rows = reader.episodes(300) if sample == "300.16" else reader.evaluation_items(300, "validation")
+    record = rows[line]
+    at = record["tokens"]["action"].index(1) + 1
+    found = record["alternatives"]
+    shown = page.locator("#tip tr.other").all()
+    assert [row.locator("th").inner_text() for row in shown] == [f"“{found['piece'][str(t)]}”" for t in found["id"][at]]
+    shares = [float(row.locator("td").inner_text().strip("<%")) for row in shown]
+    assert shares == pytest.approx([100 * math.exp(nats) for nats in found["logprob"][at]], rel=0.05, abs=0.01)
+    own = [found["id"][at].index(record["tokens"]["id"][at])]
+    chosen = page.locator("#tip tr.other").evaluate_all("all => all.map((row) => row.classList.contains('chosen'))")
+    assert [place for place, is_chosen in enumerate(chosen) if is_chosen] == own
+    assert "this one is number 2" in page.locator("#tip").inner_text()
+
+
 def test_the_second_column_is_the_mean_of_the_group_at_this_place(page, run_folder):
     follow(page, "#sample=300.16&by=logprob&token=1")
     records = [record_of(run_folder, 300, sample) for sample in (17, 18, 19)]
     others = [record["streams"]["logprob"][record["tokens"]["action"].index(1)] for record in records]
-    row = page.locator("#tip tr.chosen td").all_inner_texts()
+    row = page.locator("#tip tr.chosen:not(.other) td").all_inner_texts()
     assert number(row[1]) == pytest.approx(sum(others) / 3, rel=0.01)
 
 

@@ -283,6 +283,21 @@ ODD_ROWS = {
         "episodes/000001.jsonl",
         '{"item": 1, "completion": "", "stop": "eos", "streams": {}, "tokens": {"id": [1], "piece": [], "action": []}}',
     ): "line 1: columns and streams of other lengths than its 1 tokens",
+    (
+        "episodes/000001.jsonl",
+        '{"item": 1, "completion": "", "stop": "eos", "streams": {}, "tokens": {"id": [1], "piece": ["a"], "action": '
+        '[1]}, "alternatives": {"rank": [1], "id": [[1], [2]], "logprob": [[-1.0]], "piece": {}}}',
+    ): "line 1: columns and streams of other lengths than its 1 tokens",
+    (
+        "episodes/000001.jsonl",
+        '{"item": 1, "completion": "", "stop": "eos", "streams": {}, "tokens": {"id": [1], "piece": ["a"], "action": '
+        '[1]}, "alternatives": {"rank": [1], "id": [[1, 2]], "logprob": [[-1.0]], "piece": {}}}',
+    ): "line 1: alternatives: not as many log-probs as tokens",
+    (
+        "episodes/000001.jsonl",
+        '{"item": 1, "completion": "", "stop": "eos", "streams": {}, "tokens": {"id": [1], "piece": ["a"], "action": '
+        '[1]}, "alternatives": {"rank": [1]}}',
+    ): "line 1: alternatives.id: Field required",
     ("run.json", '{"format_version": 1, "status": 3}'): "status: Input should be a valid string",
 }
 
