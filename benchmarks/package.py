@@ -71,7 +71,7 @@ def environment(place: Path, *, dependencies: bool) -> Path:
     venv.create(place, with_pip=True)
     python = place / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not dependencies:
-        call(python, "-m", "pip", "uninstall", "-q", "-y", "setuptools")  # Python 3.11 brings one that is too old for us
+        call(python, "-m", "pip", "uninstall", "-q", "-y", "setuptools")  # that of Python 3.11 is too old
         site = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
         (site / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     return python
