@@ -23,6 +23,11 @@ from jaxtyping import install_import_hook  # noqa: E402
 _hook = install_import_hook("pertoken", "beartype.beartype")
 
 import pytest  # noqa: E402 - after the hook
+from hypothesis import settings  # noqa: E402
+
+# A machine that does something else too is no fault; all else is as hypothesis chooses, in CI or out of it.
+settings.register_profile("patient", settings.default, deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

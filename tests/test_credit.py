@@ -427,7 +427,7 @@ def test_one_action_per_row_stays_finite(function: Callable[..., Tensor]) -> Non
 
 
 @given(seed=st.integers(0, 10_000), gamma=st.floats(0.0, 1.0), lam=st.floats(0.0, 1.0))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gae_equals_its_definition_row_by_row(seed: int, gamma: float, lam: float) -> None:
     rewards, values, mask, _ = random_rows(seed, rows=2, width=6)
     bootstrap = f64([0.7, 0.0])
