@@ -18,7 +18,7 @@ from pertoken.compare.settings import Arm, Plan
 from pertoken.compare.sheets import write_sheets
 from pertoken.compare.tables import Report, write_report
 from pertoken.config import RunConfig
-from pertoken.errors import ConfigError, WorkerError
+from pertoken.errors import ConfigError, TaskError, WorkerError
 from pertoken.jobs.many import Ended, Job
 from pertoken.tracking.files import read_bytes, write_whole, writing
 from pertoken.tracking.lock import RunLock
@@ -97,7 +97,10 @@ def _make(plan: Plan, job: Job) -> dict[str, str]:
             if job.ended():
                 return skipped
             job.on_note(f"arm {name}, seed {run.seed}: {run.run_folder}")
-            made = job.train(run) if arm.trl is None else _train_by_trl(arm, run, job)
+            try:
+                made = job.train(run) if arm.trl is None else _train_by_trl(arm, run, job)
+            except (ConfigError, TaskError) as error:  # what is to be set is to be set there
+                raise type(error)(f"compare.arms.{name}: {error}") from error
             if not made:
                 return skipped
             if not arm.trains:  # what it has saved is the model that it began with

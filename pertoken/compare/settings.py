@@ -48,7 +48,8 @@ class CompareConfig(Section):
     seeds: int = Field(default=3, ge=1)
     """Runs of each arm, with the seed of the recipe, the next one, and so on. May be raised later, to go on."""
     arms: Annotated[dict[ArmName, dict[str, Any] | None], Field(min_length=1)] | None = None
-    """Name -> what differs from the recipe; null takes all five that follow. These names stand for something already:
+    """Name -> what differs from the recipe; null takes all five that follow (an override
+    of one, such as compare.arms.sft.stop.steps=80, leaves the others). These names stand for something already:
     base (0 steps), sft (method sft), sequence (credit.type leave_one_out), token (as the recipe is), trl (by GRPO of
     TRL). The key `trl` in an arm has it trained by TRL, with these arguments of its GRPOConfig over those that follow
     from the recipe."""
@@ -115,7 +116,7 @@ def load_comparison(files: Sequence[str | Path], overrides: Sequence[str] = ()) 
 
     Raises ConfigError for an arm that cannot be, and for arms that cannot be compared.
     """
-    recipe = recipe_values(files, overrides)
+    recipe = recipe_values(files, [*_arms_that_stay(files, overrides), *overrides])
     try:
         settings = validate(recipe.pop("compare", None) or {}, CompareConfig)
     except ConfigError as error:
@@ -140,6 +141,15 @@ def load_comparison(files: Sequence[str | Path], overrides: Sequence[str] = ()) 
     against = settings.against or ("sft" if "sft" in arms else next(iter(arms)))
     terminal = settings.terminal if settings.terminal in arms and arms[settings.terminal].samples else None
     return Plan(settings, folder, arms, metrics, base.evaluation.split, against, terminal, start)
+
+
+def _arms_that_stay(files: Sequence[str | Path], overrides: Sequence[str]) -> list[str]:
+    """An override that reaches into an arm names none to the exclusion of others: where nothing else says which arms
+    there are, it stands beside the usual ones."""
+    others = [text for text in overrides if not text.startswith("compare.arms.")]
+    if len(others) == len(overrides) or (recipe_values(files, others).get("compare") or {}).get("arms") is not None:
+        return []
+    return [f"compare.arms.{name}={{}}" for name in TEMPLATES]
 
 
 def _start(settings: CompareConfig, names: Collection[str]) -> str | None:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pertoken.compare import compare, load_comparison
-from pertoken.errors import ConfigError, WorkerError
+from pertoken.errors import ConfigError, TaskError, WorkerError
 from pertoken.tracking import RunReader
 from pertoken.tracking.runs import verify_run
 
@@ -105,6 +105,12 @@ def test_trl_is_an_arm_whose_runs_are_ordinary_folders(settings):
     assert (run.run_folder / "model" / "config.json").is_file()
     assert not (run.run_folder / "trl").exists()
     assert {line.arm for line in outcome.report.scores[0].lines} == {"token", "trl"}
+
+
+def test_an_arm_that_cannot_be_made_is_named_in_front_of_what_to_set(settings):
+    plan = load_comparison([], [*settings, "compare.arms.sft.method.max_tokens=1"])
+    with pytest.raises(TaskError, match=r"^compare\.arms\.sft: no item .* raise method\.max_tokens"):
+        compare(plan)
 
 
 def test_what_trl_refuses_is_told_with_its_last_words(settings):

@@ -43,6 +43,17 @@ def test_what_is_set_in_an_arm_is_over_its_name(plan_of):
     assert plan_of("compare.arms={a: {}, b: {seed_: 0}}".replace("seed_: 0", "kl: {coefficient: 0}")).against == "a"
 
 
+def test_an_override_of_one_arm_leaves_the_others_that_there_would_be(plan_of, tmp_path):
+    plan = plan_of("compare.arms.sft.stop.steps=7", "compare.arms.mine.algorithm=grpo")
+    assert list(plan.arms) == ["base", "sft", "sequence", "token", "trl", "mine"]
+    assert plan.arms["sft"].runs[0].stop.steps == 7
+    assert plan.arms["sft"].runs[0].method.type == "sft"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("compare: {arms: {sft: {}, token: {}}}")
+    assert list(load_comparison([recipe], ["name=x", "compare.arms.sft.stop.steps=7"]).arms) == ["sft", "token"]
+    assert list(plan_of("compare.arms={a: {}}", "compare.arms.a.stop.steps=7").arms) == ["a"]
+
+
 def test_one_model_judges_all_arms(plan_of):
     """Each arm began with another model, under which the same words are natural or odd."""
     plan = plan_of("compare.metrics=[chrf, nats_per_token, perplexity]", "policy.model=small")
