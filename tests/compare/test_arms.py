@@ -108,7 +108,7 @@ def test_trl_is_an_arm_whose_runs_are_ordinary_folders(settings):
 
 
 def test_an_arm_that_cannot_be_made_is_named_in_front_of_what_to_set(settings):
-    plan = load_comparison([], [*settings, "compare.arms.sft.method.max_tokens=1"])
+    plan = load_comparison([], [*settings, "compare.arms.sft.method.max_tokens=2"])
     with pytest.raises(TaskError, match=r"^compare\.arms\.sft: no item .* raise method\.max_tokens"):
         compare(plan)
 
