@@ -49,7 +49,11 @@ LEFT = (0, 5_000, 20_000, 100_000, 300_000, 1_200_000)
 STAGES = ("building", "between", "evaluate", "generate", "update", "record", "checkpoint", "finishing")
 SETTINGS = {
     "gae": {"credit": {"type": "gae"}, "policy": {"value_head": {}}, "objective": {"entropy_coefficient": 0.01}},
-    "lora": {"policy": {"lora": {"rank": 2}, "dropout": True}, "credit": {"type": "leave_one_out_process"}},
+    "lora": {
+        "credit": {"type": "leave_one_out_process"},
+        "policy": {"lora": {"rank": 2}, "dropout": True},
+        "checkpoint": {"background": True},
+    },
     "full": {"credit": {"type": "group_relative"}, "update": {"epochs": 2, "minibatches": 2}},
 }
 

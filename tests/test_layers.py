@@ -105,12 +105,14 @@ MAY["training.assignment"] = {"types", "config", "credit", "preferences"}
 MAY["training.state"] = MAY["training.trainer"] - {
     "errors",
     "machine.memory",
-    "machine.background",
     "observe",
     "prompts",
 }
 MAY["training.redistribution"] = {"types", "config", "credit", "batching", "rewards", "rollout"}
-MAY["training.resampling"] = MAY["training.state"] | {"training.state", "training.redistribution"}
+MAY["training.resampling"] = MAY["training.state"] - {"machine.background"} | {
+    "training.state",
+    "training.redistribution",
+}
 MAY["training.updating"] = {
     "errors",
     "types",

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from pertoken.config import RunConfig
 from pertoken.errors import RewardError, RunFolderError
 from pertoken.jobs import run
 from pertoken.policy import checkpoint
-from pertoken.policy.checkpoint import load_state, save_state
+from pertoken.policy.checkpoint import load_state, state_writer
 from pertoken.rewards import Weighted, episode_reward
-from pertoken.tracking import RunReader
+from pertoken.tracking import RunReader, checkpoints
+from pertoken.tracking.checkpoints import CheckpointStore
 from pertoken.tracking.runs import verify_run
 
 SPEC = importlib.util.spec_from_file_location("kills", Path(__file__).parents[1] / "benchmarks" / "kills.py")
@@ -120,6 +122,71 @@ def test_trap_27_interrupted_after_each_step_it_ends_as_if_it_never_was(place, t
     assert len(set(coefficients)) == len(coefficients), "the adaptive KL is at work"
 
 
+# --- checkpoints beside the steps -----------------------------------------------------------------------------
+
+BESIDE = {"credit": {"type": "leave_one_out"}, "checkpoint": {"every": 1, "background": True}}
+
+
+def test_what_is_written_in_the_background_is_the_state_of_its_step(place, tmp_path):
+    """However far the run has gone meanwhile: each checkpoint is that which a run that waits for it writes."""
+    folders = []
+    for background in (False, True):
+        kept = {"checkpoint": {"every": 1, "background": background, "keep": 3}}
+        config = configuration(place, tmp_path / str(background), **(BESIDE | kept))
+        finished(config)
+        folders.append(config.run_folder / "checkpoints")
+    for step in (1, 2, 3):
+        waited, beside = (folder / f"step-{step:06d}" / "state.safetensors" for folder in folders)
+        assert waited.read_bytes() == beside.read_bytes()
+
+
+def test_a_checkpoint_in_the_background_is_not_seen_before_it_is_whole(place, tmp_path, monkeypatch):
+    """The run goes on meanwhile, and waits for it at the next one; ended at once, it leaves a whole one too."""
+    config = configuration(place, tmp_path / "run", **BESIDE)
+    store, begun, let_go = CheckpointStore(tmp_path / "run" / "checkpoints"), threading.Event(), threading.Event()
+    manifest = checkpoints._manifest
+
+    def slowly(folder, step, metric):
+        assert threading.current_thread().name == "pertoken-checkpoint"
+        begun.set()
+        assert let_go.wait(60)
+        return manifest(folder, step, metric)
+
+    def look(report, _):
+        assert begun.wait(60)
+        if report.step == 1:
+            assert [path.name for path in store.folder.iterdir()] == [".partial-000001"]
+            assert store.newest() == (None, [])
+            let_go.set()
+        else:
+            assert store.newest()[0].step >= report.step - 1
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "_manifest", slowly)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(config, on_step=look)
+    assert store.newest()[0].step == 3
+    assert all(path.name.startswith("step-") for path in store.folder.iterdir())
+
+
+@pytest.mark.parametrize("at", [1, 3], ids=["found at the next one", "found at the end"])
+def test_a_checkpoint_in_the_background_that_fails_ends_the_run_by_name(place, tmp_path, monkeypatch, at):
+    manifest = checkpoints._manifest
+
+    def full(folder, step, metric):
+        if step >= at:
+            raise OSError(28, "No space left on device")
+        return manifest(folder, step, metric)
+
+    config, made = configuration(place, tmp_path / "run", **BESIDE), []
+    monkeypatch.setattr(checkpoints, "_manifest", full)
+    with pytest.raises(RunFolderError, match=r"cannot write the checkpoint .*No space left"):
+        run.train(config, on_step=lambda report, _: made.append(report.step))
+    assert made == list(range(1, at + 1))
+    assert RunReader(tmp_path / "run").run()["status"] == "failed"
+
+
 def test_weights_on_their_way_and_running_statistics_go_on(place, tmp_path):
     """A schedule is a function of the step; what the normaliser remembers is in the checkpoint."""
     parts = [
@@ -218,7 +285,7 @@ def test_a_checkpoint_of_another_policy_is_refused_by_name(place, tmp_path):
 def test_what_is_loaded_is_no_pickle_and_nonsense_is_one_sentence(place, tmp_path):
     built = assembly.build_run(configuration(place, tmp_path / "run"))
     (tmp_path / "saved").mkdir()
-    save_state(tmp_path / "saved", built.policy, built.optimizer, built.state_dict())
+    state_writer(built.policy, built.optimizer, built.state_dict())(tmp_path / "saved")
     for name in ("state.json", "state.safetensors"):
         whole = (tmp_path / "saved" / name).read_bytes()
         for content in (b"", b"\x80\x04\x95.", whole[: len(whole) // 2], b"{}", b"null", b"[" * 100_000):

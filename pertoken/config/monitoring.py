@@ -59,6 +59,9 @@ class CheckpointConfig(Section):
 
     every: int | None = Field(default=None, ge=1)
     """Save after every so many steps; an interrupted run saves in any case."""
+    background: bool = False
+    """Write it beside the next steps, which takes its memory once more meanwhile. What goes wrong is told at the next
+    one, or at the end."""
     keep: int = Field(default=1, ge=1)
     """How many of the newest to keep."""
     keep_best: bool = True

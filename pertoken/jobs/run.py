@@ -40,7 +40,7 @@ from pertoken.training import offline
 from pertoken.training.assignment import assign
 from pertoken.training.resampling import beside
 from pertoken.training.state import Run
-from pertoken.training.trainer import checkpoint, loop
+from pertoken.training.trainer import checkpoint, loop, written
 from pertoken.types import Item
 
 
@@ -181,6 +181,7 @@ def _train(
                 reason = train_by(run, log, on_step=after_step, interrupted=should_end)
             if run.stop_reason() is None:
                 checkpoint(run, log)
+            written(run)
         stopped_early = run.stop_reason() is None
         out_of_time = stopped_early and not interrupted()
         if out_of_time:
@@ -203,6 +204,9 @@ def _train(
     except KeyboardInterrupt:
         _mark(log, "interrupted", "stopped at once, in the middle of a step")
         raise
+    finally:
+        with contextlib.suppress(PertokenError):  # what has ended the run is what is told
+            written(run)
     comparison = None if stopped_early else compare(RunReader(log.folder).evaluations())
     return RunResult(
         log.folder, reason, stopped_early, out_of_time, comparison, _write_report(log.folder, notes.on_note)

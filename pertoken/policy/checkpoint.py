@@ -11,7 +11,7 @@ trained (a LoRA base, say) are not in it: they come from `policy.model`.
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,23 +44,36 @@ class RandomStates:
         return cls(tensors, random.getstate(), _numpy_state())
 
 
-def save_state(
-    folder: Path,
+def state_writer(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     also: Mapping[str, torch.Tensor] = {},
     drawn: RandomStates | None = None,
-) -> None:
-    """Write weights and optimiser of now into `folder`, and with them `state`, the tensors `also` and the random states
-    `drawn`, or else those of now."""
+    *,
+    copied: bool = False,
+) -> Callable[[Path], None]:
+    """What writes weights and optimiser into a folder, and with them `state`, the tensors `also` and the random states
+    `drawn`, or else those of now.
+
+    copied: all of it as it is now, whenever it is written; that takes its memory once more. Else it is to be written at
+    once.
+    """
     drawn = RandomStates.of_now() if drawn is None else drawn
-    try:
-        save_file(_tensors(policy, optimizer, also) | drawn.tensors, folder / "state.safetensors")
-    except SafetensorError as error:  # a full disk, for one; it inherits nothing that says so
-        raise OSError(f"state.safetensors: {error}") from error
+    tensors = _tensors(policy, optimizer, also) | drawn.tensors
+    if copied:
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     content = {**state, "machine": machine(), "random": {"python": drawn.python, "numpy": drawn.numpy}}
-    (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    text = json.dumps(content)
+
+    def write(folder: Path) -> None:
+        try:
+            save_file(tensors, folder / "state.safetensors")
+        except SafetensorError as error:  # a full disk, for one; it inherits nothing that says so
+            raise OSError(f"state.safetensors: {error}") from error
+        (folder / "state.json").write_text(text, encoding="utf-8")
+
+    return write
 
 
 def machine() -> dict[str, str]:
@@ -87,7 +100,7 @@ def moved(before: Any) -> list[str]:
 
 
 def state_size(policy: Policy, optimizer: torch.optim.Optimizer, also: Mapping[str, torch.Tensor] = {}) -> int:
-    """About how many bytes `save_state` writes."""
+    """About how many bytes `state_writer` writes."""
     return sum(tensor.nbytes for tensor in _tensors(policy, optimizer, also).values()) + (1 << 16)
 
 

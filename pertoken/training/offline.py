@@ -40,7 +40,7 @@ from pertoken.training.state import Run, items_of
 from pertoken.training.trainer import (
     Clock,
     alternatives,
-    checkpoint,
+    checkpoint_if_due,
     curriculum_figures,
     cuts,
     evaluate,
@@ -91,8 +91,7 @@ def loop(
         run.progress.seconds += time.monotonic() - begun
         record(run, log, report, others)
         evaluate(run, log)
-        if run.config.checkpoint.every and step % run.config.checkpoint.every == 0:
-            checkpoint(run, log)  # after the evaluation: what is saved has counted it
+        checkpoint_if_due(run, log)  # after the evaluation: what is saved has counted it
         on_step(report)
     return reason or "interrupted"
 

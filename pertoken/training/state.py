@@ -6,6 +6,7 @@ All state that a step depends on hangs on one `Run`; what is done with it is in 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pertoken.config import RunConfig
 from pertoken.evaluation import Evaluator
+from pertoken.machine.background import Background
 from pertoken.machine.portions import Portion, set_states, states
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import RandomStates, moved
@@ -109,6 +111,8 @@ class Run:
     """A copy of the policy that stays where the update of a step began (`update.trust_region`)."""
     before_step: tuple[dict[str, Any], RandomStates] | None = None
     """`moment()` from before the step that is being made, until its update begins: what can still be saved."""
+    writing: Background[Path] | None = None
+    """A checkpoint that is being written beside the steps (`checkpoint.background`)."""
     _micro_batch: Portion | None = field(default=None, repr=False)
 
     @property

@@ -21,7 +21,7 @@ from pertoken.machine.memory import Heap, peak_memory
 from pertoken.machine.portions import states
 from pertoken.objectives import effective_share, importance_weights
 from pertoken.observe import StepReport, alternative_columns, episode_records, observe
-from pertoken.policy.checkpoint import save_state, state_size
+from pertoken.policy.checkpoint import state_size, state_writer
 from pertoken.rewards import Learns, Scene, Stateful, Weighted, findings, score
 from pertoken.rewards.kl import KLToReference
 from pertoken.rollout.collect import Draws, draw_completions, to_episodes
@@ -79,8 +79,7 @@ def loop(
         advance(run, report, seconds=time.monotonic() - begun)
         record(run, log, report, scene, others)
         evaluate(run, log)
-        if run.config.checkpoint.every and step % run.config.checkpoint.every == 0:
-            checkpoint(run, log)  # after the evaluation: what is saved has counted it
+        checkpoint_if_due(run, log)  # after the evaluation: what is saved has counted it
         on_step(report)
     return reason or "interrupted"
 
@@ -323,23 +322,45 @@ def record(run: Run, log: RunLog, report: StepReport, scene: Scene, others: Sequ
         )  # fmt: skip
 
 
+def checkpoint_if_due(run: Run, log: RunLog) -> None:
+    """Save the step that was made if it is one of those, with `checkpoint.background` beside the next ones."""
+    config = run.config.checkpoint
+    if not config.every or run.progress.step % config.every:
+        return
+    if config.background:
+        run.writing = Background(_saving(run, log, copied=True), "pertoken-checkpoint")
+    else:
+        checkpoint(run, log)
+
+
 def checkpoint(run: Run, log: RunLog) -> Path:
     """Save all that is needed to go on from here; older checkpoints that `checkpoint` does not keep are removed.
 
     A step whose update has not begun is forgotten: what goes on makes it again. What rewards have spent on it stays
     spent.
     """
-    now, config, metric = run.progress, run.config.checkpoint, run.config.evaluation.metric
+    return _saving(run, log)()
+
+
+def written(run: Run) -> None:
+    """Wait for the checkpoint that is being written beside the steps; raises what went wrong with it."""
+    writing, run.writing = run.writing, None
+    if writing is not None:
+        writing.result()
+
+
+def _saving(run: Run, log: RunLog, *, copied: bool = False) -> Callable[[], Path]:
+    """What saves the state of now, behind any that is still being written; if `copied`, whenever it is called."""
+    written(run)
+    step, metric, config = run.progress.step, run.progress.metric, run.config.checkpoint
     state, drawn = run.before_step or run.moment()
     state = state | {"spent": run.spent()}
-    return CheckpointStore(log.folder / "checkpoints").save(
-        now.step,
-        lambda folder: save_state(folder, run.policy, run.optimizer, state, run.tensors(), drawn),
-        size=state_size(run.policy, run.optimizer, run.tensors()),
-        metric=None if now.metric is None or now.evaluated != now.step else goodness(metric, now.metric),
-        keep=config.keep,
-        keep_best=config.keep_best,
-    )
+    write = state_writer(run.policy, run.optimizer, state, run.tensors(), drawn, copied=copied)
+    size = state_size(run.policy, run.optimizer, run.tensors())
+    known = metric is not None and run.progress.evaluated == step
+    goal = goodness(run.config.evaluation.metric, metric) if metric is not None and known else None
+    store = CheckpointStore(log.folder / "checkpoints")
+    return lambda: store.save(step, write, size=size, metric=goal, keep=config.keep, keep_best=config.keep_best)
 
 
 def evaluate(run: Run, log: RunLog) -> Evaluation | None:
