@@ -92,14 +92,17 @@ def policy_attribution(
     """What each token of the episode, prompt included, adds to the log-prob of the token in `column` (nats).
 
     None asks about all that the model chose. What is written stays the same; what it is predicted from changes.
-    ConfigError for a column that the model did not choose; ModelError for encoder-decoder models.
+    ConfigError for a column that the model did not choose.
     """
     chosen = [at for at, acts in enumerate(episode.action_mask) if acts]
     if column is not None and column not in chosen:
         raise ConfigError(f"{episode.id}: token {column} is none that the model chose")
     columns = chosen if column is None else [column]
     neutral = neutral_id(policy.tokenizer)
-    reading = embedded(policy.hf_model, episode.tokens, columns, neutral=neutral, temperature=temperature)
+    reading = embedded(
+        policy.hf_model, episode.tokens, columns,
+        prompt=episode.prompt_length, neutral=neutral, temperature=temperature,
+    )  # fmt: skip
     return attribute([reading], len(episode.tokens))
 
 

@@ -10,36 +10,57 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pertoken.errors import ModelError
 from pertoken.forward import decoder_start
 from pertoken.policy.scoring import head_logits
 from pertoken.reading import Reading
 
 
 def embedded(
-    model: Any, tokens: Sequence[int], targets: Sequence[int], *, neutral: int, temperature: float = 1.0
+    model: Any, tokens: Sequence[int], targets: Sequence[int], *, prompt: int, neutral: int, temperature: float = 1.0
 ) -> Reading:
     """The tokens before the last target as a policy reads them, all of them asked about, each standing for itself.
 
     The score is the sum of the log-probs, under softmax(logits / temperature), of the tokens in the columns `targets`
     given those before them (nats). What is written stays the same whatever is read: a neutral token changes what the
-    later ones are predicted from, and never which ones they are. Raises ModelError for encoder-decoder models.
+    later ones are predicted from, and never which ones they are.
+
+    prompt: how many tokens are asked. An encoder-decoder model reads these with its encoder, and the others with its
+    decoder, behind the ids that it begins with; nobody asks about those.
     """
-    if decoder_start(model):
-        raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder model: gradients of what it reads cannot be asked here yet"
-        )
     device, length = model.device, max(targets)
     ids, columns = torch.tensor(list(tokens), device=device), torch.tensor(list(targets), device=device)
-    written = ids[columns]
+    written, start = ids[columns], decoder_start(model)
+    parts = [(model, ids[:length])]
+    if start:
+        parts = [(model.get_encoder(), ids[:prompt]), (model.get_decoder(), ids[prompt:length])]
+        first = torch.tensor(start, device=device)
+
+    def states(rows: Float[Tensor, "N L H"]) -> Float[Tensor, "N A H"]:
+        """Behind what each target is predicted from."""
+        plain: dict[str, Any] = {"return_dict": True}
+        if not start:
+            hidden: Tensor = model.base_model(inputs_embeds=rows, use_cache=False, **plain).last_hidden_state
+            return hidden[:, columns - 1]
+        encoder, decoder = model.get_encoder(), model.get_decoder()
+        # Some families scale the embeddings of ids, and not those that they are given: ids go in, and rows in between.
+        hook = encoder.get_input_embeddings().register_forward_hook(lambda *_: rows[:, :prompt])
+        try:
+            read = encoder(input_ids=ids[:prompt].expand(len(rows), -1), **plain).last_hidden_state
+        finally:
+            hook.remove()
+        begun = decoder.get_input_embeddings()(first).expand(len(rows), -1, -1)
+        behind = torch.cat([begun, rows[:, prompt:]], 1)
+        hidden = decoder(inputs_embeds=behind, encoder_hidden_states=read, use_cache=False, **plain).last_hidden_state
+        return hidden[:, columns - prompt + len(start) - 1]
 
     def score(rows: Float[Tensor, "N L H"]) -> Float[Tensor, " N"]:
-        hidden = model.base_model(inputs_embeds=rows, use_cache=False, return_dict=True).last_hidden_state
-        logits = head_logits(model, hidden[:, columns - 1].flatten(0, 1)).float() / temperature
+        logits = head_logits(model, states(rows).flatten(0, 1)).float() / temperature
         found: Tensor = logits.log_softmax(1).gather(1, written.repeat(len(rows))[:, None])
         return found.view(len(rows), -1).sum(1)
 
     with torch.no_grad():
-        table = model.get_input_embeddings()
-        read, blank = table(ids[:length]), table(torch.full_like(ids[:length], neutral))
+        read, blank = (
+            torch.cat([reader.get_input_embeddings()(of(part)) for reader, part in parts])
+            for of in (lambda part: part, lambda part: torch.full_like(part, neutral))
+        )
     return Reading(read, blank, score, [[(column, 1.0)] for column in range(length)])

@@ -23,7 +23,15 @@ from pertoken.rewards import Classifier, Sample, TokenModel, Weighted, classifie
 from pertoken.rewards.align import align
 from pertoken.rewards.token_model import TokenScorer
 from pertoken.sampling import Controls
-from pertoken.testing import FAMILIES, byte_tokenizer, episode, family_model, tiny_encoder_decoder, tiny_model
+from pertoken.testing import (
+    ENCODER_DECODERS,
+    FAMILIES,
+    byte_tokenizer,
+    episode,
+    family_model,
+    tiny_encoder_decoder,
+    tiny_model,
+)
 from pertoken.types import Item
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh.!"]
@@ -243,14 +251,14 @@ def test_attributions_of_a_classifier_sum_to_what_it_pays(labels, how, words, tm
 # --- policies -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *ENCODER_DECODERS])
 def test_the_score_of_what_a_policy_reads_is_its_log_prob(name):
     model = family_model(name)
     policy = Policy(model, byte_tokenizer(), precision="float32", compile=False)
     text = episode([5, 6, 7], [8, 9, 10, 11])
     wanted = torch.tensor(questions.logprobs_of(policy, [text], Controls())[0])
     for columns in ([3, 4, 5, 6], [5], [3]):
-        found = embedded(model, text.tokens, columns, neutral=0)
+        found = embedded(model, text.tokens, columns, prompt=3, neutral=0)
         with torch.no_grad():
             (score,) = found.score(found.embeddings[None])
         assert len(found.embeddings) == columns[-1]
@@ -263,7 +271,7 @@ def test_attributions_of_a_policy_are_complete_and_those_of_a_swap_of_models():
     tokens = byte_tokenizer().encode("say abc")
     columns, found = [4, 5, 6], []
     for model in models:
-        found.append(attribute([embedded(model, tokens, columns, neutral=257)], len(tokens)))
+        found.append(attribute([embedded(model, tokens, columns, prompt=4, neutral=257)], len(tokens)))
         with torch.no_grad():
             logits = [model(torch.tensor([ids])).logits[0].log_softmax(1) for ids in (tokens, [257] * 7)]
         scores = [sum(logp[column - 1, tokens[column]].item() for column in columns) for logp in logits]
@@ -280,15 +288,28 @@ def test_the_temperature_is_that_of_the_sampler():
     text = episode(byte_tokenizer().encode("say"), byte_tokenizer().encode("abc"))
     controls = Controls()
     controls = type(controls)(controls.sampling.model_copy(update={"temperature": 0.5}))
-    found = embedded(policy.hf_model, text.tokens, [3, 4, 5], neutral=0, temperature=0.5)
+    found = embedded(policy.hf_model, text.tokens, [3, 4, 5], prompt=3, neutral=0, temperature=0.5)
     with torch.no_grad():
         score = found.score(found.embeddings[None]).item()
     assert score == pytest.approx(sum(questions.logprobs_of(policy, [text], controls)[0]), abs=1e-3)
 
 
-def test_an_encoder_decoder_model_is_refused_by_name():
-    with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder-decoder model"):
-        embedded(tiny_encoder_decoder(), [1, 2, 3], [2], neutral=0)
+def test_an_encoder_reads_the_prompt_and_a_decoder_what_was_written():
+    captum()
+    policy = Policy(tiny_encoder_decoder("marian"), byte_tokenizer(), precision="float32", compile=False)
+    text = episode([5, 6, 7], [8, 9, 10, 11])
+    found = policy_attribution(policy, text)
+    known = questions.logprobs_of(policy, [text], Controls())[0]
+    assert found.score == pytest.approx(sum(known), abs=1e-3)
+    blank = policy.model(input_ids=torch.full((1, 3), 257), decoder_input_ids=torch.full((1, 4), 257)).logits
+    neutral = blank[0].log_softmax(1)[range(4), [8, 9, 10, 11]].sum().item()
+    assert found.neutral == pytest.approx(neutral, abs=1e-3)
+    assert open_share(found) <= OPEN_SHARE
+    assert all(found.values[:6])
+    assert found.values[6] == 0.0
+    second = policy_attribution(policy, text, column=4)
+    assert second.score == pytest.approx(known[1], abs=1e-3)
+    assert second.values[4:] == (0.0, 0.0, 0.0)
 
 
 # --- of a sample --------------------------------------------------------------------------------------------
