@@ -1,7 +1,7 @@
 """Held-out quality: the same items, answered by the policy before and after, with intervals and trivial baselines."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
@@ -127,7 +127,13 @@ class Evaluator:
         # What a segment saw is another matter: a longer text has no place in the context.
         scoring = Controls(Sampling(segment=self.controls.sampling.segment))
         batch = to_batch(episodes, scoring, device=str(policy.device))
-        old, ref = policy.score(batch), reference.score(batch) if reference else None
+        others: list[dict[str, Any]] = [{} for _ in self.items]
+        if self.alternatives:
+            old, found = policy.score_with_alternatives(batch, self.controls, self.alternatives)
+            others = alternative_columns(found, batch, policy.tokenizer)
+        else:
+            old = policy.score(batch)
+        ref = reference.score(batch) if reference else None
         scene = Scene(batch, episodes, policy.tokenizer, old, ref)
         for name, part in (score(self.beside, scene).parts if self.beside else {}).items():
             per_item[f"beside/{name}"] = sums = part.sum(1).tolist()
@@ -150,9 +156,8 @@ class Evaluator:
                 of_task = self._of_all([outputs[k] for k in chosen], answers)
                 summary["metrics"][name] = of_task[metric]
         fixed = [part.fixed() for part in rewards]
-        parts, found = score(fixed, scene), findings(fixed, scene)
+        parts, marked = score(fixed, scene), findings(fixed, scene)
         tokens = token_rows(episodes, token_streams(batch, old, ref, parts), policy.tokenizer)
-        others = alternative_columns(policy, replace(batch, controls=self.controls), self.alternatives)
         rows = [
             {
                 "id": item.id,
@@ -162,7 +167,7 @@ class Evaluator:
                 "metrics": self._of_item(item, per_item, k),
                 "tokens": token_columns(episode.tokens, pieces, episode.action_mask),
                 "streams": {name: six_digits(values) for name, values in streams.items()},
-                **finding_columns(found[k]),
+                **finding_columns(marked[k]),
                 **others[k],
             }
             for k, (item, output, (episode, pieces, streams)) in enumerate(

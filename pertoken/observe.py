@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pertoken.credit import reward_to_go
 from pertoken.objectives import kl_per_token
-from pertoken.policy.model import Policy
+from pertoken.policy.scoring import Alternatives
 from pertoken.rewards import Finding
 from pertoken.rewards.align import align
 from pertoken.tracking.coloured import ColouredText
@@ -158,15 +158,11 @@ def episode_records(
     ]
 
 
-def alternative_columns(policy: Policy, batch: TokenBatch, count: int) -> list[dict[str, Any]]:
-    """The entry of each row's record that says what could have stood at its actions: the `count` most probable tokens.
+def alternative_columns(found: Alternatives, batch: TokenBatch, tokenizer: Any) -> list[dict[str, Any]]:
+    """The entry of each row's record that says what could have stood at its actions, as was `found` of `batch`.
 
-    They are those of the policy as it is now, and of what it draws from by the controls of `batch`. Columns have one
-    entry per token, 0 and [] where the model chose nothing. No entry if `count` is 0.
+    Columns have one entry per token, 0 and [] where the model chose nothing.
     """
-    if count == 0:
-        return [{} for _ in batch.episode_ids]
-    found = policy.alternatives(batch, batch.controls, count)
     actions = zip(found.rank.tolist(), found.ids.tolist(), found.logprobs.tolist(), strict=True)
     rows = []
     for acts, length in zip(batch.action_mask.tolist(), batch.attention_mask.sum(1).tolist(), strict=True):
@@ -179,7 +175,7 @@ def alternative_columns(policy: Policy, batch: TokenBatch, count: int) -> list[d
             ranks[at], tokens, nats = next(actions)
             possible = [k for k, value in enumerate(nats) if value > -math.inf]
             ids[at], logprobs[at] = [tokens[k] for k in possible], [float(f"{nats[k]:.4g}") for k in possible]
-        pieces = {str(token): piece_of(token, policy.tokenizer) for token in sorted({t for at in ids for t in at})}
+        pieces = {str(token): piece_of(token, tokenizer) for token in sorted({t for at in ids for t in at})}
         rows.append({"alternatives": {"rank": ranks, "id": ids, "logprob": logprobs, "piece": pieces}})
     return rows
 

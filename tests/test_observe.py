@@ -1,5 +1,7 @@
 """What is written of a step, and what a notebook shows of stages driven by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,6 +58,10 @@ def drawn(policy, **sampling):
     return episodes, to_batch(episodes, controls)
 
 
+def columns_of(policy, batch, count):
+    return alternative_columns(policy.alternatives(batch, batch.controls, count), batch, TOKENIZER)
+
+
 @pytest.fixture(scope="module")
 def policy():
     return Policy(tiny_model(seed=3), TOKENIZER, precision="float32", compile=False)
@@ -70,7 +76,7 @@ def policy():
 def test_alternatives_are_of_the_distribution_that_the_tokens_were_drawn_from(policy, monkeypatch, sampling, tokens):
     monkeypatch.setattr(policy.portion, "size", tokens)
     episodes, batch = drawn(policy, **sampling)
-    rows = alternative_columns(policy, batch, 300)
+    rows = columns_of(policy, batch, 300)
     for one, found in zip(episodes, (row["alternatives"] for row in rows), strict=True):
         assert len(found["id"]) == len(found["rank"]) == len(found["logprob"]) == len(one.tokens)
         for at, (token, acts) in enumerate(zip(one.tokens, one.action_mask, strict=True)):
@@ -87,10 +93,24 @@ def test_alternatives_are_of_the_distribution_that_the_tokens_were_drawn_from(po
         assert found["piece"].keys() == {str(token) for ids in found["id"] for token in ids}
 
 
-def test_few_alternatives_are_the_first_of_many_and_none_are_no_entry(policy):
+def test_few_alternatives_are_the_first_of_many(policy):
     _, batch = drawn(policy)
-    many, few = (alternative_columns(policy, batch, count) for count in (300, 2))
+    many, few = (columns_of(policy, batch, count) for count in (300, 2))
     for all_of_them, first in zip(many, few, strict=True):
         assert first["alternatives"]["id"] == [ids[:2] for ids in all_of_them["alternatives"]["id"]]
         assert set(first["alternatives"]["piece"]) == {str(t) for ids in first["alternatives"]["id"] for t in ids}
-    assert alternative_columns(policy, batch, 0) == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("segment", [None, Segment(tokens=4, context=2)], ids=["whole", "segments"])
+@pytest.mark.parametrize("tokens", [8192, 1], ids=["one pass", "many passes"])
+def test_scores_and_alternatives_by_one_pass_are_those_of_two(policy, monkeypatch, segment, tokens):
+    monkeypatch.setattr(policy.portion, "size", tokens)
+    _, batch = drawn(policy, segment=segment)
+    controls = replace(batch.controls, sampling=batch.controls.sampling.model_copy(update={"temperature": 0.5}))
+    output, found = policy.score_with_alternatives(batch, controls, 5)
+    scored, alone = policy.score(batch), policy.alternatives(batch, controls, 5)
+    assert output.hidden is None
+    torch.testing.assert_close(output.logprobs, scored.logprobs)
+    torch.testing.assert_close(output.entropy, scored.entropy)
+    assert torch.equal(found.ids, alone.ids)
+    torch.testing.assert_close(found.logprobs, alone.logprobs, atol=1e-4, rtol=1e-4)

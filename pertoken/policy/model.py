@@ -11,7 +11,7 @@ import io
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,6 +189,28 @@ class Policy:
         found = [alternatives(trunk, batch.rows(rows), controls, count) for rows in parts]
         return Alternatives.joined(found, batch.action_mask.sum(1), parts)
 
+    def score_with_alternatives(
+        self, batch: TokenBatch, controls: Controls, count: int
+    ) -> tuple[PolicyOutput, Alternatives]:
+        """`score` and `alternatives` by one pass; scores are by the controls of `batch`, alternatives by `controls`."""
+        if (pieces := cut(batch)) is not None:
+            output, found = self.score_with_alternatives(pieces.batch, controls, count)
+            return pieces.joined(output), found
+        trunk = Trunk(self.hf_model, self.value_head, self.autocast_dtype, self.layout, pointwise=self.pointwise)
+
+        def both(tokens: int) -> tuple[PolicyOutput, Alternatives]:
+            parts, outputs, found = batch.parts(tokens), [], []
+            for rows in parts:
+                part = batch.rows(rows)
+                with torch.no_grad():
+                    output = score_batch(trunk, part, hidden=True)
+                found.append(alternatives(trunk, part, controls, count, output.hidden))
+                outputs.append(replace(output, hidden=None))
+            return _in_order(outputs, parts), Alternatives.joined(found, batch.action_mask.sum(1), parts)
+
+        lengths = batch.attention_mask.sum(1)
+        return self.portion.attempt(both, there=int(lengths.sum()), least=int(lengths.max()))
+
     def last_attention(self, batch: TokenBatch) -> Tensor:
         """How much the last token of each row attends to each of its actions, `[B, T]` (`scoring.last_attention`)."""
         trunk = Trunk(self.hf_model, None, self.autocast_dtype, self.layout, pointwise=self.pointwise)
@@ -321,16 +343,21 @@ def _score_in_parts(
                 )
                 for rows in parts
             ]
-        back = torch.cat(parts).argsort()
-
-        def column(name: str) -> Any:
-            cells = [getattr(output, name) for output in outputs]
-            return None if cells[0] is None else torch.cat(cells)[back]
-
-        return PolicyOutput(**{name: column(name) for name in vars(outputs[0])})
+        return _in_order(outputs, parts)
 
     lengths = batch.attention_mask.sum(1)
     return portion.attempt(score, there=int(lengths.sum()), least=int(lengths.max()))
+
+
+def _in_order(outputs: Sequence[PolicyOutput], parts: Sequence[Tensor]) -> PolicyOutput:
+    """The output of all rows, from those of `parts` of the rows."""
+    back = torch.cat(list(parts)).argsort()
+
+    def column(name: str) -> Any:
+        cells = [getattr(output, name) for output in outputs]
+        return None if cells[0] is None else torch.cat(cells)[back]
+
+    return PolicyOutput(**{name: column(name) for name in vars(outputs[0])})
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -175,22 +175,29 @@ class Alternatives:
 
 
 @torch.no_grad()
-def alternatives(trunk: Trunk, batch: TokenBatch, controls: Controls, count: int) -> Alternatives:
+def alternatives(
+    trunk: Trunk, batch: TokenBatch, controls: Controls, count: int, hidden: Float[Tensor, "B T H"] | None = None
+) -> Alternatives:
     """The `count` most probable tokens at each action, of the distribution that `controls` let tokens be drawn from.
 
-    Kept sets are made anew from the logits, so `batch` needs none and its own controls play no part.
+    Kept sets are made anew from the logits, so `batch` needs none and its own controls play no part. hidden: the states
+    behind the actions, where a pass has them already (`score_batch`).
     """
-    rows, kind = _rows(trunk, batch), batch.tokens.device.type
+    kind = batch.tokens.device.type
     targets = batch.tokens[batch.action_mask]
     generated = _generated(batch)
     history = _histories(batch) if controls.needs_history else None
     truncates = controls.truncates and not controls.sampling.greedy
     found = []
     with torch.autocast(kind, dtype=trunk.autocast_dtype, enabled=trunk.autocast_dtype is not None):
-        hidden = _hidden_states(trunk, rows).index_select(0, rows.predictors)
-        for at in torch.arange(len(targets), device=hidden.device).split(ACTIONS_PER_CHUNK):
+        if hidden is None:
+            rows = _rows(trunk, batch)
+            states = _hidden_states(trunk, rows).index_select(0, rows.predictors)
+        else:
+            states = hidden[batch.action_mask]
+        for at in torch.arange(len(targets), device=states.device).split(ACTIONS_PER_CHUNK):
             before = None if history is None else history[at]
-            z = processed_logits(head_logits(trunk.model, hidden[at]), controls, generated[at], before)
+            z = processed_logits(head_logits(trunk.model, states[at]), controls, generated[at], before)
             z = z.masked_fill(~keep_set(z, controls.sampling), -torch.inf) if truncates else z
             logprobs = z.log_softmax(1)
             own, best = logprobs.gather(1, targets[at][:, None]), logprobs.topk(min(count, z.shape[1]), dim=1)

@@ -299,10 +299,12 @@ def alternatives(run: Run, batch: TokenBatch, step: int) -> list[dict[str, Any]]
 
     Before the update, as their other streams. So of a last step that nobody could foresee it is not known.
     """
-    if not shows(run, step):
+    count = run.config.log.alternatives
+    if not count or not shows(run, step):
         return []
     some = torch.arange(min(run.config.log.episodes_per_step, len(batch.episode_ids)), device=batch.group.device)
-    return alternative_columns(run.policy, batch.rows(some), run.config.log.alternatives)
+    shown = batch.rows(some)
+    return alternative_columns(run.policy.alternatives(shown, shown.controls, count), shown, run.policy.tokenizer)
 
 
 def record(run: Run, log: RunLog, report: StepReport, scene: Scene, others: Sequence[dict[str, Any]] = ()) -> None:
