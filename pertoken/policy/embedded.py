@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pertoken.forward import decoder_start
@@ -29,28 +29,31 @@ def embedded(
     """
     device, length = model.device, max(targets)
     ids, columns = torch.tensor(list(tokens), device=device), torch.tensor(list(targets), device=device)
-    written, start = ids[columns], decoder_start(model)
-    parts = [(model, ids[:length])]
-    if start:
-        parts = [(model.get_encoder(), ids[:prompt]), (model.get_decoder(), ids[prompt:length])]
-        first = torch.tensor(start, device=device)
+    written, start = ids[columns], torch.tensor(decoder_start(model), dtype=torch.long, device=device)
+    encoder, decoder = (model.get_encoder(), model.get_decoder()) if len(start) else (None, model.base_model)
+
+    def embeddings(of: Int[Tensor, " L"]) -> Float[Tensor, "L H"]:
+        if encoder is None:
+            found: Tensor = decoder.get_input_embeddings()(of)
+            return found
+        return torch.cat([encoder.get_input_embeddings()(of[:prompt]), decoder.get_input_embeddings()(of[prompt:])])
 
     def states(rows: Float[Tensor, "N L H"]) -> Float[Tensor, "N A H"]:
-        """Behind what each target is predicted from."""
-        plain: dict[str, Any] = {"return_dict": True}
-        if not start:
-            hidden: Tensor = model.base_model(inputs_embeds=rows, use_cache=False, **plain).last_hidden_state
+        """What each target is predicted from."""
+        if encoder is None:
+            hidden: Tensor = decoder(inputs_embeds=rows, use_cache=False, return_dict=True).last_hidden_state
             return hidden[:, columns - 1]
-        encoder, decoder = model.get_encoder(), model.get_decoder()
         # Some families scale the embeddings of ids, and not those that they are given: ids go in, and rows in between.
         hook = encoder.get_input_embeddings().register_forward_hook(lambda *_: rows[:, :prompt])
         try:
-            read = encoder(input_ids=ids[:prompt].expand(len(rows), -1), **plain).last_hidden_state
+            read = encoder(input_ids=ids[:prompt].expand(len(rows), -1), return_dict=True).last_hidden_state
         finally:
             hook.remove()
-        begun = decoder.get_input_embeddings()(first).expand(len(rows), -1, -1)
-        behind = torch.cat([begun, rows[:, prompt:]], 1)
-        hidden = decoder(inputs_embeds=behind, encoder_hidden_states=read, use_cache=False, **plain).last_hidden_state
+        begun = decoder.get_input_embeddings()(start).expand(len(rows), -1, -1)
+        hidden = decoder(
+            inputs_embeds=torch.cat([begun, rows[:, prompt:]], 1), encoder_hidden_states=read, use_cache=False,
+            return_dict=True,
+        ).last_hidden_state  # fmt: skip
         return hidden[:, columns - prompt + len(start) - 1]
 
     def score(rows: Float[Tensor, "N L H"]) -> Float[Tensor, " N"]:
@@ -59,8 +62,5 @@ def embedded(
         return found.view(len(rows), -1).sum(1)
 
     with torch.no_grad():
-        read, blank = (
-            torch.cat([reader.get_input_embeddings()(of(part)) for reader, part in parts])
-            for of in (lambda part: part, lambda part: torch.full_like(part, neutral))
-        )
+        read, blank = embeddings(ids[:length]), embeddings(torch.full_like(ids[:length], neutral))
     return Reading(read, blank, score, [[(column, 1.0)] for column in range(length)])
