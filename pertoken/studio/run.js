@@ -65,7 +65,8 @@ askWords = async (words) => new Set((await call(`/find/${here}?words=${encodeURI
 
 // A scene gets its scales, and the answers that its texts have got before.
 function adopt(scene, scales) {
-  run.scales.push(...scales.filter((scale) => !scaleOf(scale.name)));
+  const better = (scale) => !scaleOf(scale.name) || (scaleOf(scale.name).flat && !scale.flat);
+  for (const scale of scales.filter(better)) run.scales = [...run.scales.filter((other) => other.name !== scale.name), scale];
   for (const panel of scene.panels) if (answered.has(panel.id)) keepAnswers(answered.get(panel.id));
 }
 
@@ -91,7 +92,7 @@ function renewSamples(page, current) {
   const at = before ? before.panels.findIndex((panel) => panel.id === view.id) : -1;
   const { list, column } = order;
   const top = byId("list").scrollTop;
-  for (const name of ["lists", "orders", "scenes", "scales", "reference_is_before", "main"]) run[name] = page[name];
+  for (const name of ["lists", "orders", "scenes", "scales", "reference_is_before", "gain_of"]) run[name] = page[name];
   brought.length = 0;
   if (current) {
     run.scenes[current.key] = current.scene;

@@ -25,11 +25,14 @@ function sortRows() {
   const fits = (row) => !words || (having ? having.has(columns.id[row]) : haystack(columns, row).includes(words));
   found = rowsOf(order.list).filter((row) => known(values[row]) && fits(row));
   const sign = order.descending ? -1 : 1;
-  found.sort((a, b) => sign * (values[a] - values[b]) || a - b);
+  const named = (row) => (words && columns.title[row].toLowerCase() === words ? 1 : 0); // what is meant comes first
+  found.sort((a, b) => named(b) - named(a) || sign * (values[a] - values[b]) || a - b);
   const shown = found.filter((row) => columns.scene[row] !== null).length;
   const here = shown === found.length ? "" : `, ${shown} with their tokens in this page`;
-  const what = order.list === "held_out" ? `, ${run.main} before → after` : "";
-  byId("count").textContent = `${found.length} ${found.length === 1 ? "sample" : "samples"}${here}${what}`;
+  const what = order.list === "held_out" ? `, ${run.gain_of} before → after` : "";
+  const which = order.list === "held_out" ? "held-out item" : "training sample";
+  if (words && !found.length) byId("count").textContent = `No ${which} has these words.`;
+  else byId("count").textContent = `${found.length} ${found.length === 1 ? "sample" : "samples"}${here}${what}`;
 }
 
 const searched = () => byId("search").value.trim().toLowerCase();
@@ -142,7 +145,7 @@ function rowFacts(columns, row) {
   const name = order.column in FACTS ? order.column : "tokens";
   const value = columns[name][row];
   const shown = name === "clipped" ? `${Math.round(100 * value)}%` : short(value);
-  return `step ${columns.step[row]} · reward ${short(columns.reward[row])} · ${FACTS[name]} ${shown}`;
+  return `step ${columns.id[row]} · reward ${short(columns.reward[row])} · ${FACTS[name]} ${shown}`;
 }
 
 function moveInList(event) {
@@ -234,7 +237,8 @@ function repaint() {
 
 // Offers the streams that this scene has, and stays with the reader's choice where it can.
 function fillStreams(scene) {
-  const here = run.scales.filter((scale) => scene.panels.some((panel) => scale.name in (panel.streams || {})));
+  const coloured = run.scales.filter((scale) => !scale.flat);
+  const here = coloured.filter((scale) => scene.panels.some((panel) => scale.name in (panel.streams || {})));
   byId("stream").replaceChildren(...here.map((scale) => element("option", { value: scale.name, textContent: scale.label })));
   const wish = [view.stream, "advantage", "reward/total"].find((name) => here.some((scale) => scale.name === name));
   if (wish) byId("stream").value = wish;

@@ -21,7 +21,7 @@ from pertoken.errors import RunFolderError
 from pertoken.tracking.files import Number, Row, encode, line_ends, read_bytes, read_row, write_whole
 from pertoken.tracking.records import read_episodes, read_items
 
-FORMAT = 1
+FORMAT = 2
 
 _HEAD = 16_384
 """Bytes of a line that are read at first to find its texts."""
@@ -37,8 +37,8 @@ class Index:
     ends: Sequence[int]
     """Byte behind each line."""
     rows: Sequence[Row]
-    """Of an episode `item`, `group` and what `figures` returns; of a held-out item `id`, `metrics`, and `far`, how far
-    it is from the reference (Σ |KL|), if that is known; of both `size`, see `_size`."""
+    """Of an episode `item`, `group` and what `figures` returns; of a held-out item `id`, `metrics`, and where they
+    are known `far`, how far it is from the reference (Σ |KL|), and `reward`, the total; of both `size`, see `_size`."""
 
     def span(self, line: int) -> tuple[int, int]:
         """First and last byte (excluded) of a line."""
@@ -146,9 +146,11 @@ def _of_episode(record: Row) -> Row:
 
 
 def _of_item(row: Row) -> Row:
-    distances = (row.get("streams") or {}).get("kl")
+    streams = row.get("streams") or {}
+    distances, paid = streams.get("kl"), streams.get("reward/total")
     far = None if distances is None else total(abs(value) for value in distances if value is not None)
-    return {"id": str(row["id"]), "metrics": row["metrics"], "far": far, "size": _size(row, row["output"])}
+    found = {"id": str(row["id"]), "metrics": row["metrics"], "far": far, "size": _size(row, row["output"])}
+    return found if paid is None else found | {"reward": total(paid)}
 
 
 def _size(record: Row, output: str) -> int:
@@ -205,7 +207,7 @@ class _Row(TypedDict, total=False):
 
 
 class _Kept(TypedDict):
-    format: Literal[1]
+    format: Literal[2]
     bytes: _Count
     tail: _Count
     ends: list[_Count]

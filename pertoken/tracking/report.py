@@ -83,7 +83,7 @@ def content(reader: RunReader, *, samples: bool = True, served: bool = False) ->
         "Certificate": _certificate(reader.folder),
         "Configuration": _configuration(run, reader.config_text()),
     }
-    facts = {"folder": str(reader.folder), "main": label(comparison.main, HELD_OUT) if comparison else ""}
+    facts = {"folder": str(reader.folder)}
     found = browse(reader, comparison, served=served) if samples else {}
     if samples and not found["orders"]:
         sections.pop("Tokens")

@@ -10,6 +10,7 @@ Figures and places of samples come from the index of the run (`index.py`): only 
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -51,6 +52,7 @@ ORDERS = (
     Order("Typical change", held_out=True, column="oddity", descending=False),
     Order("Largest gain", held_out=True, column="gain"),
     Order("Largest loss", held_out=True, column="gain", descending=False),
+    Order("In the order of the data", held_out=True, column="place", descending=False),
     Order("Best reward", held_out=False, column="reward"),
     Order("Worst reward", held_out=False, column="reward", descending=False),
     Order("Most clipped", held_out=False, column="clipped"),
@@ -86,7 +88,7 @@ def browse(reader: RunReader, comparison: Comparison | None, *, served: bool = F
     orders = [
         {"label": order.label, "list": _list_of(order), "column": order.column, "descending": order.descending}
         for order in ORDERS
-        if any(row.get(order.column) is not None for row in lists[_list_of(order)])
+        if _sorts(order, lists[_list_of(order)])
     ]
 
     def home(row: Row) -> str | None:
@@ -100,8 +102,15 @@ def browse(reader: RunReader, comparison: Comparison | None, *, served: bool = F
         "orders": orders,
         "scenes": shown,
         "scales": stream_scales(list(shown.values())),
+        "gain_of": _gain_of(reader, comparison),
         "reference_is_before": bool(distances) and not any(distances),
     }
+
+
+def _sorts(order: Order, rows: Sequence[Row]) -> bool:
+    """Whether the order says anything of the rows: nothing is most clipped where nothing was."""
+    known = {row[order.column] for row in rows if row.get(order.column) is not None}
+    return len(known) > 1 or (len(known) == 1 and (order.held_out or order.column == "place" or 0 not in known))
 
 
 def scene_of(reader: RunReader, sample: str) -> tuple[str, Row]:
@@ -148,7 +157,7 @@ def stream_scales(shown: Sequence[Row]) -> list[Row]:
     """How to colour each stream: one scale for all samples, so that a colour means one number on the whole page.
 
     The bound is the 95th percentile of the distances from the neutral value: one odd token must not make all
-    others pale. Streams that are neutral everywhere are left out.
+    others pale. `flat` is a stream that is neutral everywhere: there is nothing to colour, only a number to read.
     """
     distances: dict[str, list[Number]] = {}
     for name, values in _cells(shown):
@@ -157,8 +166,6 @@ def stream_scales(shown: Sequence[Row]) -> list[Row]:
     scales = []
     for name, found in distances.items():
         marked = [distance for distance in found if distance > 0]
-        if not marked:
-            continue
         term = find(name, STREAMS)
         scales.append(
             {
@@ -166,7 +173,8 @@ def stream_scales(shown: Sequence[Row]) -> list[Row]:
                 "label": label(name, STREAMS),
                 "meaning": term.explanation if term else "",
                 "kind": term.scale if term else "signed",
-                "bound": float(f"{_percentile_95(marked):.2g}"),
+                "bound": float(f"{_percentile_95(marked):.2g}") if marked else 1.0,
+                "flat": not marked,
             }
         )
     order = {name: place for place, name in enumerate(STREAMS)}
@@ -224,30 +232,45 @@ def _held_out_pairs(reader: RunReader, comparison: Comparison | None) -> dict[st
     """The items of `held_out_rows` by the key of their scene: figures, and `lines`, where both answers lie."""
     if comparison is None:
         return {}
-    split, main = comparison.split, comparison.main
+    split = comparison.split
     steps = [comparison.before["step"], comparison.after["step"]]
     earlier, later = (reader.evaluation_index(step, split).rows for step in steps)
     before = {row["id"]: line for line, row in enumerate(earlier)}
     shared = [(before[row["id"]], line) for line, row in enumerate(later) if row["id"] in before]
-    pairs: dict[str, Row] = {}
+    gain_of, pairs = _gain_of(reader, comparison), dict[str, Row]()
+
+    def score(row: Row) -> Number | None:
+        found: Number | None = row.get("reward") if gain_of == "reward" else row["metrics"].get(comparison.main)
+        return found
+
     for sample, (first, last) in enumerate(shared):
-        scores = [earlier[first]["metrics"].get(main), later[last]["metrics"].get(main)]
+        was, now = score(earlier[first]), score(later[last])
         pairs[f"{split}.{sample}"] = {
             "id": f"{split}.{steps[1]}.{sample}",
             "title": later[last]["id"],
-            "before": four_digits(scores[0]),
-            "after": four_digits(scores[1]),
-            "gain": None if None in scores else four_digits(scores[1] - scores[0]),
+            "before": four_digits(was),
+            "after": four_digits(now),
+            "gain": None if was is None or now is None else four_digits(now - was),
             "far": earlier[first].get("far"),
             "size": earlier[first]["size"] + later[last]["size"],
             "lines": (first, last),
             "sample": sample,
+            "place": sample,
         }
     gains = [pair["gain"] for pair in pairs.values() if pair["gain"] is not None]
     typical = median(gains) if gains else 0.0
     for pair in pairs.values():
         pair["oddity"] = None if pair["gain"] is None else four_digits(abs(pair["gain"] - typical))
     return pairs
+
+
+def _gain_of(reader: RunReader, comparison: Comparison | None) -> str:
+    """What sorts items: the metric of the comparison, or their reward where single items have no such metric."""
+    if comparison is None:
+        return ""
+    rows = reader.evaluation_index(comparison.after["step"], comparison.split).rows
+    has_metric = any(row["metrics"].get(comparison.main) is not None for row in rows)
+    return label(comparison.main, HELD_OUT) if has_metric else "reward"
 
 
 def _pair_of(reader: RunReader, comparison: Comparison, pair: Row) -> Row:
@@ -370,7 +393,7 @@ def _text(row: Row, output: str) -> Row:
 
 
 def _minus(facts: Sequence[str]) -> list[str]:
-    return [fact.replace(" -", " −") for fact in facts]
+    return [re.sub(r"(?<=[ e])-(?=\d)", "−", fact) for fact in facts]
 
 
 def _cells(shown: Sequence[Row]) -> Iterator[tuple[str, list[Number]]]:

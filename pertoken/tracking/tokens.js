@@ -32,7 +32,7 @@ function short(value) {
   if (!known(value)) return "–";
   const size = Math.abs(value);
   const digits = size !== 0 && size < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
-  return digits.replace("-", "−");
+  return digits.replaceAll("-", "−");
 }
 
 const signed = (value) => (known(value) && value > 0 ? `+${short(value)}` : short(value));
@@ -356,10 +356,13 @@ function percent(logprob) {
 }
 
 function placeTip(tip, box) {
-  const room = document.documentElement.clientWidth - tip.offsetWidth - 12;
-  const below = box.bottom + 8 + tip.offsetHeight < window.innerHeight || box.top < tip.offsetHeight + 8;
-  const top = below ? box.bottom + 8 : box.top - 8 - tip.offsetHeight;
-  tip.style.left = `${window.scrollX + Math.max(12, Math.min(box.left, room))}px`;
+  const [room, height] = [document.documentElement.clientWidth - tip.offsetWidth - 12, tip.offsetHeight];
+  const beside = box.right + 12 <= room ? box.right + 12 : box.left - 12 - tip.offsetWidth;
+  let [left, top] = [Math.max(12, Math.min(box.left, room)), box.bottom + 8];
+  if (top + height > window.innerHeight) top = box.top - 8 - height;
+  if (top < 0 && beside >= 12) [left, top] = [beside, Math.max(8, window.innerHeight - 8 - height)]; // neither below nor above
+  else if (top < 0) top = box.bottom + 8;
+  tip.style.left = `${window.scrollX + left}px`;
   tip.style.top = `${window.scrollY + top}px`;
 }
 

@@ -166,7 +166,7 @@ def test_the_search_goes_through_texts_that_are_not_in_the_page(load, root, noth
     assert 0 < shown < len(records)
     page.wait_for_function("count => byId('count').textContent.startsWith(`${count} sample`)", arg=shown)
     page.fill("#search", "no text has this")
-    page.wait_for_function("() => byId('count').textContent.startsWith('0 samples')")
+    page.wait_for_function("() => byId('count').textContent.startsWith('No training sample')")
 
 
 def test_what_is_read_stays_while_samples_come_that_the_page_has_not(load, root, nothing_in_the_page):

@@ -222,7 +222,17 @@ def test_search_finds_words_of_texts_and_items(page):
     page.fill("#search", "scripts/arabic")
     assert page.locator("#count").inner_text() == "28 samples"
     page.fill("#search", "nothing like this")
-    assert page.locator("#count").inner_text() == "0 samples"
+    assert page.locator("#count").inner_text() == "No training sample has these words."
+
+
+def test_an_item_that_is_searched_by_its_name_comes_first(page):
+    page.select_option("#order", label="In the order of the data")
+    name, was = page.evaluate("[run.lists.held_out.title[9], run.lists.held_out.title[2]]")
+    rename = "title => { run.lists.held_out.title[2] = title; haystacks.clear(); }"
+    page.evaluate(rename, f"{name}7")
+    page.fill("#search", name)
+    assert page.locator(".row .name").all_inner_texts() == [name, f"{name}7"]
+    page.evaluate(rename, was)
 
 
 def test_the_list_keeps_few_rows_in_the_page_and_moves_by_keyboard(page):

@@ -57,6 +57,30 @@ def test_the_list_has_every_sample_and_a_scene_is_a_group(log):
     assert [order["label"] for order in data["orders"]] == ["Best reward", "Worst reward", "In order of steps"]
 
 
+def test_items_are_listed_by_their_reward_where_they_have_no_metric_of_their_own(log):
+    """`distinct_2` is one of all texts together; what was said before and after is to be read all the same."""
+    for step, rewards in ((0, {"a": 0.5, "b": 0.25, "c": 0.0}), (3, {"a": 0.25, "b": 0.5, "c": 1.0})):
+        tokens = {"id": [1], "piece": ["y"], "action": [1]}
+        text = {"prompt": "p", "answer": "x", "output": "y", "tokens": tokens}
+        rows = [
+            {"id": item, "metrics": {"words": 1.0}, **text, "streams": {"reward/total": [paid]}}
+            for item, paid in rewards.items()
+        ]
+        log.evaluation(step, "test", {"main": "distinct_2", "metrics": {"distinct_2": 0.5, "words": 1.0}}, rows)
+    data = page_data(log)
+    assert data["gain_of"] == "reward"
+    assert sorted_by(data, "Largest gain") == ["c", "b", "a"]
+    assert sorted_by(data, "In the order of the data") == ["a", "b", "c"]
+    assert data["lists"]["held_out"]["gain"] == [-0.25, 0.25, 1.0]
+
+
+def test_nothing_is_most_clipped_where_nothing_was(log):
+    log.episodes(1, [a_record("e", [0.0, 1.0], clipped=[0.0, 0.0]) for _ in range(2)])
+    assert "Most clipped" not in [order["label"] for order in page_data(log)["orders"]]
+    log.episodes(2, [a_record("e", [0.0, 1.0], clipped=[0.0, 1.0])])
+    assert "Most clipped" in [order["label"] for order in page_data(log)["orders"]]
+
+
 def test_figures_of_an_episode_by_hand():
     streams = {"reward__a": [0.5, 0.5], "reward__b": [-0.25, -0.5], "clipped": [1, 0], "kl": [0.1, 0.2]}
     record = a_record("e", [0.25, 0.0], **streams, value=[0.0, 0.5], **{"return": [0.6, 1.3]})
@@ -135,8 +159,9 @@ def test_the_scale_ignores_single_outliers_and_tokens_that_were_not_chosen():
     }
     panel = {"tokens": {"action": [0] + [1] * 99}, "streams": streams}
     scales = {scale["name"]: scale for scale in stream_scales([{"panels": [panel]}])}
-    assert {name: (scale["kind"], scale["bound"]) for name, scale in scales.items()} == {
+    assert {name: (scale["kind"], scale["bound"]) for name, scale in scales.items() if not scale["flat"]} == {
         "advantage": ("signed", 0.5),
         "ratio": ("around_one", 0.2),
         "plugin": ("signed", 0.25),
     }
+    assert scales["reward/none"]["flat"]  # a number to read, and nothing to colour
