@@ -259,5 +259,5 @@ def test_none_outlives_its_parent(importable, how, number):
         time.sleep(0.5)
         assert lives(pid)
         parent.send_signal(number)
-    parent.communicate(timeout=20)
+    parent.communicate(timeout=120)
     assert gone(pid)
