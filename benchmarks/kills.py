@@ -368,9 +368,7 @@ class Experiment:
             pid = fork(lambda: live(configuration(self.place, setting, folder)))
             run_for(pid, after)
             free, left = shutil.disk_usage(disk).free, source.choice(LEFT)
-            with contextlib.suppress(
-                OSError
-            ):  # the run has written something meanwhile: there is less left, or nothing
+            with contextlib.suppress(OSError):  # there is less left where the run has written something meanwhile
                 (disk / "ballast").write_bytes(b"x" * max(0, free - left))
             end = ended(pid)
             self.ends[f"full -> {end}"] += 1

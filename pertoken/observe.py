@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pertoken.credit import reward_to_go
 from pertoken.objectives import kl_per_token
-from pertoken.policy.scoring import Alternatives
+from pertoken.policy.alternatives import Alternatives
 from pertoken.rewards import Finding
 from pertoken.rewards.align import align
 from pertoken.tracking.coloured import ColouredText

@@ -227,6 +227,16 @@ def test_other_engine_or_kept_activations_same_run(model_folder, data, tmp_path,
         assert other == pytest.approx(usual, rel=1e-3)
 
 
+def test_a_checkpoint_in_the_background_is_in_the_memory_that_is_expected(model_folder, data, tmp_path):
+    waiting, beside = (
+        assembly.build_run(settings(model_folder, data, tmp_path, checkpoint={"background": background}))
+        for background in (False, True)
+    )
+    trained = sum(p.nbytes for p in beside.policy.trainable().values())
+    grown = (beside.memory_estimate - waiting.memory_estimate) * 1e9
+    assert grown >= 3 * trained > 0
+
+
 def test_memory_is_expected_and_measured(model_folder, data, tmp_path, monkeypatch):
     run.train(settings(model_folder, data, tmp_path, stop__steps=1))
     row = metrics_of(tmp_path / "run")[0]

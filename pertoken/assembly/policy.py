@@ -160,9 +160,11 @@ def plan_memory(run: Run) -> None:
     policy, rollout, portion = run.policy, run.config.rollout, run.micro_batch
     kept = footprint(policy, natural=run.before_update is not None)
     base = used_memory(policy.device)
+    trained = sum(p.numel() * p.element_size() for p in policy.trainable().values())
     if run.config.update.balance != "none":  # a gradient of each task
-        trained = sum(p.numel() * p.element_size() for p in policy.trainable().values())
         base += len({item.task for item in run.items}) * trained / GIGABYTE
+    if run.config.checkpoint.background:  # a copy of the weights and of the two averages of AdamW
+        base += 3 * trained / GIGABYTE
     most = rollout.prompts_per_step * rollout.samples_per_prompt * policy.context_length
 
     def estimate(tokens: int) -> float:

@@ -48,11 +48,10 @@ class CompareConfig(Section):
     seeds: int = Field(default=3, ge=1)
     """Runs of each arm, with the seed of the recipe, the next one, and so on. May be raised later, to go on."""
     arms: Annotated[dict[ArmName, dict[str, Any] | None], Field(min_length=1)] | None = None
-    """Name -> what differs from the recipe; null takes all five that follow (an override
-    of one, such as compare.arms.sft.stop.steps=80, leaves the others). These names stand for something already:
-    base (0 steps), sft (method sft), sequence (credit.type leave_one_out), token (as the recipe is), trl (by GRPO of
-    TRL). The key `trl` in an arm has it trained by TRL, with these arguments of its GRPOConfig over those that follow
-    from the recipe."""
+    """Name -> what differs from the recipe; null takes all five that follow (an override of one, such as
+    compare.arms.sft.stop.steps=80, leaves the others). These names stand for something already: base (0 steps), sft
+    (method sft), sequence (credit.type leave_one_out), token (as the recipe is), trl (by GRPO of TRL). The key `trl` in
+    an arm has it trained by TRL, with these arguments of its GRPOConfig over those that follow from the recipe."""
     shared_start: str | None = "sft"
     """Arm whose model all arms begin with that learn from samples, seed by seed, unless they name a policy.model; it is
     trained once per seed. null (or sft, where no arm has that name) has them begin with that of the recipe."""

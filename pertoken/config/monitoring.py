@@ -89,7 +89,7 @@ class LogConfig(Section):
     """How many samples of such a step."""
     alternatives: int = Field(default=3, ge=0, le=20)
     """Write down so many of the most probable tokens at each place of a text that is written down, held-out answers
-    among them; 0 saves a pass over the samples of such a step, and three tenths of the room of all these texts."""
+    among them; 0 saves a pass over the samples of such a step, and about 30% of the room of all these texts."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Where else the figures go; each needs the extra of its name. One that fails is named and the run goes on."""
     project: str = Field(default="pertoken", min_length=1)

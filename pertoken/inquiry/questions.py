@@ -54,7 +54,7 @@ class Place:
 def alternatives(policy: Policy, episode: Episode, controls: Controls, *, count: int = 8) -> list[Place]:
     """For each token that the model chose, the `count` most probable ones that `controls` let it choose from."""
     batch = _batch(policy, [episode], controls)
-    found = policy.alternatives(batch, controls, count)
+    _, found = policy.score_with_alternatives(batch, controls, count)
     chosen = batch.tokens[batch.action_mask].tolist()
     names = {token: piece_of(token, policy.tokenizer) for token in {*chosen, *found.ids.flatten().tolist()}}
     columns = (chosen, found.own.tolist(), found.rank.tolist(), found.entropy.tolist(), found.ids.tolist())

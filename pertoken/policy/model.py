@@ -33,14 +33,13 @@ from pertoken.errors import MissingExtraError, ModelError, closest
 from pertoken.hub import NO_CODE, code_arguments, why_not
 from pertoken.machine.cache import cache_folder
 from pertoken.machine.portions import Portion
+from pertoken.policy.alternatives import Alternatives, alternatives
 from pertoken.policy.layers import fuse_layers
 from pertoken.policy.pointwise import compile_pointwise
 from pertoken.policy.scoring import (
     Against,
-    Alternatives,
     Layout,
     Trunk,
-    alternatives,
     find_layout,
     head_logits,
     last_attention,
@@ -180,22 +179,16 @@ class Policy:
                 self.model.eval()
         return _score_in_parts(trunk, batch, self.portion, against=against)
 
-    def alternatives(self, batch: TokenBatch, controls: Controls, count: int) -> Alternatives:
-        """The most probable tokens at each action of `batch`, action by action (`scoring.alternatives`)."""
-        if (pieces := cut(batch)) is not None:
-            return self.alternatives(pieces.batch, controls, count)  # each action is in one of them, in the same order
-        trunk = Trunk(self.hf_model, None, self.autocast_dtype, self.layout, pointwise=self.pointwise)
-        parts = batch.parts(self.portion.size)
-        found = [alternatives(trunk, batch.rows(rows), controls, count) for rows in parts]
-        return Alternatives.joined(found, batch.action_mask.sum(1), parts)
-
     def score_with_alternatives(
         self, batch: TokenBatch, controls: Controls, count: int
     ) -> tuple[PolicyOutput, Alternatives]:
-        """`score` and `alternatives` by one pass; scores are by the controls of `batch`, alternatives by `controls`."""
+        """`score`, and the `count` most probable tokens at each action (`alternatives.py`), by one pass, no gradient.
+
+        Scores are by the controls of `batch`, alternatives by `controls`.
+        """
         if (pieces := cut(batch)) is not None:
             output, found = self.score_with_alternatives(pieces.batch, controls, count)
-            return pieces.joined(output), found
+            return pieces.joined(output), found  # each action is in one piece, in the same order
         trunk = Trunk(self.hf_model, self.value_head, self.autocast_dtype, self.layout, pointwise=self.pointwise)
 
         def both(tokens: int) -> tuple[PolicyOutput, Alternatives]:
@@ -204,7 +197,8 @@ class Policy:
                 part = batch.rows(rows)
                 with torch.no_grad():
                     output = score_batch(trunk, part, hidden=True)
-                found.append(alternatives(trunk, part, controls, count, output.hidden))
+                assert output.hidden is not None
+                found.append(alternatives(trunk, part, output.hidden, controls, count))
                 outputs.append(replace(output, hidden=None))
             return _in_order(outputs, parts), Alternatives.joined(found, batch.action_mask.sum(1), parts)
 

@@ -18,7 +18,7 @@ float32 logits of all of them (`head.py`). The shift from logits at `t-1` to tok
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from pertoken.policy.head import linear_logprobs
 from pertoken.policy.layers import fused_rotation
 from pertoken.policy.packs import Pack
 from pertoken.policy.pointwise import Pointwise
-from pertoken.sampling import NO_TOKEN, Controls, entropy_of, keep_set, processed_logits
+from pertoken.sampling import NO_TOKEN, Controls, processed_logits
 from pertoken.types import PolicyOutput, TokenBatch
 
 Layout = Literal["packed", "padded", "encoder_decoder"]
@@ -147,63 +147,6 @@ def score_batch(
         _to_cells(at_actions, batch) if hidden else None,
         _to_cells(kl[0], batch) if kl else None,
     )
-
-
-@dataclass(frozen=True)
-class Alternatives:
-    """What could have stood at each of A actions, the K most probable tokens first, and how the one there compares."""
-
-    ids: Int[Tensor, "A K"]
-    logprobs: Float[Tensor, "A K"]
-    """-inf where fewer than K tokens are possible."""
-    own: Float[Tensor, " A"]
-    """Log-prob of the token that stands there; -inf if the controls would not have allowed it."""
-    rank: Int[Tensor, " A"]
-    """Its place among all tokens, counted from 1."""
-    entropy: Float[Tensor, " A"]
-    """Of the distribution (nats)."""
-
-    @classmethod
-    def joined(
-        cls, found: Sequence["Alternatives"], sizes: Int[Tensor, " B"], parts: Sequence[Int[Tensor, " R"]]
-    ) -> "Alternatives":
-        """Those of all rows in order, from those of `parts` of the rows; `sizes` are the actions of each row."""
-        rows = torch.cat(list(parts))
-        of_row = rows.repeat_interleave(sizes.to(rows.device)[rows])  # of each action that was found
-        back = of_row.argsort(stable=True).to(found[0].own.device)
-        return cls(*(torch.cat([getattr(one, f.name) for one in found])[back] for f in fields(cls)))
-
-
-@torch.no_grad()
-def alternatives(
-    trunk: Trunk, batch: TokenBatch, controls: Controls, count: int, hidden: Float[Tensor, "B T H"] | None = None
-) -> Alternatives:
-    """The `count` most probable tokens at each action, of the distribution that `controls` let tokens be drawn from.
-
-    Kept sets are made anew from the logits, so `batch` needs none and its own controls play no part. hidden: the states
-    behind the actions, where a pass has them already (`score_batch`).
-    """
-    kind = batch.tokens.device.type
-    targets = batch.tokens[batch.action_mask]
-    generated = _generated(batch)
-    history = _histories(batch) if controls.needs_history else None
-    truncates = controls.truncates and not controls.sampling.greedy
-    found = []
-    with torch.autocast(kind, dtype=trunk.autocast_dtype, enabled=trunk.autocast_dtype is not None):
-        if hidden is None:
-            rows = _rows(trunk, batch)
-            states = _hidden_states(trunk, rows).index_select(0, rows.predictors)
-        else:
-            states = hidden[batch.action_mask]
-        for at in torch.arange(len(targets), device=states.device).split(ACTIONS_PER_CHUNK):
-            before = None if history is None else history[at]
-            z = processed_logits(head_logits(trunk.model, states[at]), controls, generated[at], before)
-            z = z.masked_fill(~keep_set(z, controls.sampling), -torch.inf) if truncates else z
-            logprobs = z.log_softmax(1)
-            own, best = logprobs.gather(1, targets[at][:, None]), logprobs.topk(min(count, z.shape[1]), dim=1)
-            rank = (logprobs > own).sum(1) + 1
-            found.append((best.indices, best.values, own[:, 0], rank, entropy_of(logprobs)))
-    return Alternatives(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 @torch.no_grad()
@@ -468,8 +411,8 @@ def _head_in_chunks(
     against: Against | None,
 ) -> tuple[Float[Tensor, " A"], ...]:
     """For any head and any controls: autograd chunk by chunk, logits computed again in the backward pass."""
-    generated = _generated(batch)
-    history = _histories(batch) if batch.controls.needs_history else None
+    generated = num_generated(batch)
+    history = histories(batch) if batch.controls.needs_history else None
     other = None if against is None else against.hidden[batch.action_mask]
     vocab = model.get_output_embeddings().weight.shape[0]
     found = []
@@ -524,13 +467,13 @@ def _head_chunk(
     return logprobs, entropy, (probs * (finite - reference)).sum(1)
 
 
-def _generated(batch: TokenBatch) -> Int[Tensor, " A"]:
+def num_generated(batch: TokenBatch) -> Int[Tensor, " A"]:
     """How many tokens of its completion precede each action."""
     before = 0 if batch.whole is None else batch.whole.before[:, None]
     return (batch.action_mask.cumsum(1) - 1 + before)[batch.action_mask]
 
 
-def _histories(batch: TokenBatch) -> Int[Tensor, "A L"]:
+def histories(batch: TokenBatch) -> Int[Tensor, "A L"]:
     """Ids before each action, right-aligned."""
     row, column = batch.action_mask.nonzero(as_tuple=True)
     widest = int(column.max()) if len(column) else 0

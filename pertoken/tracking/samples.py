@@ -88,7 +88,7 @@ def browse(reader: RunReader, comparison: Comparison | None, *, served: bool = F
     orders = [
         {"label": order.label, "list": _list_of(order), "column": order.column, "descending": order.descending}
         for order in ORDERS
-        if _sorts(order, lists[_list_of(order)])
+        if _says(order, lists[_list_of(order)])
     ]
 
     def home(row: Row) -> str | None:
@@ -107,10 +107,9 @@ def browse(reader: RunReader, comparison: Comparison | None, *, served: bool = F
     }
 
 
-def _sorts(order: Order, rows: Sequence[Row]) -> bool:
+def _says(order: Order, rows: Sequence[Row]) -> bool:
     """Whether the order says anything of the rows: nothing is most clipped where nothing was."""
-    known = {row[order.column] for row in rows if row.get(order.column) is not None}
-    return len(known) > 1 or (len(known) == 1 and (order.held_out or order.column == "place" or 0 not in known))
+    return any(row.get(order.column) for row in rows) or (order.column == "place" and bool(rows))
 
 
 def scene_of(reader: RunReader, sample: str) -> tuple[str, Row]:
@@ -254,7 +253,6 @@ def _held_out_pairs(reader: RunReader, comparison: Comparison | None) -> dict[st
             "far": earlier[first].get("far"),
             "size": earlier[first]["size"] + later[last]["size"],
             "lines": (first, last),
-            "sample": sample,
             "place": sample,
         }
     gains = [pair["gain"] for pair in pairs.values() if pair["gain"] is not None]
@@ -280,7 +278,7 @@ def _pair_of(reader: RunReader, comparison: Comparison, pair: Row) -> Row:
         reader.some_evaluation_items(step, comparison.split, [line])
         for step, line in zip(steps, pair["lines"], strict=True)
     )
-    return pair_scene(before, after, comparison, pair["sample"])
+    return pair_scene(before, after, comparison, pair["place"])
 
 
 def training_groups(reader: RunReader) -> dict[str, list[Row]]:
@@ -363,7 +361,7 @@ def _list_of(order: Order) -> str:
     return "held_out" if order.held_out else "training"
 
 
-HIDDEN = ("size", "lines", "sample", "far")
+HIDDEN = ("size", "lines", "far")
 """What is known of a sample and not shown in a list."""
 
 

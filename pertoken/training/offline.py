@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,7 +19,7 @@ from pertoken.batching import to_batch
 from pertoken.config import Dpo, Ipo, Kto, OfflineConfig, PairConfig, PreferenceConfig, Sft, Simpo, Tdpo
 from pertoken.machine.memory import Heap
 from pertoken.objectives import aggregate
-from pertoken.observe import StepReport, episode_records
+from pertoken.observe import StepReport
 from pertoken.policy.model import Policy, Reference
 from pertoken.policy.scoring import Against
 from pertoken.preferences import (
@@ -45,7 +44,7 @@ from pertoken.training.trainer import (
     cuts,
     evaluate,
     memory,
-    shows,
+    record,
 )
 from pertoken.training.updating import distance_figures, from_here, set_learning_rate, settle, step_optimizer
 from pertoken.types import Episode, Item, PolicyOutput, TokenBatch
@@ -311,18 +310,6 @@ def _mean_nats(logprobs: Float[Tensor, "B T"], rows: Rows) -> float:
 def _right(margins: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """1 for a pair whose chosen answer earns more, half for a tie, as where nothing was learnt yet."""
     return (margins.sign() + 1) / 2
-
-
-def record(run: Run, log: RunLog, report: StepReport, others: Sequence[dict[str, Any]]) -> None:
-    """Write the figures of the step to the run folder, and every so often its rows, token by token, with what else
-    could have stood there (`others`)."""
-    step, most = report.step, run.config.log.episodes_per_step
-    log.step(step, report.metrics)
-    if shows(run, step) or (most and run.stop_reason() is not None):
-        rows = episode_records(
-            report.episodes[:most], report.streams, run.policy.tokenizer, step=step, alternatives=others
-        )
-        log.episodes(step, rows)
 
 
 # --- held out ------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def loop(
         run.notes += cuts(run, step)
         report = guard(run, observe(step, episodes, batch, old, ref, rewards, credit, updated, measured, run.sampled))
         advance(run, report, seconds=time.monotonic() - begun)
-        record(run, log, report, scene, others)
+        record(run, log, report, others, scene)
         evaluate(run, log)
         checkpoint_if_due(run, log)  # after the evaluation: what is saved has counted it
         on_step(report)
@@ -304,24 +304,25 @@ def alternatives(run: Run, batch: TokenBatch, step: int) -> list[dict[str, Any]]
         return []
     some = torch.arange(min(run.config.log.episodes_per_step, len(batch.episode_ids)), device=batch.group.device)
     shown = batch.rows(some)
-    return alternative_columns(run.policy.alternatives(shown, shown.controls, count), shown, run.policy.tokenizer)
+    _, found = run.policy.score_with_alternatives(shown, shown.controls, count)
+    return alternative_columns(found, shown, run.policy.tokenizer)
 
 
-def record(run: Run, log: RunLog, report: StepReport, scene: Scene, others: Sequence[dict[str, Any]] = ()) -> None:
-    """Write the step to the run folder: its figures always, its samples, what rewards found in them and what else could
-    have stood there (`others`) every so often."""
+def record(
+    run: Run, log: RunLog, report: StepReport, others: Sequence[dict[str, Any]], scene: Scene | None = None
+) -> None:
+    """Write the step to the run folder: its figures always, its samples every so often, with what else could have stood
+    there (`others`) and, of a `scene` with rewards, what these found in them."""
     step, most = report.step, run.config.log.episodes_per_step
     log.step(step, report.metrics)
     if shows(run, step) or (most and run.stop_reason() is not None):
         # A reward that remembers must not be asked twice about a sample.
-        found = findings([part for part in run.rewards if not isinstance(part.reward, Stateful)], scene)
-        log.episodes(
-            step,
-            episode_records(
-                report.episodes[:most], report.streams, run.policy.tokenizer, step=step, findings=found,
-                alternatives=others,
-            ),
+        asked = [part for part in run.rewards if not isinstance(part.reward, Stateful)]
+        records = episode_records(
+            report.episodes[:most], report.streams, run.policy.tokenizer, step=step,
+            findings=findings(asked, scene) if scene else (), alternatives=others,
         )  # fmt: skip
+        log.episodes(step, records)
 
 
 def checkpoint_if_due(run: Run, log: RunLog) -> None:

@@ -119,6 +119,32 @@ def test_the_numbers_of_a_token_begin_with_what_else_could_have_stood_there(page
     assert "this one is number 2" in page.locator("#tip").inner_text()
 
 
+@pytest.mark.parametrize("height", [900, 700, 500])
+def test_the_numbers_of_a_token_do_not_end_below_the_window(page, height):
+    """Below it, above it, or beside it where there is room for neither."""
+    page.set_viewport_size({"width": 1440, "height": height})
+    try:
+        follow(page, "#sample=300.16&token=2")
+        size = page.locator("#tip").bounding_box()["height"]
+        for at in (2, 20, 60):
+            box = page.evaluate(
+                "at => { const all = document.querySelectorAll('#scene .token');"
+                " const node = all[Math.min(at, all.length - 1)];"
+                " node.scrollIntoView({ block: 'center' }); node.focus({ preventScroll: true });"
+                " const { top, bottom, left, right } = byId('tip').getBoundingClientRect();"
+                " const own = node.getClientRects()[0];"
+                " return { top, bottom, left, right, own: [own.left, own.top, own.right, own.bottom] }; }",
+                at,
+            )
+            assert box["bottom"] <= max(height, size + 8)
+            assert 0 <= box["left"] < box["right"] <= 1440
+            left, top, right, bottom = box["own"]
+            covers = box["left"] < right and box["right"] > left and box["top"] < bottom and box["bottom"] > top
+            assert not covers
+    finally:
+        page.set_viewport_size({"width": 1440, "height": 900})
+
+
 def test_the_second_column_is_the_mean_of_the_group_at_this_place(page, run_folder):
     follow(page, "#sample=300.16&by=logprob&token=1")
     records = [record_of(run_folder, 300, sample) for sample in (17, 18, 19)]
