@@ -127,22 +127,29 @@ def test_trap_27_interrupted_after_each_step_it_ends_as_if_it_never_was(place, t
 BESIDE = {"credit": {"type": "leave_one_out"}, "checkpoint": {"every": 1, "background": True}}
 
 
-def test_what_is_written_in_the_background_is_the_state_of_its_step(place, tmp_path):
-    """However far the run has gone meanwhile: each checkpoint is that which a run that waits for it writes."""
-    folders = []
+def test_what_is_written_in_the_background_is_the_state_of_its_step(place, tmp_path, monkeypatch):
+    """However far the run has gone meanwhile: here the next step is made before the first byte is written."""
+    gone_on, save = threading.Event(), checkpoint.save_file
+
+    def late(*what):
+        assert gone_on.wait(60)
+        save(*what)
+
+    written = []
     for background in (False, True):
-        kept = {"checkpoint": {"every": 1, "background": background, "keep": 3}}
-        config = configuration(place, tmp_path / str(background), **(BESIDE | kept))
-        finished(config)
-        folders.append(config.run_folder / "checkpoints")
-    for step in (1, 2, 3):
-        waited, beside = (folder / f"step-{step:06d}" / "state.safetensors" for folder in folders)
-        assert waited.read_bytes() == beside.read_bytes()
+        every_second = {"checkpoint": {"every": 2, "background": background}}
+        config = configuration(place, tmp_path / str(background), **(BESIDE | every_second))
+        monkeypatch.setattr(checkpoint, "save_file", late if background else save)
+        run.train(config, on_step=lambda report, _: gone_on.set() if report.step == 3 else None)
+        written.append((config.run_folder / "checkpoints" / "step-000002" / "state.safetensors").read_bytes())
+        gone_on.clear()
+    assert written[0] == written[1]
 
 
 def test_a_checkpoint_in_the_background_is_not_seen_before_it_is_whole(place, tmp_path, monkeypatch):
     """The run goes on meanwhile, and waits for it at the next one; ended at once, it leaves a whole one too."""
-    config = configuration(place, tmp_path / "run", **BESIDE)
+    kept = {"checkpoint": {"every": 1, "background": True, "keep": 3}}  # nothing is removed while this test looks
+    config = configuration(place, tmp_path / "run", **(BESIDE | kept))
     store, begun, let_go = CheckpointStore(tmp_path / "run" / "checkpoints"), threading.Event(), threading.Event()
     manifest = checkpoints._manifest
 
