@@ -83,7 +83,7 @@ def test_the_kl_over_the_vocabulary_is_exact_and_so_is_its_gradient(monkeypatch,
         logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask.long()).logits
         rows = batch.action_mask.nonzero().tolist()
         generated = (batch.action_mask.cumsum(1) - 1)[batch.action_mask]
-        history = scoring._histories(batch)
+        history = scoring.histories(batch)
         z = processed_logits(torch.stack([logits[b, t - 1] for b, t in rows]), batch.controls, generated, history)
         return z.log_softmax(1)
 
