@@ -60,6 +60,7 @@ async function search() {
   }
   byId("list").scrollTop = 0;
   drawRows();
+  if (found.length && !found.some(isCurrent)) openSample(run.lists[order.list].id[found[0]]);
 }
 
 const haystacks = new Map();

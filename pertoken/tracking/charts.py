@@ -121,7 +121,7 @@ def _training_chart(title: str, names: Sequence[str], metrics: Mapping[str, Colu
     traces: list[Row] = []
     for name, color in zip(names, itertools.cycle(PALETTE), strict=False):
         values = _means(metrics[name], per_point)
-        shown = name.partition("/")[2] if one_family and "/" in name else name
+        shown = name.partition("/")[2] if one_family and "/" in name else label(name, METRICS)
         traces += _curve(shown, steps, values, color)
     return Chart(title, _note([find(name, METRICS) for name in names]), _figure(traces, legend=len(names) > 1))
 
@@ -248,9 +248,19 @@ def _figure(traces: Sequence[Row], *, legend: bool) -> str:
             "automargin": True,
             "nticks": 5,
             "exponentformat": "e",
+            **_range_of(traces),
         },
     }
     return encode({"data": [{"type": "scatter", **trace} for trace in traces], "layout": layout}).decode().rstrip()
+
+
+def _range_of(traces: Sequence[Row]) -> Row:
+    """The range of the upward axis where all curves are one flat line: from 0 to twice its height, to 1 if it is 0."""
+    found = {value for trace in traces for value in trace["y"] if value is not None}
+    if len(found) != 1:
+        return {}
+    (height,) = found
+    return {"range": sorted((0.0, 2.0 * height or 1.0))}
 
 
 def _note(terms: Sequence[Term | None]) -> str:

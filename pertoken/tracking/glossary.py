@@ -100,7 +100,9 @@ METRICS: dict[str, Term] = {
         "(mean w)² / mean w² over their a, 0 to 1",
     ),
     "importance/clipped_share": Term(
-        "Tokens whose importance weight was cut at its limit, or left out.", "share of a, 0 to 1"
+        "Tokens whose importance weight was cut at its limit, or left out.",
+        "share of a, 0 to 1",
+        "importance weight cut",
     ),
     "update/kl": Term(
         "How far the update had moved the policy before its last optimiser step (`stop_kl`, `target_kl`).",
@@ -118,7 +120,9 @@ METRICS: dict[str, Term] = {
     "groups/redrawn": Term(
         "Groups whose samples all earned the same, replaced by those of other prompts (`rollout.redraws`).", "groups"
     ),
-    "clip/share": Term("Tokens that the surrogate clipped: they no longer move the policy.", "share of a, 0 to 1"),
+    "clip/share": Term(
+        "Tokens that the surrogate clipped: they no longer move the policy.", "share of a, 0 to 1", "clipped ratio"
+    ),
     "advantage/mean": Term("Mean advantage; near 0 when it is whitened.", "mean over a"),
     "advantage/std": Term("Spread of the advantages; 0 means that nothing is learnt.", "standard deviation over a"),
     "value/error": Term("How far the critic is off.", "√ of the mean over a of (V − return)²"),

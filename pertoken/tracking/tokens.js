@@ -260,6 +260,9 @@ function showLegend(scale, scene, view) {
     notes.push(element("span", { textContent: exact }));
   }
   if (scene.kind === "pair") notes.push(element("span", { className: "alone", textContent: "underlined: not in the other text" }));
+  if (scene.panels.some((panel) => panel.tokens?.action.includes(0))) {
+    notes.push(element("span", { className: "given", textContent: "slanted: given, not chosen by the model" }));
+  }
   if (scene.panels.some((panel) => panel.findings)) {
     notes.push(element("span", { className: "found", textContent: "wavy: a reward found something, point at it" }));
   }
@@ -301,9 +304,12 @@ function showTip(node, scene, at, view) {
   const head = compare
     ? [element("tr", { className: "head" }, element("td"), element("td", { textContent: "this" }), element("td", { textContent: COMPARED[scene.kind].column }))]
     : [];
-  const messages = findingsAt(panel, index).map((found) =>
-    element("p", { className: "finding", textContent: `${found.part} ${signed(found.value)}: ${visible(found.message)}` }),
-  );
+  const messages = findingsAt(panel, index).map((found) => {
+    const tokens = found.stop - found.start;
+    const where = tokens > 1 ? ` for ${tokens} tokens together` : "";
+    const text = `${found.part} ${signed(found.value)}${where}: ${visible(found.message)}`;
+    return element("p", { className: "finding", textContent: text });
+  });
   const id = known(panel.tokens.id?.[index]) ? `, id ${panel.tokens.id[index]}` : "";
   const about = `token ${index + 1} of ${panel.tokens.piece.length}${id}`;
   const tip = byId("tip");

@@ -180,6 +180,14 @@ def test_a_finding_is_underlined_and_says_its_message(page, run_folder):
     assert page.locator("#tip .finding").inner_text() == f"repetition −0.02: {record['findings'][0]['message']}"
 
 
+def test_a_finding_of_several_tokens_says_that_its_number_is_of_all_of_them(page):
+    follow(page, "#sample=300.12&by=reward/repetition")
+    page.evaluate("currentScene().panels.find((panel) => panel.id === '300.12').findings[0].stop += 2")
+    page.locator('[data-id="300.12"] .token.found').first.hover()
+    assert page.locator("#tip .finding").inner_text().startswith("repetition −0.02 for 3 tokens together: said")
+    page.evaluate("currentScene().panels.find((panel) => panel.id === '300.12').findings[0].stop -= 2")
+
+
 def test_after_minus_before_is_the_difference_at_aligned_tokens(page):
     page.select_option("#stream", "logprob")
     page.check("#against")
@@ -247,6 +255,7 @@ def test_search_finds_words_of_texts_and_items(page):
     assert set(page.locator(".row .name").all_inner_texts()) == {"scripts/chinese"}
     page.fill("#search", "scripts/arabic")
     assert page.locator("#count").inner_text() == "28 samples"
+    assert page.locator("#scene h3").first.inner_text().startswith("scripts/arabic")  # what is read is among the found
     page.fill("#search", "nothing like this")
     assert page.locator("#count").inner_text() == "No training sample has these words."
 

@@ -29,6 +29,22 @@ def test_a_metric_that_was_never_finite_is_not_drawn():
     assert training_charts({"step": [1], "time": [0.1], "loss/policy": [None]}) == {}
 
 
+@pytest.mark.parametrize(("height", "axis"), [(0.0, [0, 1]), (0.3, [0, 0.6]), (-2, [-4, 0])])
+def test_a_flat_line_has_an_axis_from_zero(height, axis):
+    flat = {"step": [1, 2], "time": [1, 2], "entropy": [height, height]}
+    ((chart,),) = training_charts(flat).values()
+    assert json.loads(chart.figure)["layout"]["yaxis"]["range"] == axis
+    ((moving,),) = training_charts(flat | {"entropy": [height, height + 1]}).values()
+    assert "range" not in json.loads(moving.figure)["layout"]["yaxis"]
+
+
+def test_a_legend_has_names_that_people_read():
+    ((chart,),) = training_charts(
+        {"step": [1], "time": [1], "clip/share": [0.1], "importance/clipped_share": [0.2]}
+    ).values()
+    assert [trace["name"] for trace in json.loads(chart.figure)["data"]] == ["clipped ratio", "importance weight cut"]
+
+
 def test_a_long_run_is_drawn_as_means_of_several_steps():
     steps = list(range(1, 5001))
     drawn = traces(training_charts({"step": steps, "time": steps, "reward/total": steps}))
