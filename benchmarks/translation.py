@@ -103,7 +103,8 @@ def shared(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "policy": {"model": str(folder / "model"), "precision": "float32", "compile": False},
         "task": {
-            "family": "translation", "style": "bare", "source_language": "en", "target_language": "de", "path": files,
+            "family": "translation", "style": "bare", "source_language": "en",
+            "target_language": arguments.target, "path": files,
         },
         "rollout": {
             "prompts_per_step": arguments.prompts, "samples_per_prompt": arguments.samples, "max_rows": 1024,
@@ -202,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--target", default="de", help="the language that is translated to")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
     parser.add_argument("--rows", type=int, default=None, help="first rows of the training split; all unless given")
     parser.add_argument("--longest", type=int, default=None, help="words of a source, in all splits; any unless given")
