@@ -31,7 +31,8 @@ from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast, s
 from pertoken.tracking.reader import RunReader
 
 METRIC = "corpus_bleu"
-CREDIT = {"token": {"type": "group_process"}, "sequence": {"type": "leave_one_out"}}
+CREDIT = {"token": {"type": "leave_one_out_process"}, "sequence": {"type": "leave_one_out"}}
+"""Both unbiased, both against the other samples of the prompt: the rewards behind a token, or those of the text."""
 
 
 # --- data and model ------------------------------------------------------------------------------------------

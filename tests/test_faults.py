@@ -245,6 +245,16 @@ def test_a_prompt_that_leaves_room_for_one_token(settle):
         run.train(settle(prompts=[prompt + "y" for prompt in prompts], folder="other"))
 
 
+def test_a_held_out_prompt_that_fills_the_context_is_not_left_out_by_itself_and_the_error_says_what_to_do(settle):
+    prompts = [f"{k:03d}" + "x" * (4 if k % 2 else 125) for k in range(40)]
+    rollout = {"prompts_per_step": 2, "samples_per_prompt": 3, "max_prompt_tokens": 60}
+    with pytest.raises(TaskError, match="or take such items out of the validation split: what is held out is never"):
+        run.train(settle(prompts=prompts, rollout=rollout, evaluation={"items": 10}))
+    run.train(settle(prompts=prompts, rollout=rollout))  # training items are
+    with pytest.raises(TaskError, match=r"or set rollout\.max_prompt_tokens to leave such items out"):
+        run.train(settle(prompts=prompts, folder="other"))
+
+
 # --- models and tokenizers ----------------------------------------------------------------------------------
 
 

@@ -223,7 +223,10 @@ def build_evaluator(config: RunConfig, task: ItemTask, policy: Policy) -> tuple[
             if name not in present
         ]
         by_task = {name: m.metric or evaluation.metric for name, m in config.task.tasks.items() if name in present}
-    refuse_too_long(items, policy, evaluation.sampling)
+    refuse_too_long(
+        items, policy, evaluation.sampling,
+        f"take such items out of the {evaluation.split} split: what is held out is never left out by itself",
+    )  # fmt: skip
     refuse_unknown_tokens(items, policy)
     if given is not None:
         _refuse_unknown(given, evaluation.metric, by_task)

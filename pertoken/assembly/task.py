@@ -167,7 +167,7 @@ def fitting(task: ItemTask, split: Split, policy: Policy, rollout: RolloutConfig
     """The items whose prompts are not longer than asked for, and a note on how many were left out."""
     items = task.items(split)
     if rollout.max_prompt_tokens is None:
-        refuse_too_long(items, policy, rollout.sampling)
+        refuse_too_long(items, policy, rollout.sampling, "set rollout.max_prompt_tokens to leave such items out")
         return items, []
     limit = min(rollout.max_prompt_tokens, policy.context_length - rollout.sampling.least_room)
     fitting = [item for item in items if len(prompt_ids(item, policy.tokenizer)) <= limit]
@@ -184,8 +184,8 @@ def fitting(task: ItemTask, split: Split, policy: Policy, rollout: RolloutConfig
     ] if left_out else []
 
 
-def refuse_too_long(items: Sequence[Item], policy: Policy, sampling: Sampling) -> None:
-    """Prompts that leave the model no room to write."""
+def refuse_too_long(items: Sequence[Item], policy: Policy, sampling: Sampling, remedy: str) -> None:
+    """Prompts that leave the model no room to write. remedy: what else can be done about them in this split."""
     most = policy.context_length - sampling.least_room
     for item in items:
         if isinstance(item.prompt, str) and len(item.prompt.encode()) + 7 < most:
@@ -195,8 +195,7 @@ def refuse_too_long(items: Sequence[Item], policy: Policy, sampling: Sampling) -
             beside = f", of which a segment and what it sees take {sampling.least_room}" if sampling.segment else ""
             raise TaskError(
                 f"item {item.id}: its prompt has {length} tokens, and this model's context is {policy.context_length}"
-                f"{beside}. Shorten the prompt template, or set rollout.max_prompt_tokens to leave such training items "
-                "out."
+                f"{beside}. Shorten the prompt template, or {remedy}."
             )
 
 
