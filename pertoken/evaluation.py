@@ -23,9 +23,10 @@ from pertoken.text_metrics import (
     ITEM_METRICS,
     bootstrap_mean,
     corpus_metrics,
-    distinct_shares,
+    corpus_shares,
     first_sentence,
     item_metrics,
+    self_bleu,
 )
 from pertoken.tracking.runlog import evaluation_row, prompt_text, six_digits, token_columns
 from pertoken.types import Episode, Item
@@ -152,9 +153,13 @@ class Evaluator:
             elif metric == PERPLEXITY:
                 summary["metrics"][name] = float((nats[chosen].sum() / counts[chosen].sum()).exp())
             else:
-                answers = [references_of(self.items[k]) for k in chosen]
-                of_task = self._of_all([outputs[k] for k in chosen], answers)
+                answers = [self._references[k] for k in chosen]
+                of_task, shares = self._of_all([outputs[k] for k in chosen], answers)
                 summary["metrics"][name] = of_task[metric]
+                if metric in shares:
+                    of_item = dict(zip(chosen, shares[metric], strict=True))
+                    summary["shares"][name] = [of_item.get(k) for k in range(len(self.items))]
+                    summary["intervals"][name] = _interval(shares[metric])
         fixed = [part.fixed() for part in rewards]
         parts, marked = score(fixed, scene), findings(fixed, scene)
         tokens = token_rows(episodes, token_streams(batch, old, ref, parts), policy.tokenizer)
@@ -180,8 +185,8 @@ class Evaluator:
         """Per-item metrics, and the summary with intervals and what the trivial baselines would get."""
         measured = self._each(outputs, self._asked)
         summary: dict[str, Any] = {"metrics": {name: fmean(v) for name, v in measured.items()}}
-        summary["metrics"] |= self._of_all(outputs, self._references)
-        summary["shares"] = {f"distinct_{n}": distinct_shares(outputs, n) for n in (1, 2)}
+        of_all, summary["shares"] = self._of_all(outputs, self._references)
+        summary["metrics"] |= of_all
         summary["intervals"] = {name: _interval(v) for name, v in (measured | summary["shares"]).items()}
         summary["baselines"] = {name: dict(figures) for name, figures in self._baselines.items()}
         return {**measured}, summary
@@ -211,11 +216,17 @@ class Evaluator:
             for name, texts in trivial.items()
         }
 
-    def _of_all(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        found = corpus_metrics(texts, references, further=self._asked, language=self.language)
+    def _of_all(
+        self, texts: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Metrics of all texts together, and what each text makes of those that have such shares."""
+        shares = corpus_shares(texts, references, further=self._asked, language=self.language)
+        found = {name: fmean(values) for name, values in shares.items()}
+        if "self_bleu" in self._asked:
+            found["self_bleu"] = self_bleu(texts, language=self.language)
         if MAUVE in self._asked and references and all(references):
             found[MAUVE] = mauve(texts, [known[0] for known in references])
-        return found
+        return found, shares
 
     def _of_item(self, item: Item, per_item: Mapping[str, Sequence[float | None]], k: int) -> dict[str, float]:
         """What is known of item `k`, the metric that its task is followed by under a name of its own too."""

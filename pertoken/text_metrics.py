@@ -7,13 +7,15 @@ What each name means, and which direction is good, stands in `tracking/glossary.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from pertoken.answers import UNSPACED, abstains, answer_f1, exact_match, right_steps, solves
 from pertoken.errors import ConfigError
@@ -82,18 +84,86 @@ def corpus_metrics(
 
     further: names of `FURTHER_CORPUS_METRICS` beside them; language: as for `item_metrics`.
     """
-    columns: dict[str, float] = {}
-    if _comparable(references):
+    found: dict[str, float] = {}
+    for name in _countable(references, further):
+        counted = Counted.of(name, texts, references, language=language)
+        found[name] = counted.of_sums(counted.rows.sum(0))
+    if "self_bleu" in further:
+        found["self_bleu"] = self_bleu(texts, language=language)
+    return found | {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
+
+
+def corpus_shares(
+    texts: Texts, references: References, *, further: Collection[str] = (), language: str | None = None
+) -> dict[str, list[float]]:
+    """What each text makes of each of the `corpus_metrics`, by `pseudo_values`; of all but self_bleu.
+
+    With them a metric of all texts has the intervals of a mean over texts, also of differences of pairs.
+
+    >>> shares = corpus_shares(["the cat sat on a mat", "a dog"], [["the cat sat on the mat"], ["a dog"]])
+    >>> round(sum(shares["corpus_bleu"]) / 2, 2)  # their mean is the metric
+    55.84
+    """
+    found = {}
+    for name in _countable(references, further):
+        counted = Counted.of(name, texts, references, language=language)
+        sums = counted.rows.sum(0)
+        found[name] = pseudo_values(counted.of_sums(sums), [counted.of_sums(sums - row) for row in counted.rows])
+    return found | {f"distinct_{n}": distinct_shares(texts, n) for n in (1, 2)}
+
+
+def pseudo_values(whole: float, without: Sequence[float]) -> list[float]:
+    """What each of k texts makes of a metric: its jackknife pseudo-value, all moved so that their mean is the metric.
+
+        whole + (k - 1) (mean of the metric without one text - the metric without this text)
+
+    Efron & Stein 1981, https://doi.org/10.1214/aos/1176345462.
+
+    >>> pseudo_values(2.0, [2.5, 1.5])  # without the first the metric would be higher
+    [1.5, 2.5]
+    """
+    mean = fmean(without) if without else 0.0
+    return [whole + (len(without) - 1) * (mean - one) for one in without]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What sacrebleu counts in each text for a metric of all of them: of the sums over texts it makes the metric."""
+
+    rows: Float[np.ndarray, "N C"]
+    measure: Any
+
+    @classmethod
+    def of(cls, metric: str, texts: Texts, references: References, *, language: str | None = None) -> "Counted":
+        """Of `metric`, one of `COUNTED`. Raises ConfigError if the package that cuts words of `language` is missing."""
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
+        from sacrebleu.metrics.ter import TER
+
         deepest = max(map(len, references))
         # sacrebleu wants one list per reference number; a text with fewer references repeats its first.
         by_number = [[known[n] if n < len(known) else known[0] for known in references] for n in range(deepest)]
-        columns["corpus_bleu"] = _sacrebleu("corpus_bleu", list(texts), by_number, tokenize=bleu_tokenizer(language))
-        columns["corpus_chrf"] = _sacrebleu("corpus_chrf", list(texts), by_number)
-        if "corpus_ter" in further:
-            columns["corpus_ter"] = _sacrebleu("corpus_ter", list(texts), by_number, **_ter_settings(language))
-    if "self_bleu" in further:
-        columns["self_bleu"] = self_bleu(texts, language=language)
-    return columns | {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
+        with _dictionaries(metric):
+            if metric == "corpus_bleu":
+                measure: Any = BLEU(tokenize=bleu_tokenizer(language))
+            else:
+                measure = CHRF() if metric == "corpus_chrf" else TER(**_ter_settings(language))
+            rows = measure._extract_corpus_statistics(list(texts), by_number)
+        return cls(np.asarray(rows, dtype=float), measure)
+
+    def of_sums(self, sums: Float[np.ndarray, " C"]) -> float:
+        """The metric of texts whose rows add up to `sums`."""
+        return float(self.measure._compute_score_from_stats(sums.tolist()).score)
+
+
+COUNTED = ("corpus_bleu", "corpus_chrf", "corpus_ter")
+"""What `Counted` knows."""
+
+
+def _countable(references: References, further: Collection[str]) -> list[str]:
+    """Those of `COUNTED` that are measured: all items need references."""
+    asked = {*CORPUS_METRICS, *further}
+    return [name for name in COUNTED if name in asked] if _comparable(references) else []
 
 
 def _comparable(references: References) -> bool:
@@ -125,12 +195,7 @@ def distinct(texts: Texts, n: int) -> float:
 
 
 def distinct_shares(texts: Texts, n: int) -> list[float]:
-    """What each text makes of `distinct`: its jackknife pseudo-value, all moved so that their mean is the metric.
-
-        D + (k - 1) (mean of D without one text - D without this text)      k texts
-
-    With them a metric of all texts has the intervals of a mean over texts, also of differences of pairs.
-    Efron & Stein 1981, https://doi.org/10.1214/aos/1176345462.
+    """What each text makes of `distinct`, by `pseudo_values`.
 
     >>> [round(share, 3) for share in distinct_shares(["a b a", "a c"], 1)]  # without the first 1, the second 2/3
     [0.433, 0.767]
@@ -144,8 +209,7 @@ def distinct_shares(texts: Texts, n: int) -> list[float]:
     for own in grams:
         left, alone = total - own.total(), sum(count == of_all[gram] for gram, count in own.items())
         without.append((different - alone) / left if left else 0.0)
-    mean, whole = fmean(without) if without else 0.0, different / total if total else 0.0
-    return [whole + (len(texts) - 1) * (mean - one) for one in without]
+    return pseudo_values(different / total if total else 0.0, without)
 
 
 _SENTENCE_END = re.compile(
@@ -264,14 +328,20 @@ def _rouge(text: str, references: Sequence[str]) -> dict[str, float]:
     return {name: float(max(score[key].fmeasure for score in scores)) for name, key in names.items()}
 
 
-def _sacrebleu(function: str, texts: Any, references: Any, **settings: Any) -> float:
+def _sacrebleu(function: str, text: str, references: list[str], **settings: Any) -> float:
+    """A metric of one text."""
     import sacrebleu
 
-    measure: Callable[..., Any] = getattr(sacrebleu, function)
+    with _dictionaries(function):
+        return float(getattr(sacrebleu, function)(text, references, **settings).score)
+
+
+@contextmanager
+def _dictionaries(metric: str) -> Iterator[None]:
     try:
-        return float(measure(texts, references, **settings).score)
-    except RuntimeError as error:  # how its tokenisers say that the package of a dictionary is missing
-        raise ConfigError(f"{function} with {settings}: {' '.join(str(error).split())}") from error
+        yield
+    except RuntimeError as error:  # how the tokenisers of sacrebleu say that the package of a dictionary is missing
+        raise ConfigError(f"{metric}: {' '.join(str(error).split())}") from error
 
 
 def bleu_tokenizer(language: str | None) -> str:
@@ -296,7 +366,7 @@ def _base(language: str | None) -> str:
     return re.split("[-_]", language or "")[0].lower()
 
 
-def _ter_settings(language: str | None) -> dict[str, bool]:
+def _ter_settings(language: str | None) -> dict[str, Any]:
     """Characters of Chinese and Japanese are words of TER, which Tercom otherwise takes a sentence of for one."""
     return dict.fromkeys(("normalized", "asian_support"), _TOKENIZERS.get(_base(language)) in ("zh", "ja-mecab"))
 

@@ -1,5 +1,6 @@
 """Held-out evaluation: the right numbers beside the right texts."""
 
+import dataclasses
 import math
 
 import pytest
@@ -65,12 +66,25 @@ def test_metrics_are_those_of_the_texts(result):
 
 def test_a_metric_of_all_texts_has_an_interval_by_what_each_makes_of_it(result):
     _, _, evaluation = result
-    for name in ("distinct_1", "distinct_2"):
+    for name in ("distinct_1", "distinct_2", "corpus_bleu", "corpus_chrf"):
         shares = evaluation.logged(0, "test")["items"][name]
         assert sum(shares) / 2 == pytest.approx(evaluation.summary["metrics"][name])
         low, high = evaluation.summary["intervals"][name]
-        assert low <= evaluation.summary["metrics"][name] <= high
+        assert low - 1e-9 <= evaluation.summary["metrics"][name] <= high + 1e-9
         assert all(name not in row["metrics"] for row in evaluation.rows)
+
+
+def test_a_metric_of_all_texts_of_a_task_has_an_interval_too(result):
+    policy, _, whole = result
+    items = [dataclasses.replace(item, task=task) for item, task in zip([*ITEMS, ITEMS[0]], "xyx", strict=True)]
+    controls = Controls.resolve(Sampling(temperature=0.0, max_new_tokens=10), policy.tokenizer, (256,))
+    evaluator = Evaluator(items, controls, "rouge_l", by_task={"x": "corpus_chrf"})
+    found = evaluator(NativeEngine(policy.model, policy.tokenizer, head_logits=head_logits), policy, None)
+    shares = found.logged(0, "test")["items"]["corpus_chrf/x"]
+    assert shares[1] is None
+    assert (shares[0] + shares[2]) / 2 == pytest.approx(found.summary["metrics"]["corpus_chrf/x"])
+    assert found.summary["intervals"]["corpus_chrf/x"] == pytest.approx([shares[0]] * 2)  # the two items are alike
+    assert "corpus_chrf/x" not in whole.summary["shares"]
 
 
 def test_trap_36_how_training_samples_and_measures_is_not_how_held_out_texts_are(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pertoken.errors import ConfigError
 from pertoken.text_metrics import (
     CORPUS_METRICS,
+    COUNTED,
     FURTHER_CORPUS_METRICS,
     FURTHER_ITEM_METRICS,
     ITEM_METRICS,
@@ -19,6 +20,7 @@ from pertoken.text_metrics import (
     bootstrap_mean,
     compression,
     corpus_metrics,
+    corpus_shares,
     coverage,
     density,
     distinct,
@@ -116,6 +118,28 @@ def test_distinct_pools_all_texts():
     assert distinct(["a b a", "a b"], 1) == 2 / 5
     assert distinct(["a b a", "a b"], 2) == 2 / 3  # ab, ba, ab: no pair reaches over two texts
     assert distinct([], 1) == 0
+
+
+SAID = ["the cat sat on the mat", "a dog ran", "it rains in the town today", "nothing at all to say here", ""]
+KNOWN = [
+    ["the cat sat on a mat"],
+    ["the dog ran away", "a dog ran off"],
+    ["it rains in town today"],
+    ["there is nothing to say here"],
+    ["a word"],
+]
+
+
+@pytest.mark.parametrize("metric", COUNTED)
+def test_shares_of_a_metric_of_all_texts_are_what_leaving_out_a_text_changes(metric):
+    def of(texts, known):
+        return corpus_metrics(texts, known, further={"corpus_ter"})[metric]
+
+    whole, shares = of(SAID, KNOWN), corpus_shares(SAID, KNOWN, further={"corpus_ter"})[metric]
+    without = [of(SAID[:k] + SAID[k + 1 :], KNOWN[:k] + KNOWN[k + 1 :]) for k in range(5)]
+    assert sum(shares) / 5 == pytest.approx(whole)
+    for share, one in zip(shares, without, strict=True):
+        assert share - whole == pytest.approx(4 * (sum(without) / 5 - one))
 
 
 @pytest.mark.parametrize("n", [1, 2])

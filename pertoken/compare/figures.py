@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 
 from pertoken.compare.curves import Axis, Curve, Point, crossing, mean_curve
-from pertoken.compare.resamples import CORPUS, BySeed, Resamples, Values, interval, together
+from pertoken.compare.resamples import BySeed, Resamples, Values, interval, together
 from pertoken.compare.settings import Plan
 from pertoken.errors import ConfigError, closest
-from pertoken.text_metrics import DRAWS, Interval, t_mean
+from pertoken.text_metrics import COUNTED, DRAWS, Interval, t_mean
 from pertoken.tracking.files import Row
 from pertoken.tracking.glossary import HELD_OUT, find
 from pertoken.tracking.reader import RunReader
@@ -226,7 +226,7 @@ class _Measure:
     def __init__(self, metric: str, curves: Sequence[Curve], language: str | None) -> None:
         self.metric = metric
         points = [point for curve in curves for point in curve.points]
-        self._by_item = all(metric in point.items for point in points)
+        self._by_item = metric not in COUNTED and all(metric in point.items for point in points)
         known = [set(point.items[metric] if self._by_item else point.ids) for point in points]
         self.ids = tuple(item for item in points[0].ids if all(item in each for each in known))
         self.most = max(map(len, known))
@@ -269,7 +269,7 @@ class _Measure:
         ids, nats = resamples.ids, point.items.get("nats_per_token", {})
         if any(item not in rows for item in ids):
             return None
-        if self.metric in CORPUS and all(rows[item]["answer"] for item in ids):
+        if self.metric in COUNTED and all(rows[item]["answer"] for item in ids):
             return resamples.corpus(self.metric, *_texts(rows, ids), language=self._language, draws=draws)
         if self.metric == "perplexity" and all(item in nats and "tokens" in rows[item] for item in ids):
             tokens = [max(sum(rows[item]["tokens"]["action"]), 1) for item in ids]

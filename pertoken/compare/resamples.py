@@ -7,12 +7,11 @@ behind it the value on each resample. Sums, means, differences and ratios of suc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from pertoken.text_metrics import DRAWS, Interval, bleu_tokenizer
+from pertoken.text_metrics import DRAWS, Counted, Interval
 
 Values = Float[np.ndarray, " D"]
 """The value on all items, then on each resample; of length 1 where it is known on all items alone."""
@@ -62,21 +61,12 @@ class Resamples:
         language: str | None = None,
         draws: int = DRAWS,
     ) -> Values:
-        """Of a metric of all texts together, one of `CORPUS`, by what sacrebleu counts in each text.
+        """Of a metric of all texts together, one of `COUNTED`.
 
-        language: of the texts, by which BLEU cuts words.
+        language: of the texts, by which BLEU and TER cut words.
         """
-        from sacrebleu.metrics.bleu import BLEU
-        from sacrebleu.metrics.chrf import CHRF
-
-        measure: Any = CHRF() if metric == "corpus_chrf" else BLEU(tokenize=bleu_tokenizer(language))
-        counted = np.asarray(measure._extract_corpus_statistics(list(texts), [list(references)]), dtype=float)
-        sums = self.counts[: draws + 1] @ counted
-        return np.array([measure._compute_score_from_stats([int(n) for n in row]).score for row in sums])
-
-
-CORPUS = ("corpus_bleu", "corpus_chrf")
-"""What `Resamples.corpus` knows."""
+        counted = Counted.of(metric, texts, [[known] for known in references], language=language)
+        return np.array([counted.of_sums(sums) for sums in self.counts[: draws + 1] @ counted.rows])
 
 
 def interval(values: Values) -> Interval | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ import sacrebleu
 
 from pertoken.compare.curves import read_curve
 from pertoken.compare.figures import Measured, Reading
-from pertoken.compare.resamples import Resamples
+from pertoken.compare.resamples import Resamples, interval
 from pertoken.compare.tables import Report, Table, write_report
 from pertoken.errors import ConfigError
-from pertoken.text_metrics import bootstrap_mean, t_mean
+from pertoken.text_metrics import COUNTED, bootstrap_mean, corpus_shares, t_mean
 
 ARMS = "compare.arms={base: {}, sft: {}, sequence: {}, token: {}}"
 
@@ -151,6 +152,23 @@ def test_a_corpus_metric_on_resamples_is_sacrebleu_on_the_texts_that_were_drawn(
         assert len(chosen) == 4
         texts, known = [TEXTS[k] for k in chosen], [KNOWN[k] for k in chosen]
         assert values[draw] == pytest.approx(official(texts, [known]).score, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", COUNTED)
+def test_intervals_by_shares_are_those_of_texts_that_are_drawn_again(metric):
+    draw = random.Random(0)
+    known = [" ".join(draw.choices("abcdefgh", k=12)) for _ in range(150)]
+    before, after = (
+        [" ".join(w if draw.random() > wrong else "x" for w in text.split()) for text in known] for wrong in (0.4, 0.3)
+    )
+    answers = [[text] for text in known]
+    shares = [corpus_shares(texts, answers, further={metric})[metric] for texts in (before, after)]
+    by_shares = bootstrap_mean([new - old for old, new in zip(*shares, strict=True)])
+    resamples = Resamples(tuple(map(str, range(150))))
+    drawn = interval(resamples.corpus(metric, after, known) - resamples.corpus(metric, before, known))
+    assert by_shares.mean == pytest.approx(drawn.mean, abs=1e-9)
+    width = drawn.high - drawn.low
+    assert (by_shares.low, by_shares.high) == pytest.approx((drawn.low, drawn.high), abs=0.06 * width)
 
 
 def test_bleu_on_resamples_cuts_chinese_into_characters():
