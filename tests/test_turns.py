@@ -20,6 +20,7 @@ from pertoken.policy.scoring import head_logits
 from pertoken.rewards import (
     NO_OPINION,
     EachTurn,
+    Ensemble,
     Scene,
     ScoredSpan,
     Weighted,
@@ -291,7 +292,7 @@ def test_a_turn_without_an_opinion_leaves_those_of_the_others(monkeypatch):
     assert (said.values.sum(1).tolist(), said.abstained.tolist()) == ([1.0, 0.0], [False, True])
 
 
-def test_what_remembers_is_no_reward_of_turns(monkeypatch):
+def test_what_remembers_is_no_reward_within_another_one(monkeypatch):
     with pytest.raises(ConfigError, match=r"each_turn.reward: expected a mapping"):
         EachTurn({"max_words": 3})
 
@@ -306,8 +307,9 @@ def test_what_remembers_is_no_reward_of_turns(monkeypatch):
             pass
 
     monkeypatch.setitem(sys.modules, "of_turns", types.SimpleNamespace(Remembers=Remembers))
-    with pytest.raises(ConfigError, match="of_turns:Remembers remembers or learns"):
-        EachTurn({"fn": "of_turns:Remembers"})
+    for made in (EachTurn, lambda entry: Ensemble([entry, entry])):
+        with pytest.raises(ConfigError, match="of_turns:Remembers remembers or learns"):
+            made({"fn": "of_turns:Remembers"})
 
 
 # --- the maths steps over what was given --------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from pertoken.rewards.align import AlignedText, tokens_of
 from pertoken.rewards.base import (
     NO_OPINION,
+    AsksOthers,
     Learns,
     Measured,
     NoOpinion,
@@ -19,6 +20,7 @@ from pertoken.rewards.base import (
     episode_reward,
     span_reward,
     token_reward,
+    with_others,
 )
 from pertoken.rewards.bertscore import BertScore
 from pertoken.rewards.classifier import Classifier
@@ -54,6 +56,7 @@ __all__ = [
     "NO_OPINION",
     "AlignedText",
     "AnswerF1",
+    "AsksOthers",
     "Banned",
     "BertScore",
     "Bleu",
@@ -123,4 +126,5 @@ __all__ = [
     "span_reward",
     "token_reward",
     "tokens_of",
+    "with_others",
 ]

@@ -13,7 +13,7 @@ How several of them become the reward of every token is in `parts.py`.
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Real
@@ -220,6 +220,23 @@ class WarmsUp(Protocol):
     def warm_up(self) -> None:
         """Load it now. Called where each sample has its time."""
         ...
+
+
+@runtime_checkable
+class AsksOthers(Protocol):
+    """A reward that is made of what others say."""
+
+    def others(self) -> Mapping[str, Reward]:
+        """These, by a name for each."""
+        ...
+
+
+def with_others(name: str, reward: Reward) -> Iterator[tuple[str, Reward]]:
+    """A reward and all that it asks, by name: `<name>`, `<name>.<other>` ..."""
+    yield name, reward
+    if isinstance(reward, AsksOthers):
+        for other, asked in reward.others().items():
+            yield from with_others(f"{name}.{other}", asked)
 
 
 class SampleReward(ABC):

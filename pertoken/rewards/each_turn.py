@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pertoken.errors import ConfigError
-from pertoken.rewards.base import Learns, Opinions, Reward, Scene, Stateful, WarmsUp
+from pertoken.rewards.base import Opinions, Reward, Scene
 from pertoken.rewards.names import make_entry
 from pertoken.types import Episode, Message, Span, StopReason
 
@@ -28,23 +27,15 @@ class EachTurn:
     """As an entry of `rewards`: `name` or `fn`, `weight`, and its parameters."""
 
     def __post_init__(self) -> None:
-        asked, _ = self._asked
-        if isinstance(asked, Stateful | Learns):
-            name = self.reward.get("name") or self.reward.get("fn")
-            raise ConfigError(
-                f"each_turn.reward: {name} remembers or learns, which each_turn hands on to no checkpoint: use it "
-                "of whole conversations"
-            )
+        _ = self._asked
 
     @cached_property
     def _asked(self) -> tuple[Reward, float]:
         return make_entry(self.reward, "each_turn.reward")
 
-    def warm_up(self) -> None:
-        """Have the reward load what it needs."""
-        reward, _ = self._asked
-        if isinstance(reward, WarmsUp):
-            reward.warm_up()
+    def others(self) -> dict[str, Reward]:
+        """The reward."""
+        return {"reward": self._asked[0]}
 
     def __call__(self, scene: Scene) -> Float[Tensor, "B T"] | Opinions:
         """The values of all turns in their rows, 0 elsewhere; in float64."""

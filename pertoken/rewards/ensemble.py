@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pertoken.errors import ConfigError
-from pertoken.rewards.base import Opinions, Reward, Scene, WarmsUp
+from pertoken.rewards.base import Opinions, Reward, Scene
 from pertoken.rewards.metrics.base import check_choice
 from pertoken.rewards.names import make_entry
 from pertoken.rewards.parts import move_to_actions
@@ -45,11 +45,9 @@ class Ensemble:
     def _members(self) -> list[tuple[Reward, float]]:
         return [make_entry(entry, f"ensemble.members.{k}") for k, entry in enumerate(self.members)]
 
-    def warm_up(self) -> None:
-        """Have the members load what they need."""
-        for member, _ in self._members:
-            if isinstance(member, WarmsUp):
-                member.warm_up()
+    def others(self) -> dict[str, Reward]:
+        """The members, by their place."""
+        return {str(place): member for place, (member, _) in enumerate(self._members)}
 
     def __call__(self, scene: Scene) -> Float[Tensor, "B T"] | Opinions:
         """The combined values, in float64."""

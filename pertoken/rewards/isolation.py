@@ -37,6 +37,7 @@ from pertoken.rewards.base import (
     WarmsUp,
     in_rows,
     where,
+    with_others,
 )
 from pertoken.rewards.names import make
 
@@ -302,8 +303,9 @@ def serve(argument: tuple[str, dict[str, Any], str, tuple[Any] | None]) -> tuple
     reward: Any = make(name, parameters, place)
     remembers, measures = isinstance(reward, Stateful), isinstance(reward, Measured)
     spends = isinstance(reward, Spends) and not remembers
-    if isinstance(reward, WarmsUp):
-        reward.warm_up()
+    for _, each in with_others(name, reward):
+        if isinstance(each, WarmsUp):
+            each.warm_up()
 
     def state() -> Any:
         return reward.get_state() if remembers else reward.get_spent() if spends else None

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any, cast
 
 from pertoken.errors import ConfigError, PertokenError, closest
-from pertoken.rewards.base import DecoratedReward, Reward
+from pertoken.rewards.base import DecoratedReward, Learns, Reward, Stateful
 from pertoken.rewards.functions import CompletionsReward, takes_completions
 
 BUILT_IN = {
@@ -97,14 +97,22 @@ def make(name: str, parameters: Mapping[str, Any], where: str) -> Reward:
 
 
 def make_entry(entry: Any, where: str) -> tuple[Reward, float]:
-    """A reward within another one, and its weight: written as an entry of `rewards`."""
+    """A reward within another one, and its weight: written as an entry of `rewards`. What it remembers or learns would
+    be in no checkpoint, so that it may do neither."""
     if not isinstance(entry, Mapping) or not (entry.get("name") or entry.get("fn")):
         raise ConfigError(f"{where}: expected a mapping with `name` or `fn`, got {entry!r}")
     parameters = {key: value for key, value in entry.items() if key not in ("name", "fn", "weight")}
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ConfigError(f"{where}.weight: expected a number, got {weight!r}")
-    return make(str(entry.get("fn") or entry["name"]), parameters, where), float(weight)
+    name = str(entry.get("fn") or entry["name"])
+    reward = make(name, parameters, where)
+    if isinstance(reward, Stateful | Learns):
+        raise ConfigError(
+            f"{where}: {name} remembers or learns, which a reward within another one hands on to no checkpoint: use it "
+            "as a part of its own"
+        )
+    return reward, float(weight)
 
 
 def load_attribute(path: str, name: str, kind: str = "reward") -> Any:

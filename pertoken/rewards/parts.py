@@ -30,6 +30,7 @@ from pertoken.rewards.base import (
     in_rows,
     reason,
     where,
+    with_others,
 )
 from pertoken.rewards.composition import Multiplier, Normaliser, check_clip, clip_episodes, clip_tokens, speaks
 from pertoken.schedule import Schedule
@@ -153,8 +154,9 @@ def score(rewards: Sequence[Weighted], scene: Scene) -> TokenRewards:
         values, measured = part.prepare(raw, scene, abstained)
         parts[part.name] = part.weight_at(scene.step) * values
         figures |= measured
-        if isinstance(part.reward, Measured):
-            figures |= {f"{name}/{part.name}": value for name, value in part.reward.figures().items()}
+        for place, reward in with_others(part.name, part.reward):
+            if isinstance(reward, Measured):
+                figures |= {f"{name}/{place}": value for name, value in reward.figures().items()}
         if abstained is not None:
             silent[part.name] = abstained.to(env.device)
     total = torch.zeros_like(scene.batch.sample_logprobs)

@@ -20,7 +20,7 @@ from pertoken.machine.portions import Portion, set_states, states
 from pertoken.objectives import AdaptiveKL, FixedKL
 from pertoken.policy.checkpoint import RandomStates, moved
 from pertoken.policy.model import Policy, Reference
-from pertoken.rewards import Learns, Multiplier, Spends, Stateful, Weighted
+from pertoken.rewards import Learns, Multiplier, Spends, Stateful, Weighted, with_others
 from pertoken.rollout.collect import Draws, stem_from
 from pertoken.rollout.engine import NativeEngine, RolloutEngine
 from pertoken.sampling import Controls
@@ -179,7 +179,8 @@ class Run:
         named: dict[str, Any] = {part.name: part.reward for part in (*self.rewards, *self.beside)}
         if self.evaluator is not None:
             named |= {f"evaluation/{part.name}": part.reward for part in self.evaluator.beside}
-        return {name: reward for name, reward in named.items() if isinstance(reward, Spends)}
+        everyone = (each for name, reward in named.items() for each in with_others(name, reward))
+        return {name: reward for name, reward in everyone if isinstance(reward, Spends)}
 
     def spent(self) -> dict[str, Any]:
         """What these have spent until now, as JSON."""

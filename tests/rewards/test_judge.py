@@ -11,6 +11,7 @@ import pytest
 from pertoken.errors import ConfigError, RewardError
 from pertoken.jobs import run
 from pertoken.rewards import Judge, Weighted, judge, score
+from pertoken.tracking.glossary import METRICS, find
 from tests.test_trainer import data, settings  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not find_spec("openai"), reason="needs the extra judge")
@@ -171,6 +172,36 @@ def test_a_budget_ends_the_run(service, make_episode, make_scene):
     with pytest.raises(RewardError, match=r"has spent 2000\.0000, its budget is 1500"):
         reward(make_scene(*(make_episode(f"text {k}", id=str(k)) for k in range(4))))
     assert len(service.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("within", "place"),
+    [
+        (lambda judge: {"name": "each_turn", "reward": judge}, "each_turn.reward"),
+        (
+            lambda judge: {"name": "ensemble", "members": [{"name": "length", "max_words": 3, "cost": 0.1}, judge]},
+            "ensemble.1",
+        ),
+    ],
+)
+def test_a_judge_within_another_reward_counts_on(service, model_folder, data, tmp_path, within, place):  # noqa: F811
+    judge = {
+        "name": "judge", "url": service.judge().url, "model": "test", "rubric": "Be brief.", "retries": 0,
+        "prices": [1e3, 0.0], "parallel": 1, "budget": 20.0, "remember": False,
+    }  # fmt: skip
+    config = settings(
+        model_folder, data, tmp_path, rewards=[within(judge)], stop__steps=5, evaluation__items=0,
+        rollout={"prompts_per_step": 2, "samples_per_prompt": 4, "sampling": {"max_new_tokens": 8}},
+    )  # fmt: skip
+    steps = []
+    run.train(config, on_step=lambda report, _: steps.append(report), interrupted=lambda: len(steps) == 1)
+    first = len(service.asked)
+    assert steps[0].metrics[f"judge_spent/{place}"] == first
+    assert find(f"judge_spent/{place}", METRICS).meaning.startswith("What a judge has cost")
+    with pytest.raises(RewardError, match="its budget is 20"):
+        run.train(config, resume=config.run_folder, on_step=lambda report, _: steps.append(report))
+    assert steps[1].metrics[f"judge_spent/{place}"] > first
+    assert len(service.asked) == 20
 
 
 @pytest.mark.parametrize("processes", [0, 1])
