@@ -254,10 +254,11 @@ def _held_out_pairs(reader: RunReader, comparison: Comparison | None) -> dict[st
             "size": earlier[first]["size"] + later[last]["size"],
             "lines": (first, last),
             "place": sample,
+            "oddity": None,
         }
-    gains = [pair["gain"] for pair in pairs.values() if pair["gain"] is not None]
-    typical = median(gains) if gains else 0.0
-    for pair in pairs.values():
+    moved = [pair for pair in pairs.values() if pair["gain"]] or list(pairs.values())  # most may be as they were
+    typical = median(pair["gain"] or 0.0 for pair in moved) if moved else 0.0
+    for pair in moved:
         pair["oddity"] = None if pair["gain"] is None else four_digits(abs(pair["gain"] - typical))
     return pairs
 
