@@ -256,10 +256,14 @@ def _held_out_pairs(reader: RunReader, comparison: Comparison | None) -> dict[st
             "place": sample,
             "oddity": None,
         }
-    moved = [pair for pair in pairs.values() if pair["gain"]] or list(pairs.values())  # most may be as they were
-    typical = median(pair["gain"] or 0.0 for pair in moved) if moved else 0.0
-    for pair in moved:
-        pair["oddity"] = None if pair["gain"] is None else four_digits(abs(pair["gain"] - typical))
+    known = [pair for pair in pairs.values() if pair["gain"] is not None]
+    typical = median([pair["gain"] for pair in known if pair["gain"]] or [0.0])
+    for pair in known:
+        pair["oddity"] = four_digits(abs(pair["gain"] - typical))
+    furthest = max((pair["oddity"] for pair in known), default=0.0)
+    for pair in known:
+        if not pair["gain"]:  # often most of them: they come last, and are still found by their name
+            pair["oddity"] = furthest
     return pairs
 
 
