@@ -180,6 +180,14 @@ def test_a_finding_is_underlined_and_says_its_message(page, run_folder):
     assert page.locator("#tip .finding").inner_text() == f"repetition −0.02: {record['findings'][0]['message']}"
 
 
+def test_what_slanted_text_is_stands_in_the_legend_where_there_is_some(page):
+    follow(page, "#sample=300.12&by=reward/total")
+    assert "slanted" not in page.locator("#legend").inner_text()
+    page.evaluate("currentScene().panels[0].tokens.action[0] = 0; repaint()")
+    assert "slanted: given, not chosen by the model" in page.locator("#legend").inner_text()
+    page.evaluate("currentScene().panels[0].tokens.action[0] = 1")
+
+
 def test_a_finding_of_several_tokens_says_that_its_number_is_of_all_of_them(page):
     follow(page, "#sample=300.12&by=reward/repetition")
     page.evaluate("currentScene().panels.find((panel) => panel.id === '300.12').findings[0].stop += 2")
