@@ -17,7 +17,7 @@ from pertoken.rollout.by_generate import TransformersEngine, own_settings_aside
 from pertoken.rollout.collect import to_episode
 from pertoken.rollout.decoder import RecomputingDecoder
 from pertoken.rollout.engine import NativeEngine
-from pertoken.rollout.reading import ReadingDecoder
+from pertoken.rollout.reading import ReadingDecoder, _Together
 from pertoken.sampling import Controls, Sampling
 from pertoken.testing import ENCODER_DECODERS, byte_tokenizer, episode, family_model, tiny_encoder_decoder
 from pertoken.training.examples import Examples
@@ -137,6 +137,21 @@ def test_waiting_rows_are_let_in_together():
     assert len({len(c.tokens) for c in found}) > 5
     assert max(sizes) <= slots
     assert sum(sizes) / len(sizes) > slots / 4
+
+
+def test_rows_that_end_in_one_step_cost_one_copy_of_the_memory(monkeypatch):
+    """Each copy is of the memory of all rows left: one for each row that ends would cost more than the model does."""
+    kept: list[int] = []
+    keep = _Together.keep
+    monkeypatch.setattr(_Together, "keep", lambda cohort, rows: (kept.append(len(rows)), keep(cohort, rows)))
+    decoder = ReadingDecoder(family_model("marian"), head_logits)
+    decoder.prefill([[5, 6, 7, 63], [8, 9, 63]], [range(4), range(4, 8)])
+    assert kept == [8]
+    for free, last in ((6, 7), (2, 6), (0, 5)):  # rows 6, 2 and 0 have ended, and the last ones take their slots
+        decoder.move(last, free)
+    decoder.step(torch.arange(5))
+    decoder.step(torch.arange(5))
+    assert kept == [8, 5]
 
 
 def test_neighbours_and_padding_change_nothing():

@@ -7,7 +7,7 @@ between them, and positions are what each family makes of them: relative, learne
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -22,20 +22,18 @@ from pertoken.rollout.decoder import in_passes, padded
 class _Together:
     """Rows that began at the same time."""
 
-    slots: list[int]
-    """Where each row stands, in the order of the memory."""
+    slots: list[int | None]
+    """Where each row stands, in the order of the memory; None: forgotten, and left out with the next step."""
     memory: EncoderDecoderCache
     read: Float[Tensor, "R L H"]
     """What the encoder made of the prompt of each row, and which of it is there."""
     mask: Tensor
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these, and put them in this order; one may be there several times."""
-        if list(rows) == list(range(len(self.slots))):
-            return
+        """Compute these rows alone from now on, in this order; one may be there several times."""
         at = torch.tensor(rows, device=self.read.device)
         self.slots = [self.slots[row] for row in rows]
-        self.memory.batch_select_indices(at)
+        self.memory.reorder_cache(cast(torch.LongTensor, at))
         self.read, self.mask = self.read[at], self.mask[at]
 
 
@@ -69,17 +67,21 @@ class ReadingDecoder:
         memory = EncoderDecoderCache(DynamicCache(), DynamicCache())
         cohort = _Together([places[0] for places in slots], memory, encode(self._model, ids, mask), mask)
         logits = self._run(cohort, torch.tensor([self._start], device=device).expand(len(prompts), -1))
-        cohort.keep([k for k, places in enumerate(slots) for _ in places])  # the samples of a prompt begin alike
-        cohort.slots = [slot for places in slots for slot in places]
-        self._forget(set(cohort.slots))
+        if any(len(places) > 1 for places in slots):
+            cohort.keep([k for k, places in enumerate(slots) for _ in places])  # the samples of a prompt begin alike
+        taken = [slot for places in slots for slot in places]
+        self._forget(set(taken))
+        cohort.slots = list(taken)
         self._cohorts.append(cohort)
         return logits
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         live = len(tokens)
-        self._forget(set(range(live, max((max(c.slots) for c in self._cohorts), default=0) + 1)))
+        self._forget({slot for cohort in self._cohorts for slot in cohort.slots if slot is not None and slot >= live})
         logits: Tensor | None = None
         for cohort in self._cohorts:
+            if None in cohort.slots:  # the memory of all others is copied: once for all that have ended
+                cohort.keep([row for row, slot in enumerate(cohort.slots) if slot is not None])
             at = torch.tensor(cohort.slots, device=tokens.device)
             found = self._run(cohort, tokens[at][:, None])
             logits = found.new_empty(live, found.shape[1]) if logits is None else logits
@@ -94,9 +96,9 @@ class ReadingDecoder:
 
     def _forget(self, slots: set[int]) -> None:
         """Rows in `slots` are of no use any more."""
-        self._cohorts = [cohort for cohort in self._cohorts if not slots.issuperset(cohort.slots)]
         for cohort in self._cohorts:
-            cohort.keep([row for row, slot in enumerate(cohort.slots) if slot not in slots])
+            cohort.slots = [None if slot in slots else slot for slot in cohort.slots]
+        self._cohorts = [cohort for cohort in self._cohorts if any(slot is not None for slot in cohort.slots)]
 
     def _run(self, cohort: _Together, ids: Int[Tensor, "R S"]) -> Float[Tensor, "R V"]:
         states = decode(self._model, ids, cohort.read, cohort.mask, past_key_values=cohort.memory, use_cache=True)
