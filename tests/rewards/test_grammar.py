@@ -51,6 +51,30 @@ def test_normalised_cost_is_per_hundred_words(make_episode, make_scene):
 
 
 @pytest.mark.parametrize(
+    ("text", "whole", "cut"),
+    [
+        ("teh a teh", ["teh", "teh"], ["teh"]),  # the last word may go on
+        ("a teh.", ["teh"], ["teh"]),
+        ("un-teh", ["teh"], []),
+        ("a (teh [b", ["teh", "(", "["], ["teh"]),
+        ('"teh" (b) "c', ["teh", '"'], ["teh"]),
+        ('"teh" (b)', ["teh"], ["teh"]),
+        ("teh) b.", ["teh", ")"], ["teh", ")"]),  # nothing that comes could mend it
+    ],
+)
+def test_what_was_cut_off_is_not_punished_for_its_end(text, whole, cut, make_episode, make_scene):
+    class Open(Teh):
+        def check(self, text):
+            alone = [mark for mark, other in ("()", "[]") if text.count(mark) > text.count(other)]
+            alone += ['"'] * (text.count('"') % 2) + [")"] * (text.count(")") > text.count("("))
+            return super().check(text) + [Finding(text.rfind(mark), text.rfind(mark) + 1, "Mark", "") for mark in alone]
+
+    for stop, wanted in (("eos", whole), ("stop_string", whole), ("length", cut), ("context", cut)):
+        found = [words for words, _ in problems(Open(protect=False), text, make_episode, make_scene, stop=stop)]
+        assert sorted(found) == sorted(wanted), stop
+
+
+@pytest.mark.parametrize(
     "text",
     ["```\nteh\n```", "~~~py\nx = teh\n~~~\nok", "```\nteh", "use `teh` here", "see http://teh.org/teh", "a@teh.org",
      "/usr/teh/bin", "teh_bin", "tehBin", "numpy.teh", "x.teh(teh)", "teh3", "3teh"],
@@ -107,6 +131,20 @@ def harper():
 )
 def test_harper_finds_the_words_that_are_wrong(text, expected, harper, make_episode, make_scene):
     assert [found for found, _ in problems(Harper(), text, make_episode, make_scene)] == expected
+
+
+def test_a_name_is_not_taken_for_an_abbreviation(harper, make_episode, make_scene):
+    """Sam for SAM (a missile), Mia for MIA (missing in action)."""
+    assert problems(Harper(), "Sam saw Mia. i saw them on monday.", make_episode, make_scene) == [
+        ("i", -1),
+        ("monday", -1),
+    ]
+
+
+def test_someone_who_is_cut_off_may_speak(harper, make_episode, make_scene):
+    text = 'Sam saw a bird. "Hello, bird'
+    for stop, wanted in (("eos", ['"']), ("length", [])):
+        assert [words for words, _ in problems(Harper(), text, make_episode, make_scene, stop=stop)] == wanted
 
 
 def test_harper_speaks_of_characters_not_bytes(harper, make_episode, make_scene):

@@ -1,7 +1,8 @@
 """What the grammar rewards share: categories and their weights, and what is never punished.
 
 A checker knows prose. Code, addresses, numbers and names are not prose: a finding that touches one of them is dropped,
-whoever made it.
+whoever made it. A checker takes a text for whole, too. Where the limit of tokens cut a completion off, it is no mistake
+that a quotation is open and a word half written; punished for it, a policy learns not to let anyone speak.
 """
 
 import math
@@ -58,7 +59,11 @@ class GrammarReward(SampleReward):
 
     def findings(self, sample: Sample) -> list[ScoredSpan]:
         """What is punished in a completion, and by how much."""
-        found = self.check(sample.text) if sample.text.strip() else []
+        cut = sample.stop in ("length", "context")
+        found = self.check(_closed(sample.text) if cut else sample.text) if sample.text.strip() else []
+        if cut:
+            end = _HALF_WRITTEN.search(sample.text)
+            found = [each for each in found if each.stop <= (end.start() if end else len(sample.text))]
         if self.protect and found:
             found = self._on_prose(found, sample)
         weights = {**self.default_weights, **(self.weights or {})}
@@ -84,6 +89,28 @@ class GrammarReward(SampleReward):
             if not _touches(spans, each.start, each.stop)
             and not (each.category in self.spelling and _core(sample.text[each.start : each.stop]) in known)
         ]
+
+
+_HALF_WRITTEN = re.compile(r"[\w'’-]*\w\Z")
+"""The last word of a text that no mark ends."""
+_CLOSING = {"(": ")", "[": "]", "“": "”", "«": "»", "‘": "’"}
+
+
+def _closed(text: str) -> str:
+    """A text that was cut off, with marks behind it that close what it left open.
+
+    >>> _closed('She said (softly): "Who is')
+    'She said (softly): "Who is"'
+    """
+    left = list[str]()
+    for mark in text:
+        if left and mark == left[-1]:
+            left.pop()
+        elif mark == '"':
+            left.append(mark)
+        elif mark in _CLOSING:
+            left.append(_CLOSING[mark])
+    return text + "".join(reversed(left))
 
 
 _PROTECTED = re.compile(

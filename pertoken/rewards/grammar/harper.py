@@ -50,6 +50,8 @@ class Harper(GrammarReward):
         return [
             Finding(lint.span.start, lint.span.end, lint.lint_kind, lint.message)
             for lint in _linter(self.dialect).lint(text)
+            # It takes Sam for SAM, a missile: a word with a capital may be the name that it looks like.
+            if lint.lint_kind != "Capitalization" or not text[lint.span.start].isupper()
         ]
 
 
