@@ -93,14 +93,15 @@ class GrammarReward(SampleReward):
 
 _HALF_WRITTEN = re.compile(r"[\w'’-]*\w\Z")
 """The last word of a text that no mark ends."""
-_CLOSING = {"(": ")", "[": "]", "“": "”", "«": "»", "‘": "’"}
+_CLOSING = {pair[0]: pair[1] for pair in ("()", "[]", "“”", "„“", "«»", "‘’", "（）", "「」", "『』", "《》", "【】")}
+"""By the mark that opens; one that closes what is open opens nothing."""
 
 
 def _closed(text: str) -> str:
     """A text that was cut off, with marks behind it that close what it left open.
 
-    >>> _closed('She said (softly): "Who is')
-    'She said (softly): "Who is"'
+    >>> _closed('She said (softly): "Who is'), _closed("Sie sagte „ja“ und „ne")
+    ('She said (softly): "Who is"', 'Sie sagte „ja“ und „ne“')
     """
     left = list[str]()
     for mark in text:
