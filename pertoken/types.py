@@ -32,6 +32,9 @@ StopReason = Literal["eos", "stop_string", "length", "context"]
 """Why a completion ended. `eos` and `stop_string` terminate the episode; `length` (token budget) and
 `context` (the model's window is full) truncate it: it did not end, it was cut off."""
 
+CUT_OFF: frozenset[StopReason] = frozenset({"length", "context"})
+"""The reasons that truncate an episode."""
+
 
 @dataclass(frozen=True)
 class Item:

@@ -19,7 +19,7 @@ from pertoken.rewards import Scene, Weighted, score
 from pertoken.rollout.collect import to_episode
 from pertoken.sampling import Controls, Sampling
 from pertoken.tasks.base import Split
-from pertoken.types import Completion, Item, StopReason, TokenRewards
+from pertoken.types import CUT_OFF, Completion, Item, StopReason, TokenRewards
 
 try:
     import gymnasium
@@ -139,7 +139,7 @@ class TokenEnv(gymnasium.Env):  # type: ignore[misc]
             reward, self._earned = total - self._earned, total
             if stop is not None:
                 info = self._at_the_end(found, stop)
-        return self._observation(), reward, stop in ("eos", "stop_string"), stop in ("length", "context"), info
+        return self._observation(), reward, stop in ("eos", "stop_string"), stop in CUT_OFF, info
 
     def render(self) -> str | None:
         """The text so far."""

@@ -21,7 +21,7 @@ from pertoken.integrations.splits import task_of
 from pertoken.machine.background import Background
 from pertoken.rewards.base import Sample, SampleReward, place_number
 from pertoken.tasks.base import ItemTask
-from pertoken.types import Item
+from pertoken.types import CUT_OFF, Item
 
 
 def load_task(environment: str, *, arguments: Mapping[str, Any] | None = None, seed: int = 0) -> ItemTask:
@@ -89,7 +89,7 @@ class Score(SampleReward):
             "example_id": item.id,
             "trajectory": [],
             "is_completed": True,
-            "is_truncated": sample.stop in ("length", "context"),
+            "is_truncated": sample.stop in CUT_OFF,
             "reward": None,
             "metrics": {},
             "timing": defaultdict(float),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pertoken.errors import ConfigError
 from pertoken.rewards.align import word_spans
 from pertoken.rewards.base import Sample, SampleReward, ScoredSpan, place_spans
+from pertoken.types import CUT_OFF
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Length(SampleReward):
         if True in sample.action_mask:
             last_action = len(sample.tokens) - 1 - sample.action_mask[::-1].index(True)
             values[last_action] -= self.cost * max(self.min_words - len(words), 0)
-            values[last_action] -= self.unfinished_cost * (sample.stop in ("length", "context"))
+            values[last_action] -= self.unfinished_cost * (sample.stop in CUT_OFF)
         return values
 
 

@@ -21,7 +21,7 @@ from pertoken.rewards.base import Sample, SampleReward
 from pertoken.rewards.metrics import MetricDelta
 from pertoken.rewards.metrics.base import check_choice
 from pertoken.rewards.names import load_attribute, resolve
-from pertoken.types import Item
+from pertoken.types import CUT_OFF, Item
 
 Potential = Callable[[str, Item], float]
 """Phi(text so far, item)."""
@@ -83,7 +83,7 @@ class Shaping(SampleReward):
         for number in states:
             if not math.isfinite(number):
                 raise RewardError(f"the potential {self.potential} is {number} for a prefix of {sample.text[:80]!r}")
-        goes_on = self.truncated == "bootstrap" and sample.stop in ("length", "context")
+        goes_on = self.truncated == "bootstrap" and sample.stop in CUT_OFF
         for k, following in zip(actions, [*actions[1:], None], strict=True):
             after = states[following] if following is not None else states[-1] * goes_on
             values[k] = self.gamma * after - states[k]

@@ -139,6 +139,7 @@ def test_a_name_is_not_taken_for_an_abbreviation(harper, make_episode, make_scen
         ("i", -1),
         ("monday", -1),
     ]
+    assert ("Sam", -1) in problems(Harper(protect=False), "Sam saw Mia.", make_episode, make_scene)
 
 
 def test_someone_who_is_cut_off_may_speak(harper, make_episode, make_scene):

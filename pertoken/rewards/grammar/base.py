@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from pertoken.errors import ConfigError
 from pertoken.rewards.align import CharSpan, word_spans
 from pertoken.rewards.base import Sample, SampleReward, ScoredSpan, place_spans
+from pertoken.types import CUT_OFF
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class GrammarReward(SampleReward):
 
     def findings(self, sample: Sample) -> list[ScoredSpan]:
         """What is punished in a completion, and by how much."""
-        cut = sample.stop in ("length", "context")
+        cut = sample.stop in CUT_OFF
         found = self.check(_closed(sample.text) if cut else sample.text) if sample.text.strip() else []
         if cut:
             end = _HALF_WRITTEN.search(sample.text)

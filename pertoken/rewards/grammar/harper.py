@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from pertoken.errors import ConfigError, MissingExtraError
+from pertoken.rewards.base import Sample
 from pertoken.rewards.grammar.base import Finding, GrammarReward
 from pertoken.rewards.metrics.base import check_choice
 
@@ -50,8 +51,14 @@ class Harper(GrammarReward):
         return [
             Finding(lint.span.start, lint.span.end, lint.lint_kind, lint.message)
             for lint in _linter(self.dialect).lint(text)
-            # It takes Sam for SAM, a missile: a word with a capital may be the name that it looks like.
-            if lint.lint_kind != "Capitalization" or not text[lint.span.start].isupper()
+        ]
+
+    def _on_prose(self, found: list[Finding], sample: Sample) -> list[Finding]:
+        # It takes Sam for SAM, a missile: a word with a capital may be the name that it looks like.
+        return [
+            each
+            for each in super()._on_prose(found, sample)
+            if each.category != "Capitalization" or not sample.text[each.start].isupper()
         ]
 
 
